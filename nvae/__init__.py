@@ -1,0 +1,1 @@
+"""Deep hierarchical variational autoencoders: train, sample, evaluate."""
