@@ -1,0 +1,235 @@
+"""Pixel distributions p(x | z): what the decoder's logits mean.
+
+Each has ``log_prob`` (nats, summed over the counted window), ``sample`` at a pixel temperature and
+``mean``; images are in [0, 1]. All of it is computed in float32 at least.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvae.distributions import Normal, at_least_float32
+from nvae.models.config import ModelConfig
+
+LOG_SCALE_FLOOR = -7.0
+TINY_MASS = 1e-5
+
+
+class PixelDistribution(Protocol):
+    """A distribution over images ``(B, C, H, W)`` in [0, 1]."""
+
+    @property
+    def mean(self) -> Tensor:
+        """A point estimate of the image, ``(B, C, H, W)``."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | z) over the counted pixels, ``(B,)``, in nats."""
+        ...
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """One image per row; temperature (>= 0) narrows the pixel noise, 0 takes the mode."""
+        ...
+
+
+def logit_channels(config: ModelConfig) -> int:
+    """Channels of the image head, K."""
+    channels = config.image_channels
+    if config.likelihood == "bernoulli":
+        return channels
+    if config.likelihood == "normal":
+        return 2 * channels
+    parameters_per_channel = 3 if channels == 3 else 2
+    return config.num_mixtures * (1 + channels * parameters_per_channel)
+
+
+def build_likelihood(config: ModelConfig, logits: Tensor) -> PixelDistribution:
+    """The distribution that ``config`` names, over ``logits`` ``(B, K, H, W)``."""
+    logits = at_least_float32(logits)
+    if config.likelihood == "bernoulli":
+        return Bernoulli(logits, config.counted_size)
+    if config.likelihood == "normal":
+        return NormalPixels(logits, config.counted_size)
+    return LogisticMixture(logits, config.image_channels, config.bits, config.counted_size)
+
+
+def sum_counted(log_prob: Tensor, counted_size: int | None) -> Tensor:
+    """Sum ``(B, C, H, W)`` over the central square of side ``counted_size``, to ``(B,)``."""
+    if counted_size is not None:
+        border = (log_prob.shape[-1] - counted_size) // 2
+        inside = slice(border, border + counted_size)
+        log_prob = log_prob[..., inside, inside]
+    return log_prob.flatten(1).sum(1)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"pixel temperature is {temperature}; it must be 0 or more")
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform in the open interval (0, 1): float32 can draw exact zeros."""
+    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return u.clamp(1e-7, 1 - 1e-7)
+
+
+class Bernoulli:
+    """Independent binary pixels with the given log-odds ``(B, C, H, W)``."""
+
+    def __init__(self, logits: Tensor, counted_size: int | None = None) -> None:
+        self.logits = logits
+        self.counted_size = counted_size
+
+    @property
+    def mean(self) -> Tensor:
+        """P(x = 1)."""
+        return torch.sigmoid(self.logits)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``(B,)`` nats; ``x`` is 0 or 1."""
+        x = x.to(self.logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(self.logits, x, reduction="none")
+        return -sum_counted(loss, self.counted_size)
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw 0/1 pixels; temperature divides the log-odds."""
+        _check_temperature(temperature)
+        u = _uniform(self.logits, generator)
+        # x = 1 where logit > t * logistic noise, which is P = sigmoid(logit / t)
+        return (self.logits > temperature * torch.logit(u)).to(self.logits.dtype)
+
+
+class NormalPixels:
+    """Independent Normals over 2x - 1, not discretised; logits are means and log-sigmas.
+
+    The density is that of 2x - 1, as published: per dimension log 2 nats below that of x.
+    """
+
+    def __init__(self, logits: Tensor, counted_size: int | None = None) -> None:
+        mean, log_sigma = logits.chunk(2, dim=1)
+        self.normal = Normal.from_parameters(mean, log_sigma)
+        self.counted_size = counted_size
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, clipped to [0, 1]."""
+        return self._to_image(self.normal.mean)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``(B,)`` nats of density."""
+        return sum_counted(self.normal.log_prob(2 * x - 1), self.counted_size)
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw; temperature multiplies sigma."""
+        _check_temperature(temperature)
+        mean = self.normal.mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self._to_image(mean + temperature * self.normal.sigma * noise)
+
+    @staticmethod
+    def _to_image(pixels: Tensor) -> Tensor:
+        return ((pixels + 1) / 2).clamp(0, 1)
+
+
+class LogisticMixture:
+    """Mixture of discretised logistics (PixelCNN++, Salimans et al. 2017, section 2).
+
+    Per pixel, M components share one mixture weight across the colour channels; green's mean
+    moves with red, blue's with red and green. The pixel's value is the logistic's mass on its
+    bin of width 2 / (2^bits - 1) in [-1, 1].
+
+    Logits are M mixture logits, then for each channel M means, M log-scales and, for colour, M
+    coefficients: ``10 M`` channels for colour, ``3 M`` for grey.
+
+    As published, a value above 0.99 takes the whole upper tail. With 8 bits that includes 254 as
+    well as 255; with fewer bits only the last bin, and the masses sum to 1.
+    """
+
+    def __init__(
+        self, logits: Tensor, channels: int, bits: int, counted_size: int | None = None
+    ) -> None:
+        self.levels = 2**bits - 1
+        self.counted_size = counted_size
+        per_channel = 3 if channels == 3 else 2
+        batch, total, height, width = logits.shape
+        mixtures = total // (1 + channels * per_channel)
+        self.mixture_logits = logits[:, :mixtures]  # (B, M, H, W)
+        parameters = logits[:, mixtures:].view(
+            batch, channels, per_channel, mixtures, height, width
+        )
+        self.means = parameters[:, :, 0]  # (B, C, M, H, W)
+        self.log_scales = parameters[:, :, 1].clamp(min=LOG_SCALE_FLOOR)
+        self.coefficients = torch.tanh(parameters[:, :, 2]) if channels == 3 else None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mixture-averaged component means, each channel given the means before it."""
+        weights = torch.softmax(self.mixture_logits, dim=1).unsqueeze(1)
+        means = (self.means * weights).sum(2)
+        if self.coefficients is None:
+            return _logistic_to_image(means)
+        return self._chain_colours(means, (self.coefficients * weights).sum(2))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``(B,)`` nats; ``x`` on the grid k / (2^bits - 1)."""
+        x = (2 * x.to(self.means.dtype) - 1).unsqueeze(2)  # (B, C, 1, H, W)
+        centred = x - self._conditional_means(x)
+        inverse_scale = torch.exp(-self.log_scales)
+        half_bin = inverse_scale / self.levels
+        middle = inverse_scale * centred
+        upper, lower = middle + half_bin, middle - half_bin
+
+        mass = torch.sigmoid(upper) - torch.sigmoid(lower)
+        # where the mass underflows: density at the centre times the bin's width
+        density = middle - self.log_scales - 2 * F.softplus(middle) - math.log(self.levels / 2)
+        inner = torch.where(mass > TINY_MASS, mass.clamp(min=1e-10).log(), density)
+        log_prob = torch.where(
+            x < -0.999,
+            upper - F.softplus(upper),
+            torch.where(x > 0.99, -F.softplus(lower), inner),
+        )
+        log_prob = log_prob.sum(1) + F.log_softmax(self.mixture_logits, dim=1)
+        return sum_counted(torch.logsumexp(log_prob, dim=1, keepdim=True), self.counted_size)
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a component, then each channel in turn.
+
+        Temperature divides the mixture logits and multiplies the scales; at 0 the likeliest
+        component's means remain. Values are continuous in [0, 1].
+        """
+        _check_temperature(temperature)
+        gumbel = -torch.log(-torch.log(_uniform(self.mixture_logits, generator)))
+        chosen = (self.mixture_logits + temperature * gumbel).argmax(1)[:, None, None]
+        index = chosen.expand(-1, self.means.shape[1], -1, -1, -1)
+        means = self.means.gather(2, index).squeeze(2)
+        scales = self.log_scales.gather(2, index).squeeze(2).exp()
+        values = means + temperature * scales * torch.logit(_uniform(means, generator))
+        if self.coefficients is None:
+            return _logistic_to_image(values)
+        return self._chain_colours(values, self.coefficients.gather(2, index).squeeze(2))
+
+    def _conditional_means(self, x: Tensor) -> Tensor:
+        if self.coefficients is None:
+            return self.means
+        red, green, _ = x.unbind(1)
+        c0, c1, c2 = self.coefficients.unbind(1)
+        mean_red, mean_green, mean_blue = self.means.unbind(1)
+        return torch.stack(
+            [mean_red, mean_green + c0 * red, mean_blue + c1 * red + c2 * green], dim=1
+        )
+
+    @staticmethod
+    def _chain_colours(values: Tensor, coefficients: Tensor) -> Tensor:
+        """Clip red, then move green by red, then blue by both; all ``(B, 3, H, W)``."""
+        c0, c1, c2 = coefficients.unbind(1)
+        red = values[:, 0].clamp(-1, 1)
+        green = (values[:, 1] + c0 * red).clamp(-1, 1)
+        blue = (values[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
+        return _logistic_to_image(torch.stack([red, green, blue], dim=1))
+
+
+def _logistic_to_image(values: Tensor) -> Tensor:
+    return (values.clamp(-1, 1) + 1) / 2

@@ -1,0 +1,129 @@
+"""Residual cells: skip(x) + 0.1 * branch(x), the branch ending in squeeze-and-excitation.
+
+Figure 3 of the paper: the generative cell (a) is a mobile convolution, the encoder's cell (b)
+two BN-Swish-convolutions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
+from nvae.models.layers import (
+    DataInitConv2d,
+    FactorizedSkip,
+    PlainConv2d,
+    SqueezeExcitation,
+    UpsampleSkip,
+    WeightNormConv2d,
+)
+from nvae.models.norm import BatchNorm
+
+RESIDUAL_SCALE = 0.1
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """Repeat every pixel of ``(B, C, H, W)`` in a 2x2 block."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class ActConv(nn.Module):
+    """[BN], activation, [nearest x2], 3x3 convolution."""
+
+    def __init__(
+        self, spec: ActConvSpec, in_channels: int, out_channels: int, *, stride: int, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.norm = BatchNorm(in_channels, spec.activation) if spec.batchnorm else nn.ELU()
+        conv = WeightNormConv2d if spec.batchnorm else DataInitConv2d
+        self.conv = conv(in_channels, out_channels, 3, stride=stride, dilation=spec.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        x = self.norm(x)
+        return self.conv(upsample_nearest(x) if self.upsample else x)
+
+
+class MobileConv(nn.Module):
+    """[nearest x2], BN, 1x1 expansion, BN+Swish, depthwise KxK, BN+Swish, 1x1 projection, BN.
+
+    Upsampling commutes with everything before the depthwise convolution; done there, the
+    expansion costs a quarter.
+    """
+
+    def __init__(
+        self, spec: MobileConvSpec, in_channels: int, out_channels: int, *, stride: int,
+        upsample: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        hidden = round(spec.expansion * in_channels)
+        self.upsample = upsample
+        repeats = 4 if upsample else 1
+        self.norm_in = BatchNorm(in_channels, repeats=repeats)
+        self.expand = PlainConv2d(in_channels, hidden, 1)
+        self.norm_expand = BatchNorm(hidden, "swish", repeats=repeats)
+        self.spatial = PlainConv2d(
+            hidden, hidden, spec.kernel_size, stride=stride, groups=spec.groups or hidden
+        )
+        self.norm_spatial = BatchNorm(hidden, "swish")
+        self.project = PlainConv2d(hidden, out_channels, 1)
+        self.norm_out = BatchNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        x = self.norm_expand(self.expand(self.norm_in(x)))
+        x = self.norm_spatial(self.spatial(upsample_nearest(x) if self.upsample else x))
+        return self.norm_out(self.project(x))
+
+
+class Cell(nn.Module):
+    """One residual cell.
+
+    Args:
+        ops: the branch's operations, in order; stride and upsampling go to the first.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        downsample: halve the resolution.
+        upsample: double the resolution.
+        squeeze_excitation: end the branch in channel attention.
+    """
+
+    def __init__(
+        self,
+        ops: tuple[OpSpec, ...],
+        in_channels: int,
+        out_channels: int,
+        *,
+        downsample: bool = False,
+        upsample: bool = False,
+        squeeze_excitation: bool = True,
+    ) -> None:
+        super().__init__()
+        self.skip: nn.Module = nn.Identity()
+        if downsample:
+            self.skip = FactorizedSkip(in_channels, out_channels)
+        elif upsample:
+            self.skip = UpsampleSkip(in_channels, out_channels)
+        branch: list[nn.Module] = []
+        for index, spec in enumerate(ops):
+            first = index == 0
+            op = MobileConv if isinstance(spec, MobileConvSpec) else ActConv
+            branch.append(
+                op(
+                    spec,  # type: ignore[arg-type]
+                    in_channels if first else out_channels,
+                    out_channels,
+                    stride=2 if downsample and first else 1,
+                    upsample=upsample and first,
+                )
+            )
+        self.branch = nn.Sequential(*branch)
+        self.attention = SqueezeExcitation(out_channels) if squeeze_excitation else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        y = self.branch(x)
+        if self.attention is None:
+            return self.skip(x) + RESIDUAL_SCALE * y
+        return torch.addcmul(self.skip(x), y, RESIDUAL_SCALE * self.attention.gate(y))

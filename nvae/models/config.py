@@ -1,0 +1,142 @@
+"""What a network is, as plain numbers: the one thing a checkpoint needs to rebuild it."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nvae.models.families import CELL_FAMILIES
+
+LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and likelihood of an :class:`~nvae.models.nvae.NVAE`.
+
+    Scale 0 is the finest latent scale; widths double at every halving of the resolution.
+
+    Attributes:
+        image_size: side of the square input in pixels (after padding).
+        image_channels: 1 for grey, 3 for colour.
+        counted_size: side of the central window that the likelihood counts; None: the whole image.
+            MNIST padded from 28 to 32 counts 28.
+        bits: bits of a pixel value, 1 to 8; the discretised likelihood has ``2**bits`` bins.
+        likelihood: ``bernoulli`` | ``logistic_mixture`` | ``normal``.
+        num_mixtures: components of the logistic mixture.
+        num_scales: number of latent scales, S.
+        groups_per_scale: latent groups of the finest scale.
+        adaptive_groups: halve the number of groups at every coarser scale.
+        min_groups_per_scale: floor of that halving.
+        latent_channels: channels of each group's z, L.
+        encoder_channels: width of the bottom-up network at full resolution.
+        decoder_channels: width of the top-down network at full resolution.
+        preprocess_blocks: halvings of the resolution before scale 0; as many doublings after it.
+        preprocess_cells: cells of each block on the way in.
+        postprocess_cells: cells of each block on the way out.
+        encoder_cells_per_group: residual cells before each group's encoder map.
+        decoder_cells_per_group: residual cells before each group's prior.
+        cell_family: which residual cells stand where; a key of ``CELL_FAMILIES``.
+        squeeze_excitation: end every cell's branch in squeeze-and-excitation.
+        residual_distributions: the posterior is an offset to the prior (section 3.2 of the paper).
+        num_flows: pairs of autoregressive shifts after each posterior sample.
+
+    Raises:
+        ValueError: one line that says which combination is impossible and what is allowed.
+    """
+
+    image_size: int = 32
+    image_channels: int = 1
+    counted_size: int | None = None
+    bits: int = 8
+    likelihood: str = "bernoulli"
+    num_mixtures: int = 10
+    num_scales: int = 2
+    groups_per_scale: int = 10
+    adaptive_groups: bool = True
+    min_groups_per_scale: int = 1
+    latent_channels: int = 20
+    encoder_channels: int = 32
+    decoder_channels: int = 32
+    preprocess_blocks: int = 2
+    preprocess_cells: int = 3
+    postprocess_cells: int = 3
+    encoder_cells_per_group: int = 2
+    decoder_cells_per_group: int = 2
+    cell_family: str = "res_mbconv"
+    squeeze_excitation: bool = True
+    residual_distributions: bool = True
+    num_flows: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "image_size image_channels num_mixtures num_scales groups_per_scale "
+            "min_groups_per_scale latent_channels encoder_channels decoder_channels "
+            "preprocess_cells postprocess_cells encoder_cells_per_group decoder_cells_per_group"
+        )
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("preprocess_blocks", "num_flows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"model.bits is {self.bits}; allowed: 1 to 8")
+        _one_of("likelihood", self.likelihood, LIKELIHOODS)
+        _one_of("cell_family", self.cell_family, tuple(CELL_FAMILIES))
+        if self.likelihood == "logistic_mixture" and self.image_channels not in (1, 3):
+            raise ValueError(
+                f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "
+                f"{self.image_channels}; likelihood=normal takes any number"
+            )
+        halvings = self.preprocess_blocks + self.num_scales - 1
+        if self.image_size % 2**halvings:
+            raise ValueError(
+                f"model.image_size={self.image_size} cannot be halved {halvings} times "
+                f"(preprocess_blocks={self.preprocess_blocks}, num_scales={self.num_scales}); "
+                f"it must be a multiple of {2**halvings}"
+            )
+        if self.counted_size is not None:
+            border = self.image_size - self.counted_size
+            if self.counted_size < 1 or border < 0 or border % 2:
+                raise ValueError(
+                    f"model.counted_size={self.counted_size} is no central window of "
+                    f"image_size={self.image_size}; the difference must be even and not negative"
+                )
+        self._check_grouped_convolutions()
+
+    def _check_grouped_convolutions(self) -> None:
+        family = CELL_FAMILIES[self.cell_family]
+        for ops, name in (
+            (family.encoder + family.preprocess, "encoder_channels"),
+            (family.decoder + family.postprocess, "decoder_channels"),
+        ):
+            for op in ops:
+                groups = getattr(op, "groups", 0)
+                if groups and getattr(self, name) * op.expansion % groups:
+                    raise ValueError(
+                        f"model.cell_family={self.cell_family} splits {op.expansion} x {name} "
+                        f"channels into {groups} groups; {name}={getattr(self, name)} does not "
+                        f"divide, use a multiple of {groups}"
+                    )
+
+    @property
+    def counted_pixels(self) -> int:
+        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
+        side = self.image_size if self.counted_size is None else self.counted_size
+        return self.image_channels * side * side
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for a checkpoint or JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Inverse of :meth:`to_dict`; an unknown key is a ValueError that names it."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model setting(s): {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}")

@@ -1,0 +1,180 @@
+"""One latent group of the top-down network: prior, posterior, sample, merge.
+
+Posterior and prior are two heads on the same state, so training, sampling, encoding and decoding
+all run this one piece of code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nvae.distributions import Normal
+from nvae.models.cells import Cell
+from nvae.models.config import ModelConfig
+from nvae.models.families import CELL_FAMILIES
+from nvae.models.flows import Flow
+from nvae.models.layers import WeightNormConv2d
+from nvae.models.topology import Scale
+
+
+@dataclass(frozen=True)
+class GroupSample:
+    """What one group did.
+
+    Attributes:
+        z: the latent that the decoder used, ``(B, L, h, w)``.
+        prior: p(z_g | z_<g).
+        posterior: q(z_g | z_<g, x) before the flow; None where nothing was encoded.
+        posterior_sample: the draw before the flow; ``z`` itself without one.
+        has_flow: z is the posterior's draw moved by a flow.
+    """
+
+    z: Tensor
+    prior: Normal
+    posterior: Normal | None = None
+    posterior_sample: Tensor | None = None
+    has_flow: bool = False
+
+    @property
+    def log_p(self) -> Tensor:
+        """log p(z_g | z_<g) of every element, ``(B, L, h, w)``, in nats."""
+        return self.prior.log_prob(self.z)
+
+    @property
+    def log_q(self) -> Tensor:
+        """log q(z_g | z_<g, x) of every element, ``(B, L, h, w)``, in nats.
+
+        The flow preserves volume: the density is that of the draw before it.
+        """
+        assert self.posterior is not None
+        assert self.posterior_sample is not None
+        return self.posterior.log_prob(self.posterior_sample)
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(q || p) of every element, ``(B, L, h, w)``, in nats.
+
+        In closed form; with a flow the one-sample estimate log q - log p.
+        """
+        if self.has_flow:
+            return self.log_q - self.log_p
+        assert self.posterior is not None
+        return self.posterior.kl(self.prior)
+
+
+class NormalHead(nn.Module):
+    """Convolution from features to the raw parameters of a Normal."""
+
+    def __init__(self, in_channels: int, latent_channels: int, kernel_size: int, elu: bool) -> None:
+        super().__init__()
+        self.activation = nn.ELU() if elu else nn.Identity()
+        self.conv = WeightNormConv2d(in_channels, 2 * latent_channels, kernel_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, C, h, w)`` to mean and log-sigma, ``(B, L, h, w)`` each, unclamped."""
+        mean, log_sigma = self.conv(self.activation(x)).chunk(2, dim=1)
+        return mean, log_sigma
+
+
+class LatentGroup(nn.Module):
+    """Cells, prior, posterior, flow and merge of one group.
+
+    Args:
+        config: the model's configuration.
+        scale: the scale this group lives on.
+        first: the coarsest group: standard normal prior, no cells, posterior from the encoder's
+            top alone.
+        vanilla: the only group of the network; the state is made from z alone.
+    """
+
+    def __init__(
+        self, config: ModelConfig, scale: Scale, *, first: bool = False, vanilla: bool = False
+    ) -> None:
+        super().__init__()
+        latent, width = config.latent_channels, scale.decoder_width
+        self.residual = config.residual_distributions
+        self.cells = nn.Sequential()
+        self.prior: NormalHead | None = None
+        self.merge_encoder: WeightNormConv2d | None = None
+        if not first:
+            self.cells = nn.Sequential(
+                *(
+                    Cell(
+                        CELL_FAMILIES[config.cell_family].decoder, width, width,
+                        squeeze_excitation=config.squeeze_excitation,
+                    )
+                    for _ in range(config.decoder_cells_per_group)
+                )
+            )  # fmt: skip
+            self.prior = NormalHead(width, latent, 1, elu=True)
+            self.merge_encoder = WeightNormConv2d(width, scale.encoder_width, 1)
+        self.posterior = NormalHead(scale.encoder_width, latent, 3, elu=False)
+        self.flow = Flow(latent, config.num_flows) if config.num_flows else None
+        self.vanilla = vanilla
+        self.merge_latent = WeightNormConv2d(latent if vanilla else width + latent, width, 1)
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        encoder_map: Tensor | None = None,
+        noise: Tensor | None = None,
+        z: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, GroupSample]:
+        """Advance the top-down state by one group.
+
+        Args:
+            state: ``(B, C, h, w)``; the learned constant at the first group.
+            encoder_map: the bottom-up features remembered for this group; without them z comes
+                from the prior.
+            noise: standard normal draw, ``(B, L, h, w)``; needed unless ``z`` is given.
+            z: use this latent instead of drawing one.
+            temperature: factor on the prior's sigma when z comes from the prior.
+
+        Returns:
+            The new state ``(B, C, h, w)`` and what was drawn.
+        """
+        state = self.cells(state)
+        prior_parameters = self._prior_parameters(state)
+        prior = Normal.from_parameters(*prior_parameters, temperature=temperature)
+        if z is not None:
+            sample = GroupSample(z, prior)
+        elif encoder_map is not None:
+            assert noise is not None
+            sample = self._sample_posterior(state, encoder_map, noise, prior, prior_parameters)
+        else:
+            assert noise is not None
+            sample = GroupSample(prior.sample(noise), prior)
+        z = sample.z.to(state.dtype)
+        merged = self.merge_latent(z if self.vanilla else torch.cat([state, z], dim=1))
+        return merged, sample
+
+    def _prior_parameters(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prior is not None:
+            return self.prior(state)
+        latent = self.posterior.conv.weight.shape[0] // 2
+        zero = state.new_zeros(()).expand(state.shape[0], latent, *state.shape[2:])
+        return zero, zero
+
+    def _sample_posterior(
+        self,
+        state: Tensor,
+        encoder_map: Tensor,
+        noise: Tensor,
+        prior: Normal,
+        prior_parameters: tuple[Tensor, Tensor],
+    ) -> GroupSample:
+        if self.merge_encoder is not None:
+            encoder_map = encoder_map + self.merge_encoder(state)
+        mean, log_sigma = self.posterior(encoder_map)
+        if self.residual and self.prior is not None:
+            # q = Normal(mu_p + d_mu, log sigma_p + d_log_sigma), section 3.2
+            mean, log_sigma = mean + prior_parameters[0], log_sigma + prior_parameters[1]
+        posterior = Normal.from_parameters(mean, log_sigma)
+        drawn = posterior.sample(noise)
+        if self.flow is None:
+            return GroupSample(drawn, prior, posterior, drawn)
+        z = self.flow(drawn).to(drawn.dtype)
+        return GroupSample(z, prior, posterior, drawn, has_flow=True)

@@ -1,0 +1,245 @@
+"""The bricks of a residual cell: normalised convolutions, batch normalisation, attention.
+
+A convolution here knows the matrices that spectral regularisation looks at
+(:meth:`SpectralConv.spectral_matrices`), so that the regulariser needs no list of special cases.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.05
+NORM_EPS = 1e-5
+NORM_INIT_EPS = 1e-2
+
+
+@dataclass(frozen=True)
+class SpectralMatrix:
+    """One matrix whose largest singular value is penalised.
+
+    The matrix is ``diag(scale) @ weight`` with ``weight`` masked already.
+
+    Attributes:
+        weight: ``(out, in / groups * kh * kw)``, a differentiable view of the parameter.
+        log_gain: ``(out,)``, g of the weight normalisation, or None for a plain convolution.
+    """
+
+    weight: Tensor
+    log_gain: Tensor | None
+
+
+class SpectralConv(nn.Module):
+    """Base of every convolution that spectral regularisation counts."""
+
+    weight: nn.Parameter
+
+    def spectral_matrices(self) -> list[SpectralMatrix]:
+        """The matrices, one for each convolution of the published model."""
+        return [SpectralMatrix(self.weight.flatten(1), None)]
+
+
+class PlainConv2d(nn.Conv2d, SpectralConv):
+    """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
+        groups: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, 1, groups, bias=False
+        )
+
+
+class WeightNormConv2d(SpectralConv):
+    """Convolution with w_hat = exp(g) * w / (||w|| + 1e-5), the norm per output channel.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: odd; padding keeps the size.
+        stride: 1 unless the convolution halves the resolution.
+        dilation: spacing of the taps.
+        groups: as in :class:`torch.nn.Conv2d`.
+        bias: add a bias per output channel.
+        mask: 0/1 tensor of the weight's shape, multiplied in before the norm is taken.
+        log_gain_shift: added to the initial g, log(||w|| + 1e-2).
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        mask: Tensor | None = None,
+        log_gain_shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding = dilation * (kernel_size // 2)
+        # torch's own initialisation of weight and bias, which the published model keeps
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=bias)
+        self.weight = conv.weight
+        self.bias = conv.bias
+        self.register_buffer("mask", mask, persistent=False)
+        with torch.no_grad():
+            norm = self._masked_weight().flatten(1).norm(dim=1)
+            self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log() + log_gain_shift)
+
+    def _masked_weight(self) -> Tensor:
+        return self.weight if self.mask is None else self.weight * self.mask
+
+    def normalized_weight(self) -> Tensor:
+        """w_hat, of the weight's shape."""
+        weight = self._masked_weight()
+        return weight * weight_scale(weight.flatten(1), self.log_gain).view(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
+        return F.conv2d(
+            x, self.normalized_weight(), self.bias, self.stride, self.padding, self.dilation,
+            self.groups,
+        )  # fmt: skip
+
+    def spectral_matrices(self) -> list[SpectralMatrix]:
+        """The masked weight with its gain."""
+        return [SpectralMatrix(self._masked_weight().flatten(1), self.log_gain)]
+
+
+def weight_scale(weight: Tensor, log_gain: Tensor) -> Tensor:
+    """exp(g) / (||w|| + 1e-5) of each row; ``(..., out, in)`` and ``(..., out)`` to the latter."""
+    return log_gain.exp() / (torch.linalg.vector_norm(weight, dim=-1) + NORM_EPS)
+
+
+class DataInitConv2d(WeightNormConv2d):
+    """Weight-normalised convolution whose first batch sets gain and bias.
+
+    Without batch normalisation in front, the output would start at an arbitrary scale: at the
+    first training batch its mean is removed and its standard deviation set to 1/5, per channel
+    (Salimans & Kingma 2016, section 3). All ranks use the same, averaged statistics.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kw: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **kw)
+        self.register_buffer("initialized", torch.tensor(False))
+        self._checked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the parent; the first call in training mode initialises."""
+        # the flag is read from the device once, not at every step
+        if self.training and not self._checked:
+            if not self.initialized:
+                self._initialize(x)
+            self._checked = True
+        return super().forward(x)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor) -> None:
+        assert self.bias is not None
+        self.log_gain.zero_()
+        self.bias.zero_()
+        y = super().forward(x)
+        mean, std = y.mean((0, 2, 3)), y.std((0, 2, 3))
+        if dist.is_available() and dist.is_initialized():
+            for statistic in (mean, std):
+                dist.all_reduce(statistic, dist.ReduceOp.AVG if y.is_cuda else dist.ReduceOp.SUM)
+                if not y.is_cuda:  # gloo has no average
+                    statistic /= dist.get_world_size()
+        spread = 5 * std + NORM_EPS
+        self.log_gain.copy_(-spread.log())
+        self.bias.copy_(-mean / spread)
+        self.initialized.fill_(True)
+
+
+class FactorizedSkip(SpectralConv):
+    """The stride-2 skip: Swish, then four 1x1 convolutions, each on another pixel of a 2x2 block.
+
+    The four are one 2x2 convolution of stride 2 whose output channels see a single tap each: a
+    quarter of them the pixel (0,0), then (1,1), (0,1), (1,0), the last taking the remainder. The
+    norm is per output channel, so one weight and one gain hold all four.
+
+    (A 1x1 convolution of stride 2 is also what crashes torch's CPU backward in channels_last.)
+    """
+
+    taps: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.weight, self.bias = conv.weight, conv.bias
+        with torch.no_grad():
+            norm = self.weight.flatten(1).norm(dim=1)
+            self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log())
+        quarter = out_channels // 4
+        self.splits = [quarter, quarter, quarter, out_channels - 3 * quarter]
+        taps = torch.zeros(out_channels, 1, 2, 2)
+        for rows, (i, j) in zip(
+            torch.arange(out_channels).split(self.splits),
+            ((0, 0), (1, 1), (0, 1), (1, 0)),
+            strict=True,
+        ):
+            taps[rows, 0, i, j] = 1.0
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H / 2, W / 2)``."""
+        scale = weight_scale(self.weight.flatten(1), self.log_gain).view(-1, 1, 1, 1)
+        return F.conv2d(F.silu(x), (self.weight * scale) * self.taps, self.bias, stride=2)
+
+    def spectral_matrices(self) -> list[SpectralMatrix]:
+        """Four matrices, as in the published model."""
+        return [
+            SpectralMatrix(weight, gain)
+            for weight, gain in zip(
+                self.weight.flatten(1).split(self.splits),
+                self.log_gain.split(self.splits),
+                strict=True,
+            )
+        ]
+
+
+class UpsampleSkip(nn.Module):
+    """The skip of an upsampling cell: bilinear x2 (corners aligned), 1x1 convolution, no bias.
+
+    The convolution is pointwise and bilinear interpolation acts on each channel alone, so the two
+    commute: projecting first costs a quarter.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, 2H, 2W)``."""
+        return F.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class SqueezeExcitation(nn.Module):
+    """Channel attention: mean over space, two linear layers, sigmoid (Hu et al. 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Factors in (0, 1), ``(B, C, 1, 1)``."""
+        hidden = F.relu(self.reduce(x.mean((2, 3))))
+        return torch.sigmoid(self.expand(hidden))[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every channel of ``x`` ``(B, C, H, W)``."""
+        return x * self.gate(x)
