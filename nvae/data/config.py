@@ -1,0 +1,177 @@
+"""The typed description of a data set: what `configs/data/*.yaml` holds."""
+
+from dataclasses import dataclass
+
+IN_MEMORY_FORMATS = ("digits", "random")
+"""Made in memory at start: nothing on disk, nothing to prepare."""
+
+SOURCE_FORMATS = (
+    "idx",
+    "stacked_idx",
+    "cifar",
+    "omniglot",
+    "celeba",
+    "npz",
+    "folder",
+    "tfrecord",
+    "lmdb",
+    "lsun",
+)
+"""Kinds of source files that `nvae.data.prepare` turns into the local form."""
+
+LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
+BINARIZE = ("none", "dynamic", "static")
+CROPS = ("none", "center", "random")
+RESIZES = ("nearest", "box", "bilinear", "bicubic", "lanczos")
+ON_DEVICE = ("auto", "always", "never")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"data.{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+
+
+@dataclass
+class DataConfig:
+    """Everything the pipeline must know; nothing is derived from the name of a data set.
+
+    The model reads `image_size`, `channels`, `bits`, `likelihood` and `counted_size` from here
+    by interpolation.
+
+    Attributes:
+        name: label in logs and manifests.
+        format: kind of the source files (`SOURCE_FORMATS`), or made in memory
+            (`IN_MEMORY_FORMATS`).
+        root: folder of the prepared form (`manifest.json` and its arrays).
+        source: folder or file that holds the source files; null means `root/source`.
+        image_size: side of the model's input, padding included.
+        channels: 1 (grey) or 3 (colour).
+        bits: grey levels of the input are 2^bits (spec, section 1); 1 where binarised.
+        likelihood: the default pixel distribution.
+        counted_size: the likelihood counts the central window of this side; null counts all.
+        binarize: `dynamic` draws a fresh Bernoulli each time a training image is read (evaluation
+            is drawn once, from `eval_seed`); `static` draws once for training too.
+        pad: zeros added on each side, so the prepared images have side image_size - 2 * pad.
+        flip: horizontal flip with probability 1/2, in training only.
+        crop: after `crop_box`, how a picture that is not square becomes square: `center`,
+            `random` (in training, along the longer side; evaluation takes the centre), or `none`
+            (the picture is squeezed).
+        crop_box: (left, top, right, bottom) in pixels of the source image; null takes all.
+        resize: filter used when source and prepared sizes differ.
+        batch_size: training images a step on each device.
+        eval_batch_size: images a step in validation and test, on each device.
+        num_workers: threads that read ahead; 0 reads in the calling thread.
+        on_device: keep the whole set on the device: `always`, `never`, or `auto` (when it takes
+            at most `on_device_limit` MiB).
+        on_device_limit: see `on_device`, in MiB.
+        download: fetch missing source files where a public address exists.
+        train_size, valid_size, test_size: images in each split. A source that lacks a split gets
+            it drawn from its training part. 0 in `valid_size` means that validation reads the test
+            images, and the other way round; null takes what the source has.
+        split_seed: seed of the drawn splits.
+        seed: seed of order and augmentation.
+        eval_seed: seed of the fixed binarisation, apart from `seed` so that a test NLL is one
+            number for all training seeds.
+        licence: what the set's owner allows, in a line.
+        citation: whom to cite.
+    """
+
+    name: str
+    format: str
+    image_size: int
+    channels: int
+    bits: int
+    likelihood: str
+    root: str = "data"
+    source: str | None = None
+    counted_size: int | None = None
+    binarize: str = "none"
+    pad: int = 0
+    flip: bool = False
+    crop: str = "center"
+    crop_box: list[int] | None = None
+    resize: str = "bilinear"
+    batch_size: int = 32
+    eval_batch_size: int = 100
+    num_workers: int = 2
+    on_device: str = "auto"
+    on_device_limit: int = 1024
+    download: bool = True
+    train_size: int | None = None
+    valid_size: int | None = None
+    test_size: int | None = None
+    split_seed: int = 0
+    seed: int = 0
+    eval_seed: int = 0
+    licence: str = ""
+    citation: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, IN_MEMORY_FORMATS + SOURCE_FORMATS)
+        _one_of("likelihood", self.likelihood, LIKELIHOODS)
+        _one_of("binarize", self.binarize, BINARIZE)
+        _one_of("crop", self.crop, CROPS)
+        _one_of("resize", self.resize, RESIZES)
+        _one_of("on_device", self.on_device, ON_DEVICE)
+        for name, least in (
+            ("image_size", 1),
+            ("counted_size", 1),
+            ("pad", 0),
+            ("batch_size", 1),
+            ("eval_batch_size", 1),
+            ("num_workers", 0),
+            ("on_device_limit", 0),
+            ("train_size", 1),
+            ("valid_size", 0),
+            ("test_size", 0),
+        ):
+            _at_least(name, getattr(self, name), least)
+        self._check_pixels()
+        self._check_geometry()
+
+    def _check_pixels(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels is {self.channels}; allowed: 1 (grey), 3 (colour)")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"data.bits is {self.bits}; allowed: 1 to 8")
+        if self.binarize != "none" and self.bits != 1:
+            raise ValueError(
+                f"data.bits is {self.bits} but data.binarize={self.binarize} makes pixels of one "
+                "bit; set data.bits=1 or data.binarize=none"
+            )
+
+    def _check_geometry(self) -> None:
+        if self.stored_size < 1:
+            raise ValueError(
+                f"data.pad is {self.pad}; it must be less than half of data.image_size="
+                f"{self.image_size}"
+            )
+        if self.counted_size is not None and (
+            self.counted_size > self.image_size or (self.image_size - self.counted_size) % 2
+        ):
+            raise ValueError(
+                f"data.counted_size is {self.counted_size}; it must be at most data.image_size="
+                f"{self.image_size} and leave an equal border on both sides"
+            )
+        if self.crop_box is not None:
+            if len(self.crop_box) != 4:
+                raise ValueError(
+                    f"data.crop_box has {len(self.crop_box)} numbers; it takes four: left, top, "
+                    "right, bottom"
+                )
+            left, top, right, bottom = self.crop_box
+            if not (0 <= left < right and 0 <= top < bottom):
+                raise ValueError(
+                    f"data.crop_box is {list(self.crop_box)}; it takes left < right and "
+                    "top < bottom, none negative"
+                )
+
+    @property
+    def stored_size(self) -> int:
+        """Side of the prepared images: the model's input without its zero border."""
+        return self.image_size - 2 * self.pad

@@ -1,0 +1,180 @@
+"""Loaders: uint8 batches read ahead by threads, in a fixed order, with exact resume.
+
+Threads and not processes: a batch is one `index_select` from a memory-mapped array, which holds no
+interpreter lock, so threads read in parallel without copying every batch between processes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvae.data.sampler import EvalSampler, TrainSampler
+from nvae.data.tables import ImageTable
+
+_BATCHES_AHEAD_PER_WORKER = 2
+
+
+class RawBatch(NamedTuple):
+    """What leaves a loader, before the device.
+
+    Attributes:
+        images: (B, H, W, C) uint8; None where the whole split lies on the device.
+        indices: (B,) int64, positions in the split.
+        split: `train`, `valid` or `test`: which table the indices are of.
+        epoch: training epoch, None for evaluation.
+    """
+
+    images: Tensor | None
+    indices: Tensor
+    split: str
+    epoch: int | None
+
+
+def _read_ahead(
+    read: Callable[[Tensor], RawBatch], batches: Iterator[Tensor], workers: int
+) -> Iterator[RawBatch]:
+    """`map(read, batches)` by threads, results in order, a bounded number ahead."""
+    if workers == 0:
+        yield from map(read, batches)
+        return
+    pending: deque[Future[RawBatch]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="nvae-data")
+    try:
+        for index in batches:
+            pending.append(pool.submit(read, index))
+            if len(pending) > workers * _BATCHES_AHEAD_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Loader:
+    """Reads batches of one split.
+
+    Args:
+        table: the split.
+        split: its name.
+        seed: seed of random crops.
+        num_workers: threads that read ahead; 0 reads in the calling thread.
+        index_only: leave the images out, because the device holds them.
+        pin_memory: put batches in page-locked memory, for CUDA.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        split: str,
+        *,
+        seed: int,
+        num_workers: int,
+        index_only: bool,
+        pin_memory: bool,
+    ) -> None:
+        self._table = table
+        self._split = split
+        self._seed = seed
+        self._workers = 0 if index_only else num_workers
+        self._index_only = index_only
+        self._pin_memory = pin_memory
+
+    def _read(self, index: Tensor, epoch: int | None) -> RawBatch:
+        if self._index_only:
+            return RawBatch(None, index, self._split, epoch)
+        images = self._table.gather(index, epoch=epoch, seed=self._seed)
+        if self._pin_memory:
+            images, index = images.pin_memory(), index.pin_memory()
+        return RawBatch(images, index, self._split, epoch)
+
+    def _iterate(self, batches: Iterator[Tensor], epoch: int | None) -> Iterator[RawBatch]:
+        return _read_ahead(lambda index: self._read(index, epoch), batches, self._workers)
+
+
+class EvalLoader(_Loader):
+    """Batches of an `EvalSampler`; the same at every iteration."""
+
+    def __init__(self, sampler: EvalSampler, table: ImageTable, split: str, **options: Any) -> None:
+        super().__init__(table, split, **options)
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        return self._iterate(self._sampler.batches(), None)
+
+
+class TrainLoader(_Loader):
+    """Batches of a `TrainSampler`, one epoch an iteration, from wherever the last state was.
+
+    The state counts batches handed out, not batches read ahead. It is the same on every rank, so
+    a checkpoint of rank 0 resumes them all, also with another number of ranks.
+
+    Trainers that count epochs (Lightning) call `sampler.set_epoch`; a plain loop needs not, since a
+    finished iteration moves on to the next epoch by itself.
+    """
+
+    def __init__(
+        self, sampler: TrainSampler, table: ImageTable, split: str, **options: Any
+    ) -> None:
+        super().__init__(table, split, **options)
+        self._sampler = sampler
+        self._epoch = 0
+        self._position = 0
+
+    @property
+    def sampler(self) -> "TrainLoader":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`; within the epoch at hand, stay where we are."""
+        if epoch != self._epoch:
+            self._epoch, self._position = epoch, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, also when resumed within one."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        # A generator: epoch and position are read at the first batch, because Lightning asks for
+        # the iterator before it tells the epoch.
+        sampler, epoch = self._sampler, self._epoch
+        for batch in self._iterate(sampler.batches(epoch, self._position), epoch):
+            self._position += sampler.global_batch_size
+            yield batch
+        self.set_epoch(epoch + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is, and in what: epoch, images read in it by all ranks, size and seed."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "size": self._sampler.size,
+            "seed": self._sampler.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: The state belongs to another data set or another seed.
+        """
+        for key, have in (("size", self._sampler.size), ("seed", self._sampler.seed)):
+            if state_dict[key] != have:
+                raise ValueError(
+                    f"the checkpoint was made with {key} {state_dict[key]} of the training data, "
+                    f"but here it is {have}: the order could not be continued"
+                )
+        self._epoch = state_dict["epoch"]
+        self._position = state_dict["position"]
+
+
+def pin_memory_for(device: torch.device) -> bool:
+    """Whether page-locked memory speeds up the transfer to `device`."""
+    return device.type == "cuda"

@@ -1,0 +1,40 @@
+"""Small configurations for the tests of nvae.data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nvae.data.config import DataConfig
+
+
+@pytest.fixture
+def make_config() -> Callable[..., DataConfig]:
+    """A valid config of tiny random images; keyword arguments override."""
+
+    def make(**overrides: Any) -> DataConfig:
+        values: dict[str, Any] = {
+            "name": "tiny",
+            "format": "random",
+            "image_size": 8,
+            "channels": 3,
+            "bits": 8,
+            "likelihood": "logistic_mixture",
+            "train_size": 50,
+            "valid_size": 7,
+            "test_size": 5,
+            "batch_size": 8,
+            "eval_batch_size": 4,
+        }
+        return DataConfig(**(values | overrides))
+
+    return make
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU, for tests marked `gpu`; they are skipped without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")

@@ -1,0 +1,38 @@
+"""A wrong data config stops at once with one line that says what is allowed."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"format": "jpg"}, "data.format is 'jpg'; allowed: digits"),
+        ({"likelihood": "gauss"}, "allowed: bernoulli"),
+        ({"binarize": "yes"}, "allowed: none, dynamic, static"),
+        ({"crop": "middle"}, "allowed: none, center, random"),
+        ({"resize": "area"}, "allowed: nearest"),
+        ({"on_device": "gpu"}, "allowed: auto, always, never"),
+        ({"channels": 2}, "allowed: 1 (grey), 3 (colour)"),
+        ({"bits": 0}, "allowed: 1 to 8"),
+        ({"bits": 9}, "allowed: 1 to 8"),
+        ({"bits": 8, "binarize": "dynamic"}, "data.bits=1 or data.binarize=none"),
+        ({"pad": 4}, "less than half of data.image_size=8"),
+        ({"pad": -1}, "at least 0"),
+        ({"counted_size": 10}, "at most data.image_size=8"),
+        ({"counted_size": 5}, "equal border"),
+        ({"crop_box": [0, 0, 5]}, "takes four"),
+        ({"crop_box": [5, 0, 5, 9]}, "left < right"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"num_workers": -1}, "at least 0"),
+        ({"train_size": 0}, "at least 1"),
+    ],
+)
+def test_wrong_values_are_one_clear_line(make_config, overrides, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        make_config(**overrides)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_stored_size_is_without_the_border(make_config):
+    assert make_config(image_size=32, pad=2).stored_size == 28

@@ -1,0 +1,142 @@
+"""Loaders: the same batches whatever the threads, and exact resume."""
+
+import itertools
+
+import pytest
+import torch
+
+from nvae.data.loader import EvalLoader, TrainLoader
+from nvae.data.sampler import EvalSampler, Shard, TrainSampler
+from nvae.data.tables import DenseTable
+
+N = 50
+
+
+class SlowTable(DenseTable):
+    """Finishes batches out of order, and may fail."""
+
+    fail_at = -1
+
+    def gather(self, index, *, epoch, seed):
+        if self.fail_at in index.tolist():
+            raise OSError("disk gone")
+        torch.randn(int(index[0]) * 2000 + 1).sum()
+        return super().gather(index, epoch=epoch, seed=seed)
+
+
+def table(cls=DenseTable):
+    numbers = torch.arange(N, dtype=torch.uint8).view(N, 1, 1, 1)
+    return cls(numbers.expand(N, 2, 2, 1).contiguous())
+
+
+def train_loader(workers=0, *, cls=DenseTable, index_only=False, seed=0, shard=None):
+    sampler = TrainSampler(N, 8, seed, shard or Shard())
+    return TrainLoader(
+        sampler,
+        table(cls),
+        "train",
+        seed=seed,
+        num_workers=workers,
+        index_only=index_only,
+        pin_memory=False,
+    )
+
+
+def indices(batches):
+    return [batch.indices.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_threads_change_nothing(workers):
+    one, many = train_loader(0), train_loader(workers, cls=SlowTable)
+    for _ in range(2):
+        for a, b in zip(one, many, strict=True):
+            assert torch.equal(a.indices, b.indices)
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(b.images[:, 0, 0, 0], b.indices.to(torch.uint8))
+            assert a.epoch == b.epoch
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    loader = train_loader(2, cls=SlowTable)
+    loader._table.__dict__["fail_at"] = 17
+    with pytest.raises(OSError, match="disk gone"):
+        list(loader)
+
+
+def test_an_abandoned_iteration_leaves_no_threads():
+    import threading
+
+    before = threading.active_count()
+    iterator = iter(train_loader(3))
+    next(iterator)
+    iterator.close()
+    assert threading.active_count() == before
+
+
+def test_epochs_follow_each_other_and_differ():
+    loader = train_loader()
+    first, second = list(loader), list(loader)
+    assert [batch.epoch for batch in first] == [0] * 6
+    assert [batch.epoch for batch in second] == [1] * 6
+    assert indices(first) != indices(second)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("read", [0, 1, 4, 6])
+def test_resume_in_the_middle_is_exact_despite_reading_ahead(workers, read):
+    loader = train_loader(workers)
+    list(loader)
+    iterator = iter(loader)
+    for _ in range(read):
+        next(iterator)
+    state = loader.state_dict()
+    rest = indices(iterator)
+    fresh = train_loader(workers)
+    fresh.load_state_dict(state)
+    assert len(fresh) == 6
+    assert indices(fresh) == rest
+    assert indices(fresh) == indices(loader)
+
+
+def test_set_epoch_keeps_the_place_in_its_own_epoch_only():
+    """Lightning names the epoch after it has restored the state, also when resuming within it."""
+    loader = train_loader()
+    whole = indices(loader)
+    resumed = train_loader()
+    resumed.load_state_dict({"epoch": 0, "position": 16, "size": N, "seed": 0})
+    iterator = iter(resumed)
+    resumed.sampler.set_epoch(0)
+    assert indices(iterator) == whole[2:]
+    resumed.load_state_dict({"epoch": 0, "position": 48, "size": N, "seed": 0})
+    resumed.sampler.set_epoch(1)
+    assert indices(resumed) == indices(loader)
+
+
+@pytest.mark.parametrize("key", ["size", "seed"])
+def test_a_state_of_other_data_is_refused(key):
+    loader = train_loader()
+    with pytest.raises(ValueError, match=f"made with {key} 3 of the training data"):
+        loader.load_state_dict(loader.state_dict() | {key: 3})
+
+
+def test_index_only_carries_no_pixels():
+    batch = next(iter(train_loader(2, index_only=True)))
+    assert batch.images is None
+    assert len(batch.indices) == 8
+
+
+def test_evaluation_is_the_same_every_time():
+    loader = EvalLoader(
+        EvalSampler(N, 8),
+        table(),
+        "test",
+        seed=0,
+        num_workers=2,
+        index_only=False,
+        pin_memory=False,
+    )
+    assert len(loader) == 7
+    assert indices(loader) == indices(loader)
+    assert list(itertools.chain(*indices(loader))) == list(range(N))
+    assert {batch.epoch for batch in loader} == {None}

@@ -1,0 +1,58 @@
+"""The two data sets that need no files."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from nvae.data.memory import open_in_memory
+
+
+def digits(make_config, **overrides):
+    defaults = {
+        "format": "digits",
+        "channels": 1,
+        "bits": 4,
+        "train_size": 1397,
+        "valid_size": 100,
+        "test_size": 300,
+    }
+    return open_in_memory(make_config(**(defaults | overrides)))
+
+
+def test_digits_are_the_1797_real_images_each_once(make_config):
+    tables = digits(make_config)
+    images = torch.cat([table.images for table in tables.values()])
+    wanted = (torch.from_numpy(load_digits().images) * 16).clamp(max=255).to(torch.uint8)
+    assert images.shape == (1797, 8, 8, 1)
+    assert sorted(images.flatten(1).tolist()) == sorted(wanted.flatten(1).tolist())
+
+
+def test_four_bits_merge_only_the_two_brightest_of_17_levels(make_config):
+    values = digits(make_config)["train"].images.unique()
+    assert len(values) == 17
+    assert (values >> 4).tolist() == [*range(16), 15]
+
+
+def test_digits_can_be_enlarged(make_config):
+    assert digits(make_config, image_size=16)["train"].shape == (16, 16, 1)
+
+
+def test_digits_have_no_colour(make_config):
+    with pytest.raises(ValueError, match="channels=1"):
+        digits(make_config, channels=3)
+
+
+def test_random_images_are_seeded_and_fill_the_range(make_config):
+    tables = open_in_memory(make_config())
+    assert {split: len(table) for split, table in tables.items()} == {
+        "train": 50,
+        "valid": 7,
+        "test": 5,
+    }
+    assert torch.equal(tables["train"].images, open_in_memory(make_config())["train"].images)
+    assert tables["train"].images.unique().numel() == 256
+
+
+def test_random_images_need_their_number(make_config):
+    with pytest.raises(ValueError, match="train_size"):
+        open_in_memory(make_config(train_size=None))
