@@ -18,6 +18,21 @@ LOG_SCALE_FLOOR = -7.0
 TINY_MASS = 1e-5
 
 
+class PixelRandomness(Protocol):
+    """Random numbers from elsewhere than a generator: one stream an image, say."""
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in (0, 1], of ``like``'s shape, type and device."""
+        ...
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, of ``like``'s shape, type and device."""
+        ...
+
+
+Randomness = torch.Generator | PixelRandomness | None
+
+
 class PixelDistribution(Protocol):
     """A distribution over images ``(B, C, H, W)`` in [0, 1]."""
 
@@ -30,7 +45,7 @@ class PixelDistribution(Protocol):
         """log p(x | z) over the counted pixels, ``(B,)``, in nats."""
         ...
 
-    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """One image per row; temperature (>= 0) narrows the pixel noise, 0 takes the mode."""
         ...
 
@@ -70,10 +85,19 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"pixel temperature is {temperature}; it must be 0 or more")
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _uniform(like: Tensor, generator: Randomness) -> Tensor:
     """Uniform in the open interval (0, 1): float32 can draw exact zeros."""
-    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    if generator is None or isinstance(generator, torch.Generator):
+        u = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    else:
+        u = generator.uniform(like)
     return u.clamp(1e-7, 1 - 1e-7)
+
+
+def _normal(like: Tensor, generator: Randomness) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return generator.normal(like)
 
 
 class Bernoulli:
@@ -94,7 +118,7 @@ class Bernoulli:
         loss = F.binary_cross_entropy_with_logits(self.logits, x, reduction="none")
         return -sum_counted(loss, self.counted_size)
 
-    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw 0/1 pixels; temperature divides the log-odds."""
         _check_temperature(temperature)
         u = _uniform(self.logits, generator)
@@ -122,11 +146,11 @@ class NormalPixels:
         """``(B,)`` nats of density."""
         return sum_counted(self.normal.log_prob(2 * x - 1), self.counted_size)
 
-    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw; temperature multiplies sigma."""
         _check_temperature(temperature)
         mean = self.normal.mean
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = _normal(mean, generator)
         return self._to_image(mean + temperature * self.normal.sigma * noise)
 
     @staticmethod
@@ -194,7 +218,7 @@ class LogisticMixture:
         log_prob = log_prob.sum(1) + F.log_softmax(self.mixture_logits, dim=1)
         return sum_counted(torch.logsumexp(log_prob, dim=1, keepdim=True), self.counted_size)
 
-    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw a component, then each channel in turn.
 
         Temperature divides the mixture logits and multiplies the scales; at 0 the likeliest

@@ -134,7 +134,7 @@ class NVAE(nn.Module):
         Raises:
             ValueError: if ``x`` or ``noise`` has the wrong shape.
         """
-        self._check_images(x)
+        self.check_images(x)
         noise = self._noise(x.shape[0], noise)
         state, groups = self.top_down(noise, encoder_maps=self.encoder(x))
         return NVAEOutput(self.decode_state(state), groups)
@@ -258,7 +258,8 @@ class NVAE(nn.Module):
             raise ValueError(f"temperature is {min(temperatures)}; it must be 0 or more")
         return temperatures
 
-    def _check_images(self, x: Tensor) -> None:
+    def check_images(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W."""
         side, channels = self.config.image_size, self.config.image_channels
         if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
             raise ValueError(

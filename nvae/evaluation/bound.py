@@ -1,0 +1,182 @@
+"""The bounds themselves: ELBO and importance-weighted log-likelihood of a batch of images.
+
+log p(x) >= E log (1/K) sum_k p(x | z_k) p(z_k) / q(z_k | x)  (Burda et al. 2016, equation 8),
+with K = 1 the ELBO. The bottom-up pass does not depend on the draw and is done once an image;
+draws go through the top-down pass in chunks, so memory does not grow with K.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nvae.evaluation.records import ImageRecords
+from nvae.models.nvae import NVAE, NVAEOutput
+from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
+
+Progress = Callable[[int], None]
+"""Called with the number of rows just done; a row is one draw of one image."""
+
+
+@dataclass(frozen=True)
+class BoundSettings:
+    """How many draws, and from which seed.
+
+    Attributes:
+        importance_samples: values of K; they share their draws, the first K of them.
+        elbo_samples: draws that the ELBO and its parts are averaged over.
+        seed: of the posterior's noise.
+        chunk: rows (images times draws) in one top-down pass; bounds the memory.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    importance_samples: tuple[int, ...] = ()
+    elbo_samples: int = 1
+    seed: int = 0
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("elbo_samples", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if any(k < 1 for k in self.importance_samples):
+            raise ValueError(
+                f"importance_samples holds {min(self.importance_samples)}; every K must be "
+                "at least 1"
+            )
+        object.__setattr__(self, "importance_samples", tuple(sorted(set(self.importance_samples))))
+
+    @property
+    def draws(self) -> int:
+        """Draws of every image."""
+        return max((self.elbo_samples, *self.importance_samples))
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images worked on together: few where there are many draws, so that little is lost."""
+        return max(1, self.chunk // self.draws)
+
+    def draw_ranges(self, images: int) -> Iterator[range]:
+        """Draws in chunks that end wherever a bound is read off."""
+        stops = {self.elbo_samples, *self.importance_samples}
+        start = 0
+        while start < self.draws:
+            stop = min(start + max(1, self.chunk // images), *(s for s in stops if s > start))
+            yield range(start, stop)
+            start = stop
+
+
+class LogWeights:
+    """Running log of the sums of w and w^2 over draws, for every image, in float64."""
+
+    def __init__(self, images: int) -> None:
+        self._log_sum = torch.full((images,), -torch.inf, dtype=torch.float64)
+        self._log_sum_squares = self._log_sum.clone()
+        self._draws = 0
+
+    def add(self, log_weight: Tensor) -> None:
+        """Take ``(B, k)`` log weights in."""
+        log_weight = log_weight.to("cpu", torch.float64)
+        self._log_sum = torch.logaddexp(self._log_sum, log_weight.logsumexp(1))
+        self._log_sum_squares = torch.logaddexp(
+            self._log_sum_squares, (2 * log_weight).logsumexp(1)
+        )
+        self._draws += log_weight.shape[1]
+
+    @property
+    def log_mean(self) -> Tensor:
+        """log (1/K) sum w, ``(B,)``."""
+        return self._log_sum - torch.tensor(float(self._draws), dtype=torch.float64).log()
+
+    @property
+    def effective_samples(self) -> Tensor:
+        """(sum w)^2 / sum w^2, ``(B,)``, between 1 and K."""
+        return (2 * self._log_sum - self._log_sum_squares).exp()
+
+
+@torch.inference_mode()
+def bound_images(
+    model: NVAE,
+    x: Tensor,
+    index: Tensor,
+    settings: BoundSettings,
+    progress: Progress | None = None,
+) -> ImageRecords:
+    """Bounds of a few images; :attr:`BoundSettings.images_per_pass` at a time is best.
+
+    Args:
+        model: in eval mode.
+        x: ``(B, C, H, W)``, on the model's device.
+        index: ``(B,)`` int64; the noise depends on it.
+        settings: draws and seed.
+        progress: told after every chunk.
+
+    Raises:
+        FloatingPointError: a number is not finite; the message names the image.
+    """
+    images = len(x)
+    encoder_maps = model.encoder(x)
+    keys = keys_of(index.to(x.device), seed=settings.seed, stream=STREAM_POSTERIOR)
+    weights = LogWeights(images)
+    reconstruction = torch.zeros(images, dtype=torch.float64)
+    kl = torch.zeros(images, len(model.latent_shapes), model.config.latent_channels).double()
+    evidence, effective = [], []
+    for draws in settings.draw_ranges(images):
+        output, log_likelihood = _decode_draws(model, x, encoder_maps, keys, draws)
+        rows = (images, len(draws))
+        if draws.start < settings.elbo_samples:
+            reconstruction -= log_likelihood.view(rows).double().sum(1).cpu()
+            channels = torch.stack(output.kl_per_channel, dim=1).double()
+            kl += channels.unflatten(0, rows).sum(1).cpu()
+        if draws.start < max(settings.importance_samples, default=0):
+            log_weight = log_likelihood.double() + output.log_p.double() - output.log_q.double()
+            weights.add(log_weight.view(rows))
+        if draws.stop in settings.importance_samples:
+            evidence.append(weights.log_mean)
+            effective.append(weights.effective_samples)
+        if progress is not None:
+            progress(images * len(draws))
+    records = ImageRecords(
+        index=index.cpu().numpy().astype(np.int64),
+        reconstruction=(reconstruction / settings.elbo_samples).numpy(),
+        kl_per_channel=(kl / settings.elbo_samples).numpy(),
+        log_evidence=_columns(evidence, images),
+        effective_samples=_columns(effective, images),
+    )
+    _check_finite(records)
+    return records
+
+
+def _decode_draws(
+    model: NVAE, x: Tensor, encoder_maps: Sequence[Tensor], keys: Tensor, draws: range
+) -> tuple[NVAEOutput, Tensor]:
+    """Top-down pass of some draws: rows are image-major, ``(B * k, ...)``."""
+    k = len(draws)
+    words = torch.arange(draws.start, draws.stop, device=keys.device)
+    row_keys = fold_in(keys[:, None], words).flatten()
+    noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
+    maps = [feature.repeat_interleave(k, dim=0) for feature in encoder_maps]
+    state, groups = model.top_down(noise, encoder_maps=maps)
+    output = NVAEOutput(model.decode_state(state), groups)
+    log_likelihood = model.likelihood(output.logits).log_prob(x.repeat_interleave(k, dim=0))
+    return output, log_likelihood
+
+
+def _columns(values: list[Tensor], images: int) -> NDArray[np.float64]:
+    return np.stack([v.numpy() for v in values], axis=1) if values else np.zeros((images, 0))
+
+
+def _check_finite(records: ImageRecords) -> None:
+    per_image = (
+        np.isfinite(records.reconstruction)
+        & np.isfinite(records.kl_per_channel).all((1, 2))
+        & np.isfinite(records.log_evidence).all(1)
+    )
+    if not per_image.all():
+        bad = records.index[~per_image][0]
+        raise FloatingPointError(f"the likelihood of image {bad} is not a finite number")

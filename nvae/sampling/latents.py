@@ -1,0 +1,269 @@
+"""Latents of images and seeds: encode, decode, and paths between them.
+
+A latent is written in two ways. ``z`` is what the decoder reads. ``noise`` are its coordinates
+under the prior, (z - mu_p) / sigma_p with the prior that the coarser groups imply: the noise that
+sampling would have needed to draw just this z. In these coordinates images and seeds live in one
+space where every group is standard normal, so paths are drawn there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvae.models.latent_group import GroupSample
+from nvae.models.nvae import NVAE, Temperature
+from nvae.modes import eval_mode
+from nvae.noise import STREAM_POSTERIOR, STREAM_TRAVERSE, keys_of, latent_noise
+from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
+from nvae.sampling.prior import seed_noise
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of B images; groups coarsest first.
+
+    Attributes:
+        z: one ``(B, L, h, w)`` a group.
+        noise: the same latents as coordinates under the prior, same shapes.
+    """
+
+    z: tuple[Tensor, ...]
+    noise: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.z[0])
+
+    def __getitem__(self, rows: slice) -> "Latents":
+        """Some of the images."""
+        return Latents(tuple(z[rows] for z in self.z), tuple(e[rows] for e in self.noise))
+
+    def repeat(self, times: int) -> "Latents":
+        """Every image ``times`` times in a row, ``(B * times, ...)``."""
+        return Latents(
+            tuple(z.repeat_interleave(times, dim=0) for z in self.z),
+            tuple(e.repeat_interleave(times, dim=0) for e in self.noise),
+        )
+
+
+def concatenate(parts: Sequence[Latents]) -> Latents:
+    """All images of ``parts``, in order."""
+    return Latents(
+        tuple(torch.cat(group) for group in zip(*(p.z for p in parts), strict=True)),
+        tuple(torch.cat(group) for group in zip(*(p.noise for p in parts), strict=True)),
+    )
+
+
+@torch.no_grad()
+def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None) -> Latents:
+    """Latents of images.
+
+    Args:
+        model: any mode; run in eval mode and left as it was.
+        x: ``(B, C, H, W)`` in [0, 1], on the model's device.
+        seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
+            posterior's mean at every group.
+
+    Raises:
+        ValueError: if ``x`` has the wrong shape.
+    """
+    model.check_images(x)
+    shapes = model.noise_shapes(len(x))
+    if seeds is None:
+        noise = [x.new_zeros(shape) for shape in shapes]
+    else:
+        keys = keys_of(seeds.to(x.device), seed=0, stream=STREAM_POSTERIOR)
+        noise = latent_noise(keys, model.latent_shapes, x.dtype)
+    with eval_mode(model):
+        _, groups = model.top_down(noise, encoder_maps=model.encoder(x))
+    return _latents(groups)
+
+
+def prior_latents(model: NVAE, seeds: Tensor, temperature: Temperature = 1.0) -> Latents:
+    """Latents of seeds ``(B,)``: those that :func:`sample_images` draws."""
+    return from_noise(model, seed_noise(model, seeds), temperature)
+
+
+@torch.no_grad()
+def from_noise(
+    model: NVAE,
+    noise: Sequence[Tensor],
+    temperature: Temperature = 1.0,
+    z: Sequence[Tensor | None] | None = None,
+) -> Latents:
+    """Walk down the prior.
+
+    Args:
+        model: any mode.
+        noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
+        temperature: factor on the priors' sigma.
+        z: latents that are given, for some groups; the others come from ``noise``.
+    """
+    with eval_mode(model):
+        _, groups = model.top_down(noise, latents=z, temperature=temperature)
+        if temperature != 1.0:  # the coordinates are those under the prior at temperature 1
+            _, groups = model.top_down(noise, latents=[group.z for group in groups])
+    return _latents(groups)
+
+
+def _latents(groups: Sequence[GroupSample]) -> Latents:
+    return Latents(
+        tuple(group.z for group in groups),
+        tuple((group.z - group.prior.mean) / group.prior.sigma for group in groups),
+    )
+
+
+@torch.no_grad()
+def decode(
+    model: NVAE,
+    latents: Latents,
+    likelihood: PixelTemperature = "mean",
+    *,
+    seeds: Tensor | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Images of latents.
+
+    Args:
+        model: any mode.
+        latents: of B images.
+        likelihood: ``"mean"``, or a pixel temperature >= 0 to draw pixels at; 0 takes the mode.
+        seeds: ``(B,)`` int64, of the pixel noise; None counts from 0.
+        batch_size: images in one pass.
+
+    Returns:
+        ``(B, C, H, W)`` in [0, 1], on the CPU.
+    """
+    check_pixel_temperature(likelihood)
+    if seeds is None:
+        seeds = torch.arange(len(latents))
+    images = []
+    with eval_mode(model):
+        for start in range(0, len(latents), batch_size):
+            part = latents[start : start + batch_size]
+            state, _ = model.top_down(part.noise, latents=part.z)
+            logits = model.decode_state(state)
+            images.append(
+                render(model, logits, seeds[start : start + batch_size], likelihood).cpu()
+            )
+    return torch.cat(images)
+
+
+def interpolate(model: NVAE, start: Latents, end: Latents, steps: int) -> Latents:
+    """Paths from one image to another, spherical in the prior's noise.
+
+    Args:
+        model: any mode.
+        start: B latents.
+        end: B latents.
+        steps: points on every path, both ends included; at least 2.
+
+    Returns:
+        ``B * steps`` latents, path by path.
+
+    Raises:
+        ValueError: fewer than 2 steps, or unequal numbers of ends.
+    """
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; a path needs at least 2")
+    if len(start) != len(end):
+        raise ValueError(f"{len(start)} starts for {len(end)} ends; give as many")
+    position = torch.linspace(0, 1, steps)
+    noise = [
+        torch.stack([slerp(a, b, float(t)) for t in position], dim=1).flatten(0, 1)
+        for a, b in zip(start.noise, end.noise, strict=True)
+    ]
+    return from_noise(model, noise)
+
+
+def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
+    """Point between two batches of vectors, on the sphere.
+
+    The direction moves along the great circle, the length linearly: noise of a high dimension
+    lies in a thin shell, which a straight line would leave.
+
+    Args:
+        start: ``(B, ...)``.
+        end: same shape.
+        position: 0 gives ``start``, 1 gives ``end``.
+    """
+    a, b = start.flatten(1), end.flatten(1)
+    tiny = torch.finfo(a.dtype).tiny
+    length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    unit_a, unit_b = a / length_a.clamp(min=tiny), b / length_b.clamp(min=tiny)
+    angle = torch.acos((unit_a * unit_b).sum(1, keepdim=True).clamp(-1, 1))
+    sine = torch.sin(angle)
+    # parallel and opposite ends have no one great circle, and the formula is 0/0 there
+    straight = sine < 1e-4
+    safe = torch.where(straight, torch.ones_like(sine), sine)
+    weight_a = torch.where(straight, 1 - position, torch.sin((1 - position) * angle) / safe)
+    weight_b = torch.where(straight, position, torch.sin(position * angle) / safe)
+    length = (1 - position) * length_a + position * length_b
+    return (length * (weight_a * unit_a + weight_b * unit_b)).view_as(start)
+
+
+def resample_finer(
+    model: NVAE,
+    latents: Latents,
+    keep: int,
+    seeds: Tensor,
+    temperature: Temperature = 1.0,
+) -> Latents:
+    """Keep the ``keep`` coarsest groups and draw the others from the prior.
+
+    Args:
+        model: any mode.
+        latents: of B images.
+        keep: 0 to G.
+        seeds: ``(B,)`` int64, of the groups that are drawn.
+        temperature: of the groups that are drawn.
+
+    Raises:
+        ValueError: ``keep`` is not a number of groups.
+    """
+    groups = len(latents.z)
+    if not 0 <= keep <= groups:
+        raise ValueError(f"keep is {keep}; the model has {groups} groups, allowed: 0 to {groups}")
+    given = [*latents.z[:keep], *([None] * (groups - keep))]
+    return from_noise(model, seed_noise(model, seeds), temperature, given)
+
+
+def traverse(model: NVAE, latents: Latents, group: int, steps: int, seeds: Tensor) -> Latents:
+    """Move one group along a half circle, every other group's coordinates fixed.
+
+    The group's noise e goes to cos(a) |e| e' + sin(a) |e| d, with e' its direction, d a random
+    direction at right angles and a from 0 to pi: the length stays, and the last point is the
+    first one's opposite.
+
+    Args:
+        model: any mode.
+        latents: of B images.
+        group: 0 (coarsest) to G - 1.
+        steps: points on the half circle; at least 2.
+        seeds: ``(B,)`` int64, of the directions.
+
+    Returns:
+        ``B * steps`` latents, image by image.
+
+    Raises:
+        ValueError: no such group, or fewer than 2 steps.
+    """
+    groups = len(latents.z)
+    if not 0 <= group < groups:
+        raise ValueError(f"group is {group}; allowed: 0 (coarsest) to {groups - 1}")
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; a traversal needs at least 2")
+    start = latents.noise[group]
+    keys = keys_of(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
+    aside = latent_noise(keys, [tuple(start.shape[1:])], start.dtype)[0]
+    e, d = start.flatten(1), aside.flatten(1)
+    length = e.norm(dim=1, keepdim=True)
+    unit = e / length.clamp(min=torch.finfo(e.dtype).tiny)
+    d = d - (d * unit).sum(1, keepdim=True) * unit
+    d = d * (length / d.norm(dim=1, keepdim=True))
+    angles = torch.linspace(0, torch.pi, steps, device=e.device, dtype=e.dtype).view(1, -1, 1)
+    moved = (angles.cos() * e[:, None] + angles.sin() * d[:, None]).flatten(0, 1)
+    noise = list(latents.repeat(steps).noise)
+    noise[group] = moved.view(-1, *start.shape[1:])
+    return from_noise(model, noise)

@@ -1,0 +1,39 @@
+"""From logits to images: the likelihood's mean, or a draw with one stream an image."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from nvae.models.nvae import NVAE
+from nvae.noise import STREAM_PIXELS, PixelNoise, keys_of
+
+PixelTemperature = float | Literal["mean"]
+
+
+def check_pixel_temperature(pixel_temperature: PixelTemperature) -> None:
+    """Raise a ValueError unless it is ``"mean"`` or a number >= 0."""
+    if pixel_temperature != "mean" and (
+        isinstance(pixel_temperature, str) or not pixel_temperature >= 0
+    ):
+        raise ValueError(
+            f"pixel_temperature is {pixel_temperature!r}; allowed: mean, or a number >= 0"
+        )
+
+
+def render(
+    model: NVAE, logits: Tensor, seeds: Tensor, pixel_temperature: PixelTemperature
+) -> Tensor:
+    """Images in [0, 1], ``(B, C, H, W)``.
+
+    Args:
+        model: gives the likelihood.
+        logits: ``(B, K, H, W)``.
+        seeds: ``(B,)`` int64; an image's pixel noise depends on its seed only.
+        pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise;
+            0 takes the mode.
+    """
+    likelihood = model.likelihood(logits)
+    if pixel_temperature == "mean":
+        return likelihood.mean
+    keys = keys_of(seeds.to(logits.device), seed=0, stream=STREAM_PIXELS)
+    return likelihood.sample(float(pixel_temperature), PixelNoise(keys))

@@ -1,0 +1,79 @@
+"""Images from the prior, each a function of its own seed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nvae.models.config import ModelConfig
+from nvae.models.nvae import NVAE, Temperature
+from nvae.models.topology import groups_per_scale
+from nvae.modes import eval_mode
+from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
+from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
+
+
+def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[float]:
+    """One temperature a group from one a scale; both coarsest first.
+
+    Raises:
+        ValueError: not as many temperatures as the model has scales.
+    """
+    groups = groups_per_scale(config)[::-1]
+    if len(per_scale) != len(groups):
+        raise ValueError(
+            f"{len(per_scale)} temperatures for {len(groups)} latent scales; give one a scale, "
+            "coarsest first"
+        )
+    return [t for t, n in zip(per_scale, groups, strict=True) for _ in range(n)]
+
+
+def seed_noise(model: NVAE, seeds: Tensor) -> list[Tensor]:
+    """The prior's noise for every seed ``(B,)``: one ``(B, L, h, w)`` a group, coarsest first."""
+    like = model.initial_state
+    keys = keys_of(seeds.to(like.device), seed=0, stream=STREAM_PRIOR)
+    return latent_noise(keys, model.latent_shapes, like.dtype)
+
+
+@torch.inference_mode()
+def sample_images(
+    model: NVAE,
+    seeds: Sequence[int] | Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    pixel_temperature: PixelTemperature = 1.0,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw images from the prior.
+
+    Args:
+        model: any mode; sampled in eval mode and left as it was.
+        seeds: one an image, each in [-2^63, 2^63); an image depends on its seed only, whatever
+            else is drawn.
+        temperature: factor on the priors' sigma, >= 0; one number or one a group, coarsest first.
+        pixel_temperature: factor on the pixel noise, >= 0; 0 takes the likelihood's mode, "mean"
+            its mean.
+        batch_size: images in one pass.
+        progress: called with the number of images just done.
+
+    Returns:
+        ``(N, C, H, W)`` in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: no seeds, or a negative temperature.
+    """
+    check_pixel_temperature(pixel_temperature)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    all_seeds = torch.as_tensor(seeds, dtype=torch.int64).flatten()
+    if not len(all_seeds):
+        raise ValueError("no seeds: give at least one")
+    images = []
+    with eval_mode(model):
+        for batch in all_seeds.split(batch_size):
+            logits = model.sample_logits(len(batch), temperature, seed_noise(model, batch))
+            images.append(render(model, logits, batch, pixel_temperature).cpu())
+            if progress is not None:
+                progress(len(batch))
+    return torch.cat(images)

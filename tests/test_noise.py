@@ -1,0 +1,80 @@
+"""Noise must be normal, and depend on its key only."""
+
+import torch
+
+from nvae.noise import (
+    STREAM_PIXELS,
+    STREAM_PRIOR,
+    PixelNoise,
+    fold_in,
+    keys_of,
+    latent_noise,
+    normal,
+    uniform,
+)
+
+
+def _keys(n, seed=0, stream=STREAM_PRIOR):
+    return keys_of(torch.arange(n), seed=seed, stream=stream)
+
+
+def test_moments_and_tails_are_those_of_the_normal():
+    z = normal(_keys(1000), (401,), torch.float64).flatten()
+    n = len(z)
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    beyond = torch.special.erfc(torch.tensor(3 / 2**0.5)).item()
+    assert abs((z.abs() > 3).double().mean() - beyond) < 5 * (beyond / n) ** 0.5
+
+
+def test_elements_groups_draws_and_images_are_uncorrelated():
+    keys = fold_in(_keys(300)[:, None], torch.arange(4)).flatten()
+    groups = latent_noise(keys, [(1, 4, 4), (1, 4, 4)])
+    rows = torch.cat([g.reshape(300, 4 * 16) for g in groups], dim=1).double()
+    correlation = torch.corrcoef(rows.T) - torch.eye(128)
+    assert correlation.abs().max() < 6 / 300**0.5
+    between_images = torch.corrcoef(rows[:100]) - torch.eye(100)
+    assert between_images.abs().max() < 6 / 128**0.5
+
+
+def test_a_row_depends_on_its_key_only():
+    """Batch size and order must not change an image's noise: not even its last bit."""
+    keys = _keys(7)
+    together = latent_noise(keys, [(2, 3, 3), (2, 6, 6)])
+    alone = latent_noise(keys[[4]], [(2, 3, 3), (2, 6, 6)])
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[4:5], b)
+
+
+def test_seed_and_stream_change_everything():
+    base = normal(_keys(3), (5,))
+    assert not torch.isclose(base, normal(_keys(3, seed=1), (5,))).any()
+    assert not torch.isclose(base, normal(_keys(3, stream=STREAM_PIXELS), (5,))).any()
+
+
+def test_uniform_is_uniform_and_never_zero():
+    u = uniform(_keys(500), (501,), torch.float64).flatten()
+    n = len(u)
+    assert u.min() > 0
+    assert u.max() <= 1
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12 / n) ** 0.5
+    counts = torch.histc(u, 20, 0, 1)
+    chi2 = ((counts - n / 20) ** 2 / (n / 20)).sum()
+    assert chi2 < 19 + 5 * 38**0.5
+
+
+def test_each_call_of_pixel_noise_continues_the_stream():
+    noise = PixelNoise(_keys(2))
+    like = torch.zeros(2, 1, 4, 4)
+    first, second = noise.uniform(like), noise.uniform(like)
+    assert not torch.isclose(first, second).any()
+    assert torch.equal(PixelNoise(_keys(2)).uniform(like), first)
+    assert noise.normal(like).dtype == torch.float32
+
+
+def test_float64_noise_is_computed_in_float64():
+    """Float64 noise must carry more than float32's digits, or exactness tests are blind."""
+    z = normal(_keys(4), (50,), torch.float64)
+    assert (z != z.float().double()).any()
+    assert torch.allclose(z.float(), normal(_keys(4), (50,)), atol=1e-4)
