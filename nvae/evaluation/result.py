@@ -12,7 +12,7 @@ from nvae.evaluation.records import ImageRecords
 from nvae.models.config import ModelConfig
 from nvae.objective import LN2
 
-ACTIVE_UNIT_NATS = 0.01
+ACTIVE_UNIT_NATS = 0.1
 """A latent channel is active if its KL, per image and summed over space, is larger."""
 
 

@@ -223,11 +223,11 @@ def test_active_units_counts_channels_above_the_threshold():
 
     kl = np.zeros((4, 2, 3))
     kl[:, 0, 0] = 0.5
-    kl[:, 0, 1] = [0.04, 0, 0, 0]  # mean exactly 0.01: not above
-    kl[:, 1] = 0.02
+    kl[:, 0, 1] = [0.4, 0, 0, 0]  # mean exactly 0.1: not above
+    kl[:, 1] = 0.2
     records = ImageRecords(np.arange(4), np.zeros(4), kl, np.zeros((4, 0)), np.zeros((4, 0)))
     config = SimpleNamespace(counted_pixels=4, latent_channels=3)
     result = summarise(records, config, BoundSettings())
     assert result.active_units == (1, 3)
-    assert result.kl_per_group == pytest.approx((0.51, 0.06))
+    assert result.kl_per_group == pytest.approx((0.6, 0.6))
     assert "1 of 3" in result.table()

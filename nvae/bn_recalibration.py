@@ -1,0 +1,237 @@
+"""Batch-normalisation statistics for sampling at a temperature (paper, section 4).
+
+The running statistics were collected on posterior samples at temperature 1. Prior samples at a
+lower temperature have other statistics; taking them anew sharpens the pictures. Passes over fresh
+samples normalise by their own batch, and the batches' statistics are averaged with equal weights
+in float32: no momentum, so no batch counts more than another. The network's own statistics come
+back afterwards.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvae.atomic import replacing
+from nvae.models.norm import MOMENTUM, BatchNorm
+from nvae.models.nvae import NVAE
+from nvae.modes import eval_mode
+from nvae.noise import keys_of, latent_noise
+
+STREAM_RECALIBRATION = 105
+_FORMAT = 1
+
+
+class RecalibrationError(ValueError):
+    """Statistics that are not finite, or a cache that cannot be read."""
+
+
+@dataclass(frozen=True)
+class RecalibrationSettings:
+    """What recalibrated statistics depend on, besides the weights.
+
+    Attributes:
+        temperature: one a group, coarsest first.
+        batches: passes that are averaged; the published system takes 500.
+        batch_size: images in a pass. Every pass is normalised by its own batch, so this matters.
+        seed: of the noise.
+    """
+
+    temperature: tuple[float, ...]
+    batches: int = 500
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.temperature) < 0:
+            raise ValueError(f"temperature is {min(self.temperature)}; it must be 0 or more")
+        if self.batches < 1:
+            raise ValueError(f"recalibrate_bn is {self.batches}; it must be at least 1")
+        if self.batch_size < 2:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; recalibration needs at least 2 images a batch"
+            )
+
+
+@dataclass(frozen=True)
+class RecalibratedStatistics:
+    """Means and unbiased variances of the norms that sampling runs through.
+
+    Attributes:
+        settings: how they were taken.
+        fingerprint: of the weights they belong to (:func:`fingerprint`).
+        mean: running mean ``(C,)`` of every norm, by module name, float32, CPU.
+        variance: running variance ``(C,)``, likewise.
+    """
+
+    settings: RecalibrationSettings
+    fingerprint: str
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+
+    @contextmanager
+    def applied(self, model: NVAE) -> Iterator[None]:
+        """These statistics inside the block, the network's own again afterwards."""
+        norms = _norms(model)
+        saved = _snapshot({name: norms[name] for name in self.mean})
+        try:
+            for name, mean in self.mean.items():
+                norms[name].running_mean.copy_(mean)
+                norms[name].running_var.copy_(self.variance[name])
+            yield
+        finally:
+            _restore(norms, saved)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all weights and buffers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def recalibrate(
+    model: NVAE,
+    settings: RecalibrationSettings,
+    progress: Callable[[int], None] | None = None,
+) -> RecalibratedStatistics:
+    """Take statistics over ``settings.batches`` batches of prior samples.
+
+    Args:
+        model: any mode; mode and statistics are left as they were.
+        settings: temperature, numbers, seed.
+        progress: called with the number of passes just done.
+
+    Raises:
+        RecalibrationError: a statistic is not finite; the message names the norm.
+        ValueError: not as many temperatures as groups.
+    """
+    norms = _norms(model)
+    saved = _snapshot(norms)
+    identity = fingerprint(model)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    with eval_mode(model):
+        try:
+            for norm in norms.values():
+                norm.training = True
+            for batch in range(settings.batches):
+                _one_pass(model, norms, settings, batch, sums)
+                if progress is not None:
+                    progress(1)
+        finally:
+            _restore(norms, saved)
+    return RecalibratedStatistics(
+        settings,
+        identity,
+        {name: (mean / settings.batches).cpu() for name, (mean, _) in sums.items()},
+        {name: (variance / settings.batches).cpu() for name, (_, variance) in sums.items()},
+    )
+
+
+def _one_pass(
+    model: NVAE,
+    norms: dict[str, BatchNorm],
+    settings: RecalibrationSettings,
+    batch: int,
+    sums: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    device = model.initial_state.device
+    for norm in norms.values():
+        # from zero, one update leaves momentum * (the batch's statistic): it can be read off
+        # whatever kernel computed it
+        norm.running_mean.zero_()
+        norm.running_var.zero_()
+        norm.num_batches_tracked.zero_()
+    start = batch * settings.batch_size
+    index = torch.arange(start, start + settings.batch_size, device=device)
+    keys = keys_of(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
+    noise = latent_noise(keys, model.latent_shapes, model.initial_state.dtype)
+    model.sample_logits(settings.batch_size, settings.temperature, noise)
+    for name, norm in norms.items():
+        if not norm.num_batches_tracked:  # the bottom-up network takes no part in sampling
+            continue
+        mean, variance = norm.running_mean.float(), norm.running_var.float()
+        if not (torch.isfinite(mean).all() and torch.isfinite(variance).all()):
+            raise RecalibrationError(
+                f"recalibration at temperature {_brief(settings.temperature)} met numbers that "
+                f"are not finite at {name}, pass {batch}; the network's statistics are unchanged"
+            )
+        total_mean, total_variance = sums.get(name, (0.0, 0.0))
+        sums[name] = (total_mean + mean / MOMENTUM, total_variance + variance / MOMENTUM)
+
+
+def _norms(model: NVAE) -> dict[str, BatchNorm]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+
+
+def _snapshot(norms: dict[str, BatchNorm]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: buffer.clone() for key, buffer in norm.named_buffers()}
+        for name, norm in norms.items()
+    }
+
+
+def _restore(norms: dict[str, BatchNorm], saved: dict[str, dict[str, Tensor]]) -> None:
+    for name, buffers in saved.items():
+        for key, value in buffers.items():
+            norms[name].get_buffer(key).copy_(value)
+
+
+def _brief(temperature: tuple[float, ...]) -> str:
+    values = sorted(set(temperature))
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def cache_path(checkpoint: Path, settings: RecalibrationSettings) -> Path:
+    """Where statistics lie: beside the checkpoint, named by temperature and seed."""
+    name = f"{checkpoint.stem}.bn-t{_brief(settings.temperature).replace(' ', '')}"
+    if len(set(settings.temperature)) > 1:
+        listed = ",".join(f"{t:g}" for t in settings.temperature)
+        name += f"-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+    name += f"-n{settings.batches}x{settings.batch_size}-seed{settings.seed}.pt"
+    return checkpoint.with_name(name)
+
+
+def save_statistics(statistics: RecalibratedStatistics, path: Path) -> None:
+    """Write plain types and tensors, atomically."""
+    contents = {
+        "nvae_bn_format": _FORMAT,
+        "settings": asdict(statistics.settings),
+        "fingerprint": statistics.fingerprint,
+        "mean": statistics.mean,
+        "variance": statistics.variance,
+    }
+    with replacing(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def load_statistics(
+    path: Path, settings: RecalibrationSettings, model: NVAE
+) -> RecalibratedStatistics | None:
+    """Cached statistics if they are of this network and these settings, else None.
+
+    Raises:
+        RecalibrationError: there is a file, but it cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        stored = RecalibrationSettings(**contents["settings"])
+        found = RecalibratedStatistics(
+            stored, contents["fingerprint"], contents["mean"], contents["variance"]
+        )
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecalibrationError(f"{path} cannot be read ({reason}); delete it") from None
+    if stored != settings or found.fingerprint != fingerprint(model):
+        return None
+    return found

@@ -1,0 +1,94 @@
+"""Pictures are read back and compared: what is written must be what was given."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nvae.images import save_animation, save_grid, save_grids_side_by_side, save_image, save_rows
+
+
+def _read(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_single_image_survives_exactly(tmp_path, channels):
+    levels = torch.randint(0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0))
+    save_image(tmp_path / "a.png", levels / 255)
+    expected = levels.permute(1, 2, 0).numpy()
+    assert np.array_equal(_read(tmp_path / "a.png").reshape(5, 7, channels), expected)
+
+
+def test_grid_holds_every_image_in_order_enlarged_by_whole_pixels(tmp_path):
+    images = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8)
+    save_grid(tmp_path / "g.png", images, columns=3)
+    picture = _read(tmp_path / "g.png")
+    assert picture.shape == (2 * 34 + 2, 3 * 34 + 2)
+    for i in range(6):
+        y, x = 2 + (i // 3) * 34, 2 + (i % 3) * 34
+        tile = picture[y : y + 32, x : x + 32]
+        assert (tile == round(i / 5 * 255)).all()
+    assert (picture[:2] == 255).all()
+
+
+def test_labels_leave_the_images_untouched(tmp_path):
+    rows = [torch.zeros(2, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5)]
+    save_rows(tmp_path / "r.png", rows, ["t = 0.5", "t = 1"], ["a", "b"])
+    picture = _read(tmp_path / "r.png")
+    assert (picture[-34:-2, -34:-2] == 128).all()
+    left = picture[:, : picture.shape[1] - 2 * 34 - 2]
+    assert (left < 128).any()  # ink
+    bare = tmp_path / "bare.png"
+    save_grid(bare, torch.cat(rows), columns=2)
+    assert np.array_equal(picture[-_read(bare).shape[0] :, -_read(bare).shape[1] :], _read(bare))
+
+
+def test_grids_side_by_side(tmp_path):
+    grids = [torch.zeros(4, 1, 32, 32), torch.ones(4, 1, 32, 32)]
+    save_grids_side_by_side(tmp_path / "s.png", grids, ["t = 0.7", "t = 1"], columns=2)
+    picture = _read(tmp_path / "s.png")
+    assert (picture[-30, 10:30] == 0).all()
+    assert picture.shape[1] == 2 * 70 + 12
+    with pytest.raises(ValueError, match="1 labels for 2"):
+        save_grids_side_by_side(tmp_path / "s.png", grids, ["x"])
+
+
+def test_animation_plays_there_and_back(tmp_path):
+    frames = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    save_animation(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.n_frames == 6
+        assert animation.info["loop"] == 0
+        values = []
+        for i in range(6):
+            animation.seek(i)
+            values.append(np.asarray(animation.convert("L")).mean() / 255)
+    assert np.allclose(values, [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], atol=0.01)
+
+
+def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "g.png"
+    save_grid(path, torch.zeros(1, 1, 8, 8))
+    before = path.read_bytes()
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_grid(path, torch.ones(1, 1, 8, 8))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        save_grid(tmp_path / "g.png", [])
+    with pytest.raises(ValueError, match="1 or 3"):
+        save_grid(tmp_path / "g.png", torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="2 labels for 1 rows"):
+        save_grid(tmp_path / "g.png", torch.zeros(2, 1, 8, 8), columns=2, row_labels=["a", "b"])
+    with pytest.raises(ValueError, match="no frames"):
+        save_animation(tmp_path / "g.gif", torch.zeros(0, 1, 8, 8))
+    assert not list(tmp_path.iterdir())
