@@ -1,11 +1,12 @@
 """The typed description of a data set: what `configs/data/*.yaml` holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IN_MEMORY_FORMATS = ("digits", "random")
 """Made in memory at start: nothing on disk, nothing to prepare."""
 
 SOURCE_FORMATS = (
+    "auto",
     "idx",
     "stacked_idx",
     "cifar",
@@ -17,7 +18,11 @@ SOURCE_FORMATS = (
     "lmdb",
     "lsun",
 )
-"""Kinds of source files that `nvae.data.prepare` turns into the local form."""
+"""Kinds of source files that `nvae.data.prepare` turns into the local form; `auto` looks what is
+there: an LMDB, TFRecords, npz batches, or pictures."""
+
+TORCHVISION_SETS = ("MNIST", "FashionMNIST", "CIFAR10", "CelebA")
+"""Data sets whose files torchvision can fetch."""
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
 BINARIZE = ("none", "dynamic", "static")
@@ -47,7 +52,8 @@ class DataConfig:
         name: label in logs and manifests.
         format: kind of the source files (`SOURCE_FORMATS`), or made in memory
             (`IN_MEMORY_FORMATS`).
-        root: folder of the prepared form (`manifest.json` and its arrays).
+        root: folder of the data set; the prepared form lies in a folder inside, named after its
+            shape. A folder that has a `manifest.json` is taken as the prepared form itself.
         source: folder or file that holds the source files; null means `root/source`.
         image_size: side of the model's input, padding included.
         channels: 1 (grey) or 3 (colour).
@@ -70,6 +76,10 @@ class DataConfig:
             at most `on_device_limit` MiB).
         on_device_limit: see `on_device`, in MiB.
         download: fetch missing source files where a public address exists.
+        torchvision: class of torchvision.datasets that knows where the source files are.
+        urls: addresses of source files that torchvision does not know.
+        files: the source files by name, for whoever fetches them by hand.
+        homepage: where they are to be had.
         train_size, valid_size, test_size: images in each split. A source that lacks a split gets
             it drawn from its training part. 0 in `valid_size` means that validation reads the test
             images, and the other way round; null takes what the source has.
@@ -102,6 +112,10 @@ class DataConfig:
     on_device: str = "auto"
     on_device_limit: int = 1024
     download: bool = True
+    torchvision: str | None = None
+    urls: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    homepage: str = ""
     train_size: int | None = None
     valid_size: int | None = None
     test_size: int | None = None
@@ -118,6 +132,8 @@ class DataConfig:
         _one_of("crop", self.crop, CROPS)
         _one_of("resize", self.resize, RESIZES)
         _one_of("on_device", self.on_device, ON_DEVICE)
+        if self.torchvision is not None:
+            _one_of("torchvision", self.torchvision, TORCHVISION_SETS)
         for name, least in (
             ("image_size", 1),
             ("counted_size", 1),

@@ -13,7 +13,7 @@ from nvae.data.tables import TRAIN, DenseTable, ImageTable
 
 
 def _digits(config: DataConfig) -> Tensor:
-    """The 1797 handwritten digits of scikit-learn, 8x8, grey levels 0..16 as 0, 16, ..., 240, 255."""
+    """The 1797 handwritten digits of scikit-learn, 8x8, levels 0..16 as 0, 16, ..., 240, 255."""
     if config.channels != 1:
         raise ValueError(f"data.channels is {config.channels}; the digits are grey: channels=1")
     levels = load_digits().images

@@ -11,7 +11,7 @@ from torch import Tensor
 from nvae.data.config import DataConfig
 from nvae.data.loader import EvalLoader, RawBatch, TrainLoader, pin_memory_for
 from nvae.data.sampler import EvalSampler, Shard, TrainSampler
-from nvae.data.sources import check_tables, open_tables, prepare_if_missing
+from nvae.data.sources import open_tables, prepare_if_missing
 from nvae.data.tables import TEST, TRAIN, VALID, DenseTable, ImageTable
 from nvae.data.transforms import InputTransform
 
@@ -58,7 +58,6 @@ class ImageDataModule(pl.LightningDataModule):
         del stage
         if not self._tables:
             self._tables = open_tables(self.config)
-            check_tables(self.config, self._tables)
 
     def table(self, split: str) -> ImageTable:
         """The images that `split` reads."""

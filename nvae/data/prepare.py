@@ -1,0 +1,149 @@
+"""`python -m nvae.data.prepare NAME|FOLDER`: source files -> the local form that training reads."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import Progress as ProgressBar
+
+from nvae.data.config import CROPS, RESIZES, SOURCE_FORMATS, DataConfig
+from nvae.data.manifest import DataError, Manifest
+from nvae.data.sources import open_tables, prepare, prepared_folder
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
+
+
+def config_names() -> list[str]:
+    """Data sets that have a file in configs/data and need preparation."""
+    names = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+    return [name for name in names if load_config(name).format in SOURCE_FORMATS]
+
+
+def load_config(name: str) -> DataConfig:
+    """`configs/data/NAME.yaml` as a typed config.
+
+    Raises:
+        DataError: No such file, or one that does not fit `DataConfig`.
+    """
+    path = CONFIG_FOLDER / f"{name}.yaml"
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"{path} does not exist") from None
+    unknown = sorted(set(values) - {f.name for f in fields(DataConfig)})
+    if unknown:
+        raise DataError(f"{path} has unknown settings: {', '.join(unknown)}")
+    return DataConfig(**values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nvae.data.prepare",
+        description="Turn source files into the compact local form that training reads.",
+    )
+    parser.add_argument(
+        "data", metavar="NAME|FOLDER", help=f"one of {', '.join(config_names())}; or a folder"
+    )
+    parser.add_argument("--source", type=Path, help="where the source files are")
+    parser.add_argument("--root", type=Path, help="where the prepared form goes (data.root)")
+    parser.add_argument("--format", choices=SOURCE_FORMATS, help="kind of source files")
+    parser.add_argument("--size", type=int, help="side of the model's input (data.image_size)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour")
+    parser.add_argument("--crop", choices=CROPS, help="how pictures become square")
+    parser.add_argument(
+        "--crop-box",
+        type=int,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="cut this out first",
+    )
+    parser.add_argument("--resize", choices=RESIZES, help="filter")
+    parser.add_argument("--train-size", type=int, help="training images")
+    parser.add_argument("--valid-size", type=int, help="validation images")
+    parser.add_argument("--test-size", type=int, help="test images")
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("stop", "skip"),
+        default="stop",
+        help="an unreadable image is an error, or left out and counted (default: stop)",
+    )
+    parser.add_argument("--no-download", action="store_true", help="use only files that are there")
+    parser.add_argument("--workers", type=int, help="decoding threads")
+    return parser
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> DataConfig:
+    """The named config, or that of a folder, with what the command line overrides.
+
+    Raises:
+        ValueError: Neither a name nor a folder, or an impossible setting.
+    """
+    given = Path(arguments.data)
+    values: dict[str, Any] = {}
+    if arguments.data in config_names():
+        config = load_config(arguments.data)
+    elif given.exists():
+        config = load_config("folder")
+        values["name"] = given.resolve().stem
+        values["root"] = str(given if given.is_dir() else given.parent)
+        if given.is_file() or arguments.root is not None:
+            values["source"] = str(given)
+    else:
+        raise DataError(
+            f"{arguments.data} is neither a folder nor a data set; known: "
+            f"{', '.join(config_names())}"
+        )
+    renamed = {"size": "image_size"}
+    names = "source root format size channels crop crop_box resize train_size valid_size test_size"
+    for name in names.split():
+        value = getattr(arguments, name)
+        if value is not None:
+            values[renamed.get(name, name)] = str(value) if isinstance(value, Path) else value
+    if arguments.no_download:
+        values["download"] = False
+    return replace(config, **values)
+
+
+def _report(config: DataConfig, manifest: Manifest) -> None:
+    folder = prepared_folder(config)
+    for name, split in manifest.splits.items():
+        shape = "x".join(map(str, split.shape))
+        print(f"{name:>6}: {split.count} images of {shape}")
+    for line in manifest.skipped_names:
+        print(f"skipped {line}", file=sys.stderr)
+    skipped = sum(split.skipped for split in manifest.splits.values())
+    if skipped:
+        print(f"skipped {skipped} unreadable images (see {folder / 'manifest.json'})")
+    print(f"prepared in {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 0 on success, 1 after one line on what is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = config_from_arguments(arguments)
+        with ProgressBar(disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(config.name, total=None)
+            manifest = prepare(
+                config,
+                skip_bad=arguments.on_corrupt == "skip",
+                workers=arguments.workers,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        open_tables(config)
+        _report(config, manifest)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,207 @@
+"""TFRecords of tf.Example messages with `shape` and `data`, read without TensorFlow.
+
+The record framing is that of TensorFlow's `record_writer.h`; the message is protocol buffers' wire
+format, of which an Example needs three kinds: Features, a map entry, and a list.
+"""
+
+import re
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nvae.data.config import DataConfig
+from nvae.data.images import BadImageError
+from nvae.data.manifest import DataError
+from nvae.data.readers.crc32c import masked_crc32c
+from nvae.data.readers.source import Item, MissingSourceError, Part, Pixels, group_by_split
+
+_SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
+_LENGTH_BYTES, _CRC_BYTES = 8, 4
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_RESOLUTION = re.compile(r"-r(\d\d)[-.]")
+
+
+def _read_header(file: BinaryIO, path: Path, number: int) -> int | None:
+    """Length of the next record, None at the end of the file."""
+    header = file.read(_LENGTH_BYTES + _CRC_BYTES)
+    if not header:
+        return None
+    length = header[:_LENGTH_BYTES]
+    if len(header) < _LENGTH_BYTES + _CRC_BYTES:
+        raise DataError(f"{path} is cut short in record {number}")
+    if masked_crc32c(length) != int.from_bytes(header[_LENGTH_BYTES:], "little"):
+        raise DataError(f"{path} is damaged at record {number}: the length's checksum is wrong")
+    return int.from_bytes(length, "little")
+
+
+def count_records(path: Path) -> int:
+    """Number of records, by their headers.
+
+    Raises:
+        DataError: The file is damaged or cut short.
+    """
+    size = path.stat().st_size
+    number = 0
+    with path.open("rb") as file:
+        while (length := _read_header(file, path, number)) is not None:
+            if file.seek(length + _CRC_BYTES, 1) > size:
+                raise DataError(f"{path} is cut short in record {number}")
+            number += 1
+    return number
+
+
+def read_records(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Every record with its stored (masked) checksum, which is left to the caller."""
+    number = 0
+    with path.open("rb") as file:
+        while (length := _read_header(file, path, number)) is not None:
+            data, crc = file.read(length), file.read(_CRC_BYTES)
+            if len(data) < length or len(crc) < _CRC_BYTES:
+                raise DataError(f"{path} is cut short in record {number}")
+            yield data, int.from_bytes(crc, "little")
+            number += 1
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise BadImageError("its tf.Example is malformed")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of one message."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == _BYTES:
+            length, at = _varint(data, at)
+        elif kind in (_FIXED64, _FIXED32):
+            length = 8 if kind == _FIXED64 else 4
+        else:
+            raise BadImageError("its tf.Example is malformed")
+        if at + length > len(data):
+            raise BadImageError("its tf.Example is cut short")
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _messages(data: bytes, number: int) -> Iterator[bytes]:
+    for field, value in _fields(data):
+        if field == number and isinstance(value, bytes):
+            yield value
+
+
+def _int64_list(data: bytes) -> list[int]:
+    """Int64List, packed or not."""
+    values: list[int] = []
+    for _, value in _fields(data):
+        if isinstance(value, int):
+            values.append(value)
+            continue
+        at = 0
+        while at < len(value):
+            number, at = _varint(value, at)
+            values.append(number)
+    return values
+
+
+def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
+    """The integer and byte features of a tf.Example.
+
+    Raises:
+        BadImageError: Not a tf.Example.
+    """
+    features: dict[str, list[int] | list[bytes]] = {}
+    for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
+        name = b"".join(_messages(entry, 1)).decode("utf-8", "replace")
+        # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
+        for feature in _messages(entry, 2):
+            for field, value in _fields(feature):
+                if isinstance(value, bytes) and field == 1:
+                    features[name] = list(_messages(value, 1))
+                elif isinstance(value, bytes) and field == 3:
+                    features[name] = _int64_list(value)
+    return features
+
+
+def decode_example(record: bytes) -> Pixels:
+    """The image of an Example: `data` holds `shape` pixels, channels first or last.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        BadImageError: Features are missing or do not fit each other.
+    """
+    features = parse_example(record)
+    shape, data = features.get("shape"), features.get("data")
+    if not shape or not data or not isinstance(data[0], bytes):
+        raise BadImageError("its tf.Example lacks 'shape' or 'data'")
+    sides = [side for side in shape if isinstance(side, int)]
+    if len(sides) != 3 or prod(sides) != len(data[0]):
+        raise BadImageError(f"its data has {len(data[0])} bytes, its shape is {sides}")
+    pixels = np.frombuffer(data[0], dtype=np.uint8).reshape(sides)
+    if sides[2] in (1, 3):
+        return pixels
+    if sides[0] in (1, 3):
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    raise BadImageError(f"its shape {sides} has neither 1 nor 3 channels")
+
+
+def _part(paths: list[Path]) -> Part:
+    def item(path: Path, number: int, data: bytes, crc: int) -> Item:
+        def load() -> Pixels:
+            if masked_crc32c(data) != crc:
+                raise BadImageError("its checksum is wrong")
+            return decode_example(data)
+
+        return Item(f"{path.name} record {number}", load)
+
+    def items() -> Iterator[Item]:
+        for path in paths:
+            for number, (data, crc) in enumerate(read_records(path)):
+                yield item(path, number, data, crc)
+
+    return Part(sum(count_records(path) for path in paths), items)
+
+
+def _at_resolution(paths: list[Path], size: int) -> list[Path]:
+    """Of a pyramid of files (`-r08-` holds sides of 2^8), the wanted size or else the largest."""
+    levels = {path: _RESOLUTION.search(path.name) for path in paths}
+    if not all(levels.values()):
+        return paths
+    exponents = {path: int(match[1]) for path, match in levels.items() if match}
+    wanted = size.bit_length() - 1
+    chosen = wanted if wanted in exponents.values() else max(exponents.values())
+    return [path for path in paths if exponents[path] == chosen]
+
+
+def tfrecord_files(source: Path) -> list[Path]:
+    """All record files below a folder, sorted."""
+    return sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
+
+
+def read_tfrecord(source: Path, config: DataConfig) -> dict[str, Part]:
+    """All records below `source`; folders train and validation are the splits."""
+    paths = tfrecord_files(source) if source.is_dir() else [source]
+    paths = _at_resolution(paths, config.stored_size) if paths else []
+    if not paths or not paths[0].exists():
+        raise MissingSourceError(f"no {' or '.join(_SUFFIXES)} files found in {source}")
+    root = source if source.is_dir() else source.parent
+    groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
+    return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
