@@ -1,0 +1,95 @@
+"""The configuration of a training run, as `configs/train.yaml` composes it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from nvae.cli.report import ReportConfig
+from nvae.cli.schema import build, schema_of
+from nvae.data import DataConfig
+from nvae.models import ModelConfig
+from nvae.training.loggers import LoggerConfig
+from nvae.training.loss import ObjectiveConfig
+from nvae.training.optimizer import OptimizerConfig
+from nvae.training.trainer import CallbacksConfig, TrainerConfig
+
+RESUME = ("auto", "never", "must")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a training run depends on.
+
+    Attributes:
+        name: of the run; its folder is `runs_dir/name`.
+        runs_dir: where runs go.
+        seed: of initial weights and posterior noise; the order of the data has `data.seed`.
+        resume: ``auto`` goes on where the run's folder left off, ``never`` starts anew in a folder
+            beside it, ``must`` refuses to start anew.
+        compile: compile every residual cell; checkpoints keep their keys.
+    """
+
+    data: DataConfig
+    name: str
+    runs_dir: str = "runs"
+    seed: int = 0
+    resume: str = "auto"
+    compile: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume not in RESUME:
+            raise ValueError(f"resume={self.resume} is unknown; allowed: {', '.join(RESUME)}")
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            raise ValueError(f"name={self.name!r} is no folder name; use letters, digits, - and _")
+        self._check_model_reads_data()
+        if self.optimizer.warmup_epochs > self.trainer.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
+                f"allowed: at most trainer.epochs={self.trainer.epochs}"
+            )
+
+    def _check_model_reads_data(self) -> None:
+        for of_model, of_data in (("image_size", "image_size"), ("image_channels", "channels")):
+            wanted, given = getattr(self.model, of_model), getattr(self.data, of_data)
+            if wanted != given:
+                raise ValueError(
+                    f"model.{of_model}={wanted} does not fit data.{of_data}={given}; "
+                    f"set data.{of_data}, the model follows it"
+                )
+        if self.model.likelihood == "bernoulli" and self.data.bits != 1:
+            raise ValueError(
+                f"model.likelihood=bernoulli needs black and white pixels, data.bits={self.data.bits}"
+                "; set data.bits=1 or use likelihood=logistic_mixture or normal"
+            )
+        if self.model.likelihood == "logistic_mixture" and self.model.bits != self.data.bits:
+            raise ValueError(
+                f"model.bits={self.model.bits} does not fit data.bits={self.data.bits}; "
+                "set data.bits, the model follows it"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for checkpoints and YAML."""
+        return asdict(self)
+
+
+def register() -> None:
+    """Tell Hydra the schema that `configs/train.yaml` starts from."""
+    ConfigStore.instance().store(name="train_schema", node=schema_of(TrainConfig))
+
+
+def train_config(composed: DictConfig) -> TrainConfig:
+    """Check a composed configuration.
+
+    Raises:
+        ValueError: one line that says what is wrong and what is allowed.
+    """
+    return build(TrainConfig, composed)

@@ -1,0 +1,92 @@
+"""Typed schemas for Hydra, built from the dataclasses that the code itself uses.
+
+Composing against a schema refuses unknown keys and wrong types; building the dataclasses from the
+result runs their own checks.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+T = TypeVar("T")
+
+
+def schema_of(cls: type) -> type:
+    """A mutable copy of a dataclass for OmegaConf, without its checks.
+
+    OmegaConf cannot merge into a frozen dataclass, and interpolations are not values yet that
+    could be checked. Fields without a default become mandatory.
+    """
+    hints = typing.get_type_hints(cls)
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        default: Any = dataclasses.field(default=MISSING)
+        if dataclasses.is_dataclass(kind):
+            kind = schema_of(typing.cast(type, kind))
+            default = dataclasses.field(default_factory=kind)
+        elif f.default is not dataclasses.MISSING:
+            default = dataclasses.field(default=f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=f.default_factory)
+        fields.append((f.name, kind, default))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def build(cls: type[T], config: DictConfig) -> T:
+    """The dataclass that a composed config describes; interpolations are resolved.
+
+    Raises:
+        ValueError: a value or a combination is not allowed; one line.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    return _from_dict(cls, values, "")
+
+
+def _from_dict(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(unknown_key(prefix + name, list(hints)))
+        nested = dataclasses.is_dataclass(hints[name])
+        arguments[name] = _from_dict(hints[name], value, f"{prefix}{name}.") if nested else value
+    return cls(**arguments)
+
+
+def unknown_key(path: str, allowed: list[str]) -> str:
+    """What to say about a key that does not exist."""
+    close = difflib.get_close_matches(path.split(".")[-1], allowed, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown key {path}{hint}; allowed here: {', '.join(allowed)}"
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words, for error messages."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(describe_type(arg) for arg in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"a list of {describe_type(typing.get_args(kind)[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "null" if kind is type(None) else getattr(kind, "__name__", str(kind)))
+
+
+def lookup(cls: type, path: str) -> tuple[type, str | None]:
+    """The dataclass that a dotted path leads into, and the first name it does not have."""
+    here = cls
+    for name in path.split("."):
+        names = {f.name for f in dataclasses.fields(here)}
+        if name not in names:
+            return here, name
+        kind = typing.get_type_hints(here)[name]
+        if not dataclasses.is_dataclass(kind):
+            break
+        here = typing.cast(type, kind)
+    return here, None

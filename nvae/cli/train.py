@@ -1,0 +1,139 @@
+"""`train.py`: from a composed configuration to a trained model and a report."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from nvae.checkpoint import load_model
+from nvae.cli.config import TrainConfig, register, train_config
+from nvae.cli.errors import UserError, run
+from nvae.cli.report import likelihood_lines, reconstruction_grid, sample_grid, test_likelihood
+from nvae.data.module import ImageDataModule
+from nvae.models import NVAE
+from nvae.models.cells import Cell
+from nvae.training.checkpointing import BEST
+from nvae.training.loggers import build_loggers
+from nvae.training.module import NVAELightning
+from nvae.training.run_folder import RunFolder, describe_start, open_run
+from nvae.training.trainer import build_trainer
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Before work begins, what is wrong with the input is the user's to know, in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def main() -> None:
+    """The command."""
+    register()
+    configs = Path(__file__).parents[2] / "configs"
+
+    def compose(collect: Callable[[DictConfig], None]) -> None:
+        hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(collect)()
+
+    run(compose, train, TrainConfig)
+
+
+def train(composed: DictConfig) -> None:
+    """Run `train.py` on what Hydra composed."""
+    _quieten()
+    with checked():
+        config = train_config(composed)
+        folder, changed = open_run(
+            Path(config.runs_dir) / config.name, config.resume, config.to_dict()
+        )
+        data = ImageDataModule(config.data)
+        data.prepare_data()
+        data.setup()
+    console = Console(highlight=False, soft_wrap=True)
+    if _is_first_process():
+        describe_start(folder, config.to_dict(), sys.argv)
+        _announce(console, config, folder, changed)
+    module = build_module(config)
+    trainer = build_trainer(
+        config.trainer,
+        config.callbacks,
+        folder.path,
+        build_loggers(config.logger, folder.path, folder.step),
+        config.logger.every_steps,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        report(console, config, folder, data)
+
+
+def build_module(config: TrainConfig) -> NVAELightning:
+    """Model with its initial weights, objective and optimiser."""
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    model = NVAE(config.model)
+    if config.compile:
+        compile_cells(model)
+    return NVAELightning(
+        model, config.objective, config.optimizer, seed=config.seed, run_config=config.to_dict()
+    )
+
+
+def compile_cells(model: NVAE) -> None:
+    """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
+    for module in model.modules():
+        if isinstance(module, Cell):
+            module.compile()
+
+
+def report(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> None:
+    """Likelihood and pictures of the best checkpoint, and what to run next."""
+    best = folder.checkpoints / BEST
+    model = load_model(best).to("cuda" if torch.cuda.is_available() else "cpu")
+    console.print()
+    if config.report.importance_samples:
+        file = folder.path / "test_likelihood.json"
+        for line in likelihood_lines(test_likelihood(model, data, config.report, file)):
+            console.print(line)
+    samples, reconstructions = folder.path / "samples.png", folder.path / "reconstructions.png"
+    sample_grid(model, config.report, samples)
+    reconstruction_grid(model, data, reconstructions)
+    console.print(f"""
+samples          {samples}
+reconstructions  {reconstructions}
+best checkpoint  {best}
+
+next: python sample.py checkpoint={best} temperature=0.7
+      python evaluate.py checkpoint={best}
+      tensorboard --logdir {folder.path}""")
+
+
+def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:
+    if folder.checkpoint is None:
+        console.print(f"run {folder.path}, from the beginning")
+    else:
+        console.print(f"run {folder.path}, resumed from {folder.checkpoint.name}")
+    for line in changed:
+        console.print(f"  changed since: {line}")
+
+
+def _is_first_process() -> bool:
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says about itself; warnings about the run stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # our loaders read with threads
+        r".*Experiment logs directory.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)

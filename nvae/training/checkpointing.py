@@ -1,0 +1,158 @@
+"""Checkpoints of a run: written atomically, read back, rotated, and found again."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+_STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
+BEST = "best.ckpt"
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written, and how many stay.
+
+    Attributes:
+        every_epochs: epochs between two checkpoints.
+        every_steps: optimiser steps between two further ones, inside an epoch; null: none.
+        keep_last: how many of them stay, beside `best.ckpt`; at least 2, so that a damaged one is
+            not the only one.
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 1:
+            raise ValueError(
+                f"callbacks.checkpoint.every_epochs is {self.every_epochs}; it must be at least 1"
+            )
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(
+                f"callbacks.checkpoint.every_steps is {self.every_steps}; it must be at least 1, "
+                "or null"
+            )
+        if self.keep_last < 2:
+            raise ValueError(
+                f"callbacks.checkpoint.keep_last is {self.keep_last}; it must be at least 2"
+            )
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes through a temporary file and reads the result back; loads plain types only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write, then verify that the file can be read.
+
+        Raises:
+            OSError: nothing could be written; what was there before is still there.
+            CheckpointError: what was written cannot be read back.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, path)
+        load_checkpoint(path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors and plain types, on the CPU."""
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file, if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The rotating checkpoints of a folder, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step_*.ckpt") if (m := _STEP_FILE.match(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest readable checkpoint and its contents; None where the folder has none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read.
+    """
+    paths = step_checkpoints(folder)
+    failures = []
+    for path in reversed(paths):
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            failures.append(str(error))
+    if failures:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read: {failures[0]}"
+        )
+    return None
+
+
+class Checkpoints(pl.Callback):
+    """Writes `step_N.ckpt` at intervals and `best.ckpt` at the best validation ELBO.
+
+    Args:
+        folder: where the files go.
+        config: when, and how many stay.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self.best: float | None = None
+        self.best_step = 0
+        self._saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, so that a resumed run beats it or leaves it."""
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Inside an epoch. After a whole optimiser step only: gradients are not saved."""
+        every, step = self.config.every_steps, trainer.global_step
+        if every is not None and step % every == 0 and step != self._saved_step:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the best; the average's weights where there is one."""
+        value = float(trainer.callback_metrics["valid/negative_elbo"])
+        value = trainer.strategy.broadcast(value)
+        if self.best is None or value < self.best:
+            self.best, self.best_step = value, trainer.global_step
+            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Between epochs, and at the end."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.config.every_epochs == 0 or epoch == trainer.max_epochs:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write `step_N.ckpt`, then drop the oldest beyond `keep_last`."""
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for path in step_checkpoints(self.folder)[: -self.config.keep_last]:
+                path.unlink()
+
+
+def checkpoint_step(checkpoint: dict[str, Any]) -> int:
+    """Optimiser steps done."""
+    return int(checkpoint["global_step"])

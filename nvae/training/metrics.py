@@ -1,0 +1,83 @@
+"""Training metrics, read from the device every k steps and nowhere else."""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from nvae.training.module import NVAELightning, StepReport
+from nvae.training.validation import group_metrics
+
+
+class TrainingMetrics(pl.Callback):
+    """Collects a step's loss parts every ``every_steps`` optimiser steps and gives them to the
+    loggers; ``latest`` holds them for the progress bar.
+
+    One stacked copy to the host a reading: the steps between run without waiting for the device.
+
+    Args:
+        every_steps: optimiser steps between two readings.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        self.every_steps = every_steps
+        self.latest: dict[str, float] = {}
+        self._images = 0
+        self._since = time.perf_counter()
+        self._last_step = -1
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation and checkpoints between epochs are no part of the speed."""
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Read and log where it is time."""
+        self._images += len(batch.x) * trainer.world_size
+        step = trainer.global_step
+        if step == self._last_step or step % self.every_steps:
+            return
+        self._last_step = step
+        assert isinstance(pl_module, NVAELightning)
+        assert pl_module.report is not None
+        metrics = read_report(pl_module.report)
+        metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        # reading waited for the device, so the clock covers the work
+        metrics["train/images_per_second"] = self._images / (time.perf_counter() - self._since)
+        self._start_clock()
+        self.latest = metrics
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+
+@torch.no_grad()
+def read_report(report: StepReport) -> dict[str, float]:
+    """A step's metrics as Python numbers, by one copy from the device; nats per image."""
+    elbo = report.elbo
+    values = {
+        "train/reconstruction": elbo.reconstruction.mean(),
+        "train/kl": elbo.kl.mean(),
+        "train/kl_balanced": elbo.kl_term.mean(),
+    }
+    if report.regularizers is not None:
+        values["train/spectral"] = report.regularizers.spectral
+        values["train/batchnorm"] = report.regularizers.batchnorm
+    stacked = torch.cat(
+        [torch.stack([v.detach().double() for v in values.values()]), report.kl_per_group.double()]
+    ).tolist()
+    metrics = dict(zip(values, stacked, strict=False))
+    metrics["train/negative_elbo"] = metrics["train/reconstruction"] + metrics["train/kl"]
+    metrics["train/loss"] = metrics["train/reconstruction"] + metrics["train/kl_balanced"]
+    if report.regularizers is not None:
+        metrics["train/loss"] += report.spectral_weight * (
+            metrics["train/spectral"] + metrics["train/batchnorm"]
+        )
+    metrics["train/beta"] = report.beta
+    metrics["train/lambda"] = report.spectral_weight
+    return metrics | group_metrics("train_kl_group", stacked[len(values) :])

@@ -1,0 +1,135 @@
+"""The training step, as Lightning wants it: batch, model, likelihood, ELBO, regularisers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from nvae.checkpoint import describe
+from nvae.data.module import ImageBatch
+from nvae.models import NVAE
+from nvae.objective import Elbo
+from nvae.training.loss import ObjectiveConfig, Regularizers, TrainingLoss, spectral_weight
+from nvae.training.noise import TrainingNoise
+from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from nvae.training.validation import ValidationSums
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step leaves for the logs; tensors on the device, nothing is read here.
+
+    Attributes:
+        elbo: of the last micro-batch, detached.
+        kl_per_group: ``(G,)``, batch mean, coarsest first.
+        regularizers: before lambda; None where lambda is 0 or accumulation goes on.
+        beta: KL coefficient.
+        spectral_weight: lambda.
+    """
+
+    elbo: Elbo
+    kl_per_group: Tensor
+    regularizers: Regularizers | None
+    beta: float
+    spectral_weight: float
+
+
+class NVAELightning(pl.LightningModule):
+    """Trains one :class:`~nvae.models.nvae.NVAE`.
+
+    Args:
+        model: the network.
+        objective: annealing, balancing, regularisation.
+        optimizer: optimiser and learning rate.
+        seed: of the posterior noise.
+        run_config: plain dictionary that goes into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: NVAE,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int = 0,
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = TrainingLoss(model, objective)
+        self.optimizer_config = optimizer
+        self.seed = seed
+        self.run_config = run_config
+        self.report: StepReport | None = None
+        self._validation = ValidationSums(model.config)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, in nats; see equation 8 of the paper's appendix and spec 3."""
+        beta = self.loss.beta(self.global_step, self.total_steps)
+        window, last = self._accumulation(batch_idx)
+        noise = self._noise(self.model, len(batch.x), self.trainer.fit_loop.total_batch_idx)
+        output = self.model(batch.x, noise)
+        elbo = self.loss.elbo(output, self.model.likelihood(output.logits).log_prob(batch.x), beta)
+        # Lightning divides by the nominal window; an epoch's last one may be shorter
+        loss = elbo.loss * (self.trainer.accumulate_grad_batches / window)
+        weight = spectral_weight(self.loss.config, beta)
+        regularizers = self.loss.regularizers() if weight > 0 and last else None
+        if regularizers is not None:
+            # once per optimiser step, whatever the number of micro-batches
+            penalty = weight * (regularizers.spectral + regularizers.batchnorm)
+            loss = loss + penalty * self.trainer.accumulate_grad_batches
+        self.report = StepReport(elbo, output.kl_per_group.mean(0), regularizers, beta, weight)
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Sum the ELBO's parts; every image's noise depends on its index alone."""
+        output = self.model(batch.x, self._validation.noise(self.model, batch.index))
+        log_likelihood = self.model.likelihood(output.logits).log_prob(batch.x)
+        self._validation.add(output, log_likelihood)
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over all images of all ranks."""
+        metrics = self._validation.means(self.trainer.strategy)
+        self._validation.reset()
+        for name, value in metrics.items():
+            self.log(name, value, rank_zero_only=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimiser, and its learning rate as a function of the step."""
+        optimizer = build_optimizer(self.optimizer_config, self.model.parameters())
+        total_steps = self.total_steps  # this makes the Trainer count its batches
+        factor = learning_rate_factor(self.optimizer_config, self.steps_per_epoch, total_steps)
+        scheduler = LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Ranks draw different noise."""
+        self._noise = TrainingNoise(self.seed, self.global_rank)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint readable by :func:`nvae.checkpoint.load_model`."""
+        checkpoint.update(describe(self.model, self.run_config))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, T."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+
+    def _accumulation(self, batch_idx: int) -> tuple[int, bool]:
+        """Micro-batches of the step that ``batch_idx`` belongs to, and whether it is the last."""
+        nominal, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        start = batch_idx - batch_idx % nominal
+        window = min(nominal, int(batches) - start)
+        return window, batch_idx == start + window - 1

@@ -1,0 +1,102 @@
+"""Optimisers and the learning rate: linear warm-up, then half a cosine (spec section 3)."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Adamax, AdamW, Optimizer
+
+OPTIMIZERS = ("adamax", "adamw")
+
+
+@dataclass
+class OptimizerConfig:
+    """Which optimiser, and its learning rate over time.
+
+    Attributes:
+        name: ``adamax`` (the paper's) | ``adamw``.
+        learning_rate: after warm-up.
+        min_learning_rate: at the end.
+        warmup_epochs: epochs of linear warm-up, step by step.
+        decay_every: ``step`` or ``epoch``: how often the cosine is advanced.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment (Adamax: of the infinity norm).
+        epsilon: keeps the denominator from 0.
+        weight_decay: Adamax adds it to the gradient (L2), AdamW shrinks the weights.
+    """
+
+    name: str = "adamax"
+    learning_rate: float = 1e-2
+    min_learning_rate: float = 1e-4
+    warmup_epochs: float = 5.0
+    decay_every: str = "step"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-3
+    weight_decay: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name={self.name} is unknown; allowed: {_list(OPTIMIZERS)}")
+        if self.decay_every not in ("step", "epoch"):
+            raise ValueError(
+                f"optimizer.decay_every={self.decay_every} is unknown; allowed: step, epoch"
+            )
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate is {self.min_learning_rate}; allowed: 0 to "
+                f"learning_rate={self.learning_rate}"
+            )
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("warmup_epochs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0"
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; allowed: 0 up to, not with, 1"
+                )
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimiser that ``config`` names."""
+    parameters, betas = list(parameters), (config.beta1, config.beta2)
+    if config.name == "adamw":
+        return AdamW(
+            parameters, config.learning_rate, betas, config.epsilon, config.weight_decay,
+            fused=True,
+        )  # fmt: skip
+    return Adamax(
+        parameters, config.learning_rate, betas, config.epsilon, config.weight_decay, foreach=True
+    )
+
+
+def learning_rate_factor(
+    config: OptimizerConfig, steps_per_epoch: int, total_steps: int
+) -> Callable[[int], float]:
+    """Learning rate of a step, divided by ``config.learning_rate``, as a function of the step.
+
+    Step s (from 0) of W warm-up steps takes (s + 1) / W; after that the cosine runs from 1 to
+    the minimum over the steps that are left.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    least = config.min_learning_rate / config.learning_rate
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.decay_every == "epoch":
+            step = max(step - step % steps_per_epoch, warmup)
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,121 @@
+"""The progress bar of a run: one bar over all its steps, with loss parts, images/s and ETA."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from nvae.training.metrics import TrainingMetrics
+
+PLAIN_SECONDS = 20.0
+"""Seconds between two lines where the output is no terminal."""
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """Loss parts and speed in one short line; empty before the first reading."""
+    if not metrics:
+        return ""
+    parts = [
+        f"-ELBO {metrics['train/negative_elbo']:.2f}",
+        f"rec {metrics['train/reconstruction']:.2f}",
+        f"KL {metrics['train/kl']:.2f}",
+        f"beta {metrics['train/beta']:.2f}",
+    ]
+    if "train/spectral" in metrics:
+        parts.append(f"SR {metrics['train/spectral']:.0f}")
+    return "  ".join([*parts, f"{metrics['train/images_per_second']:.0f} images/s"])
+
+
+class RunProgress(ProgressBar):
+    """Shows where the run is. On a terminal a live bar, elsewhere a line now and then.
+
+    Args:
+        metrics: whose readings are shown; no reading of its own is made.
+    """
+
+    def __init__(self, metrics: TrainingMetrics) -> None:
+        super().__init__()
+        self._metrics = metrics
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._printed = 0.0
+        self._enabled = True
+        self._valid = ""
+
+    def disable(self) -> None:
+        """Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Undo :meth:`disable`."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar where the run starts or resumes."""
+        self._printed = time.monotonic()
+        self._started, self._start_step = time.monotonic(), trainer.global_step
+        if not (self._enabled and self._console.is_terminal):
+            return
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "train", total=int(trainer.estimated_stepping_batches), completed=trainer.global_step,
+            epoch=self._epoch(trainer), metrics="",
+        )  # fmt: skip
+        self._progress.start()
+
+    @staticmethod
+    def _epoch(trainer: pl.Trainer) -> str:
+        return f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Advance."""
+        if not self._enabled:
+            return
+        text = describe_metrics(self._metrics.latest) + self._valid
+        if self._progress is not None:
+            self._progress.update(
+                self._task, completed=trainer.global_step, metrics=text,
+                epoch=self._epoch(trainer),
+            )  # fmt: skip
+        elif time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.print(f"epoch {self._epoch(trainer)}  {self._position(trainer)}  {text}")
+
+    def _position(self, trainer: pl.Trainer) -> str:
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(step - self._start_step, 1) * (total - step)
+        return f"step {step}/{total}  {int(left) // 60}:{int(left) % 60:02d} left"
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the validation ELBO beside the training's."""
+        value = trainer.callback_metrics.get("valid/negative_elbo")
+        if value is not None:
+            self._valid = f"  valid -ELBO {float(value):.2f}"
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Above the bar."""
+        if self._enabled:
+            self._console.print(*args, highlight=False, soft_wrap=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the bar, also after an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        sys.stderr.flush()

@@ -1,0 +1,165 @@
+"""From configuration to Lightning's Trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import MixedPrecision
+
+from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, Checkpoints
+from nvae.training.ema import weight_averaging
+from nvae.training.metrics import TrainingMetrics
+from nvae.training.pictures import Pictures, PicturesConfig
+from nvae.training.progress import RunProgress
+
+ACCELERATORS = ("auto", "cpu", "gpu")
+PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+INITIAL_LOSS_SCALE = 1024.0
+"""float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how long to train.
+
+    Attributes:
+        accelerator: ``auto`` | ``cpu`` | ``gpu``.
+        devices: processes on this machine, one for each device.
+        num_nodes: machines.
+        precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
+        epochs: of the whole run.
+        accumulate: micro-batches of `data.batch_size` a step.
+        validate_every_epochs: epochs between two validations.
+        limit_train_batches: batches an epoch; null: all.
+        limit_valid_batches: batches a validation; null: all.
+        deterministic: insist on deterministic kernels.
+        detect_anomaly: let autograd name the operation that made a NaN; slow.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32"
+    epochs: int = 400
+    accumulate: int = 1
+    validate_every_epochs: int = 1
+    limit_train_batches: int | None = None
+    limit_valid_batches: int | None = None
+    deterministic: bool = False
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("accelerator", self.accelerator, ACCELERATORS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"trainer.{name}={value} is unknown; allowed: {', '.join(allowed)}"
+                )
+        for name in ("devices", "num_nodes", "epochs", "accumulate", "validate_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("limit_train_batches", "limit_valid_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name} is {value}; it must be at least 1, or null")
+        if self.resolved_accelerator() == "cpu" and self.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed")
+
+    def resolved_accelerator(self) -> str:
+        """``cpu`` or ``gpu``."""
+        if self.accelerator == "auto":
+            return "gpu" if torch.cuda.is_available() else "cpu"
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError("trainer.accelerator=gpu, but torch sees no GPU; use cpu or auto")
+        return self.accelerator
+
+
+@dataclass
+class EMAConfig:
+    """Moving average of the weights.
+
+    Attributes:
+        decay: a step, in [0, 1); null: no average.
+        device: null: beside the model; ``cpu`` saves GPU memory.
+    """
+
+    decay: float | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(
+                f"callbacks.ema.decay is {self.decay}; allowed: 0 up to, not with, 1, or null"
+            )
+        if self.device not in (None, "cpu"):
+            raise ValueError(f"callbacks.ema.device={self.device} is unknown; allowed: cpu, null")
+
+
+@dataclass
+class CallbacksConfig:
+    """What happens beside the training step.
+
+    Attributes:
+        checkpoint: rotating checkpoints.
+        ema: moving average of the weights.
+        pictures: grids at intervals.
+        progress: show a progress bar.
+    """
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    progress: bool = True
+
+
+def build_trainer(
+    config: TrainerConfig,
+    callbacks: CallbacksConfig,
+    folder: Path,
+    loggers: list[Logger],
+    log_every_steps: int,
+) -> pl.Trainer:
+    """The Trainer of a run whose files go to ``folder``."""
+    accelerator = config.resolved_accelerator()
+    metrics = TrainingMetrics(log_every_steps)
+    built: list[pl.Callback] = [metrics, Pictures(folder / "pictures", callbacks.pictures)]
+    if callbacks.ema.decay is not None:
+        # after the pictures: at the end of validation it puts the raw weights back
+        built.append(weight_averaging(callbacks.ema.decay, callbacks.ema.device))
+    built.append(Checkpoints(folder / "checkpoints", callbacks.checkpoint))
+    if callbacks.progress:
+        built.append(RunProgress(metrics))
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    precision: Any = "32-true" if config.precision == "32" else config.precision
+    if config.precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
+        plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
+        precision = None
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        precision=precision,
+        plugins=plugins,
+        max_epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate,
+        check_val_every_n_epoch=config.validate_every_epochs,
+        limit_train_batches=config.limit_train_batches,
+        limit_val_batches=config.limit_valid_batches,
+        deterministic=config.deterministic,
+        detect_anomaly=config.detect_anomaly,
+        default_root_dir=folder,
+        logger=loggers,
+        callbacks=built,
+        enable_checkpointing=False,
+        enable_progress_bar=callbacks.progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # our own callback decides; see TrainingMetrics
+        use_distributed_sampler=False,
+    )

@@ -1,0 +1,77 @@
+"""Validation metrics, pooled over images and ranks: sums travel, not means."""
+
+import torch
+from pytorch_lightning.strategies import Strategy
+from torch import Tensor
+
+from nvae.models import NVAE, ModelConfig, NVAEOutput
+from nvae.models.topology import latent_shapes
+from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
+from nvae.objective import bits_per_dim
+
+ACTIVE_KL = 0.1
+"""A latent channel is active where its KL, summed over space, exceeds this many nats on average."""
+
+
+def group_metrics(prefix: str, values: list[float]) -> dict[str, float]:
+    """One entry for every latent group, coarsest first."""
+    return {f"{prefix}/{group:02d}": value for group, value in enumerate(values)}
+
+
+class ValidationSums:
+    """Sums over images of the ELBO's parts; every image counts once, whatever the batches.
+
+    Args:
+        config: of the model.
+        seed: of the noise, fixed, so that epochs differ by their weights alone.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._head: Tensor | None = None  # images, reconstruction, KL
+        self._channels: Tensor | None = None  # (G, L) KL
+
+    def noise(self, model: NVAE, index: Tensor) -> list[Tensor]:
+        """Posterior noise of the images ``index`` ``(B,)``, one tensor a group."""
+        keys = keys_of(index, seed=self.seed, stream=STREAM_POSTERIOR)
+        return latent_noise(keys, model.latent_shapes, model.initial_state.dtype)
+
+    def add(self, output: NVAEOutput, log_likelihood: Tensor) -> None:
+        """Count a batch; ``log_likelihood`` ``(B,)`` in nats."""
+        channels = torch.stack([kl.double().sum(0) for kl in output.kl_per_channel])
+        head = torch.stack(
+            [
+                torch.full_like(channels[0, 0], len(log_likelihood)),
+                -log_likelihood.double().sum(),
+                channels.sum(),
+            ]
+        )
+        self._head = head if self._head is None else self._head + head
+        self._channels = channels if self._channels is None else self._channels + channels
+
+    def means(self, strategy: Strategy) -> dict[str, float]:
+        """Metrics over all ranks' images; a rank may have seen none."""
+        groups, latent = len(latent_shapes(self.config)), self.config.latent_channels
+        if self._head is None or self._channels is None:
+            sums = torch.zeros(
+                3 + groups * latent, dtype=torch.float64, device=strategy.root_device
+            )
+        else:
+            sums = torch.cat([self._head, self._channels.flatten()])
+        total = strategy.reduce(sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        mean = (total / total[0]).cpu()
+        reconstruction, kl = mean[1:3].tolist()
+        channels = mean[3:].view(groups, latent)
+        return {
+            "valid/negative_elbo": reconstruction + kl,
+            "valid/bits_per_dim": bits_per_dim(reconstruction + kl, self.config.counted_pixels),
+            "valid/reconstruction": reconstruction,
+            "valid/kl": kl,
+            **group_metrics("valid_kl_group", channels.sum(1).tolist()),
+            **group_metrics("valid_active_units", (channels > ACTIVE_KL).sum(1).tolist()),
+        }
