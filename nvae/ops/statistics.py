@@ -18,8 +18,8 @@ class Statistics(NamedTuple):
 
     Attributes:
         mean: ``(C,)``.
-        var: ``(C,)``, the biased variance of a batch (divided by n, the elements). Running statistics
-            keep the unbiased one: ``var * n / (n - 1)``.
+        var: ``(C,)``, the biased variance of a batch (divided by n, the elements). Running
+            statistics keep the unbiased one: ``var * n / (n - 1)``.
         elements: per channel, over all ranks: an int, or a 0-d float64 tensor where ranks
             were asked. Ignored for running statistics.
     """

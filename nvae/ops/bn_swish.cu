@@ -1,0 +1,132 @@
+// Passes over one tensor that a BN + Swish layer makes. One kernel a MODE:
+//
+//   MODE_APPLY     y  = Swish(v),  v = (x - mean) scale + beta,  scale = gamma rstd
+//   MODE_BACKWARD  dx = g scale,   g = dy Swish'(v), recomputed from x;
+//                  sums of g and of g (x - mean)
+//   MODE_SUMS      sums of x and of x^2
+//   MODE_FOLD      y  = dx + dS1 + 2 dS2 x: adds the gradient through the sums of x
+//
+// Pixels are rows of C channels. A block takes CB channels of a run of pixels; a thread keeps one
+// vector of channels, so that the layer's parameters sit in registers, and steps over pixels.
+//
+// Macros: MODE, CB, THREADS.
+
+#define MODE_APPLY 0
+#define MODE_BACKWARD 1
+#define MODE_SUMS 2
+#define MODE_FOLD 3
+#define HAS_BN (MODE == MODE_APPLY || MODE == MODE_BACKWARD)
+#define HAS_SUMS (MODE == MODE_BACKWARD || MODE == MODE_SUMS)
+
+constexpr int VECTORS = CB / VIO;
+constexpr int GROUPS = THREADS / VECTORS;  // pixels side by side
+constexpr int BATCH = MODE == MODE_APPLY || MODE == MODE_SUMS ? 4 : 2;  // loads in flight
+
+struct Args {
+    const elem* x;        // (P, C)
+    const elem* dy;       // (P, C), dy or dx, with BACKWARD and FOLD
+    const float* gamma;   // (C), these four with APPLY and BACKWARD
+    const float* beta;
+    const double* mean;
+    const double* rstd;
+    const double* dsums;  // (2, C) with FOLD
+    elem* out;            // (P, C), not with SUMS
+    float* partial;       // (rows, 2, C) with BACKWARD and SUMS
+    long long P;          // pixels
+    long long run;        // pixels a block
+    int C;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
+    const int channel_blocks = (a.C + CB - 1) / CB;
+    const int c = blockIdx.x % channel_blocks * CB + threadIdx.x % VECTORS * VIO;
+    const long long row = blockIdx.x / channel_blocks;
+    const int group = threadIdx.x / VECTORS;
+    const bool channel_ok = c < a.C;
+
+#if HAS_BN
+    float mean[VIO], scale[VIO], shift[VIO];
+#pragma unroll
+    for (int i = 0; i < VIO; ++i) {
+        mean[i] = channel_ok ? static_cast<float>(a.mean[c + i]) : 0.f;
+        scale[i] = channel_ok ? a.gamma[c + i] * static_cast<float>(a.rstd[c + i]) : 0.f;
+        shift[i] = channel_ok ? a.beta[c + i] : 0.f;
+    }
+#endif
+#if MODE == MODE_FOLD
+    float constant[VIO], slope[VIO];
+#pragma unroll
+    for (int i = 0; i < VIO; ++i) {
+        constant[i] = channel_ok ? static_cast<float>(a.dsums[c + i]) : 0.f;
+        slope[i] = channel_ok ? static_cast<float>(2 * a.dsums[a.C + c + i]) : 0.f;
+    }
+#endif
+#if HAS_SUMS
+    float sum[VIO], moment[VIO];
+#pragma unroll
+    for (int i = 0; i < VIO; ++i) sum[i] = moment[i] = 0.f;
+#endif
+
+    const long long end = min(a.P, (row + 1) * a.run);
+    for (long long p = row * a.run + group; channel_ok && p < end; p += GROUPS * BATCH) {
+        Raw raw[BATCH], raw_dy[BATCH];
+#pragma unroll
+        for (int u = 0; u < BATCH; ++u) {
+            const long long at = (p + u * GROUPS) * a.C + c;
+            const bool inside = p + u * GROUPS < end;
+            raw[u] = raw_dy[u] = Raw();
+            if (inside) raw[u] = load_raw(a.x + at);
+#if MODE == MODE_BACKWARD || MODE == MODE_FOLD
+            if (inside) raw_dy[u] = load_raw(a.dy + at);
+#endif
+        }
+#pragma unroll
+        for (int u = 0; u < BATCH; ++u) {
+            if (p + u * GROUPS >= end) break;
+            float x[VIO], dy[VIO], out[VIO];
+            unpack(raw[u], x);
+            unpack(raw_dy[u], dy);
+#pragma unroll
+            for (int i = 0; i < VIO; ++i) {
+#if HAS_BN
+                const float centred = x[i] - mean[i];
+                const float v = fmaf(centred, scale[i], shift[i]);
+                const float s = sigmoid(v);
+#endif
+#if MODE == MODE_APPLY
+                out[i] = v * s;
+#elif MODE == MODE_BACKWARD
+                const float g = dy[i] * fmaf(v * s, 1.f - s, s);  // Swish' = s + v s (1 - s)
+                out[i] = g * scale[i];
+                sum[i] += g;
+                moment[i] = fmaf(g, centred, moment[i]);
+#elif MODE == MODE_SUMS
+                sum[i] += x[i];
+                moment[i] = fmaf(x[i], x[i], moment[i]);
+#else
+                out[i] = dy[i] + fmaf(slope[i], x[i], constant[i]);
+#endif
+            }
+#if MODE != MODE_SUMS
+            store_vector(a.out + (p + u * GROUPS) * a.C + c, out);
+#endif
+        }
+    }
+
+#if HAS_SUMS
+    // fixed order: groups ascending, so that equal inputs give equal bits
+    __shared__ float sums[2][GROUPS][CB];
+#pragma unroll
+    for (int i = 0; i < VIO; ++i) {
+        sums[0][group][threadIdx.x % VECTORS * VIO + i] = sum[i];
+        sums[1][group][threadIdx.x % VECTORS * VIO + i] = moment[i];
+    }
+    __syncthreads();  // every group's sums are there
+    for (int i = threadIdx.x; i < 2 * CB; i += THREADS) {
+        const int which = i / CB, channel = blockIdx.x % channel_blocks * CB + i % CB;
+        float total = 0.f;
+        for (int g = 0; g < GROUPS; ++g) total += sums[which][g][i % CB];
+        if (channel < a.C) a.partial[(row * 2 + which) * a.C + channel] = total;
+    }
+#endif
+}

@@ -1,0 +1,356 @@
+"""The kernels as functions of tensors: allocate, choose constants, launch.
+
+Every function takes a launcher last, computes in float32 and, where tensors are large, in the
+storage type of its input. Images are made channels_last, parameters float32, where they are not.
+"""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from nvae.ops.launcher import CudaLauncher, Launch, Launcher
+from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
+
+CUDA = CudaLauncher()
+DTYPES = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}  # ELEM in common.cu
+MAX_BLOCKS = 2**31 - 1
+BN_CHANNELS = 64
+BN_THREADS = 256
+BN_BLOCKS = 4  # blocks of a multiprocessor: 64 registers a thread let four be resident
+VECTOR_THREADS = 256
+
+BatchNormVectors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""gamma, beta ``(C,)`` float; mean, rstd ``(C,)`` float64."""
+
+
+def depthwise_forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    bn: BatchNormVectors | None = None,
+    want_sums: bool = False,
+    launcher: Launcher = CUDA,
+) -> tuple[Tensor, Tensor]:
+    """y = conv(x) or conv(Swish(BN(x))), and with ``want_sums`` sums ``(2, C)`` of y (else empty).
+
+    Args:
+        x: ``(B, C, H, W)``.
+        weight: ``(C, 1, K, K)``.
+        stride: 1 or 2.
+        bn: what to normalise with, or None.
+        want_sums: whether to sum.
+        launcher: where to run.
+    """
+    x, weight, shape = _nhwc(x), _vector(weight), _shape(x, weight, stride)
+    tiling = forward_tiling(shape, launcher.limits(x.device))
+    y = _like(x, shape.b, shape.c, *shape.out)
+    rows = tiling.grid[3]
+    partial = _floats(x, rows, 2, shape.c) if want_sums else None
+    vectors = _bn(bn)
+    _launch_depthwise(
+        "depthwise_forward", shape, tiling, [x, y],
+        [x, weight, *vectors, y, partial],
+        {"FUSED": int(bn is not None), "SUMS": int(want_sums)}, 1, launcher,
+    )  # fmt: skip
+    if partial is None:
+        return y, _doubles(x, 0)
+    return y, _sum_rows(partial, torch.float64, launcher).view(2, shape.c)
+
+
+def depthwise_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    bn: BatchNormVectors | None = None,
+    through_sums: tuple[Tensor, Tensor] | None = None,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    launcher: Launcher = CUDA,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`depthwise_forward`: dx, dw ``(C, 1, K, K)`` and the BN sums ``(2, C)``.
+
+    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalised
+    activation; empty without ``bn``. dx holds nothing through mean and rstd. What is not needed is
+    empty.
+
+    Args:
+        dy: gradient of y.
+        x: the raw input.
+        weight: as in the forward pass.
+        stride: as in the forward pass.
+        bn: as in the forward pass.
+        through_sums: y and the gradient of its sums, where there is one.
+        need_dx: whether to compute dx (and the BN sums).
+        need_dw: whether to compute dw.
+        launcher: where to run.
+    """
+    x, dy, weight = _nhwc(x), _nhwc(dy.to(x.dtype)), _vector(weight)
+    shape = _shape(x, weight, stride)
+    tiling = backward_tiling(shape, launcher.limits(x.device))
+    rows = tiling.grid[3]
+    y, dsums = through_sums if through_sums is not None else (None, None)
+    y = None if y is None else _nhwc(y)
+    dsums = None if dsums is None else dsums.double().contiguous()
+    dx = torch.empty_like(x) if need_dx else None
+    partial_weight = _floats(x, rows, shape.c, shape.k**2) if need_dw else None
+    partial_sums = _floats(x, rows, 2, shape.c) if need_dx and bn is not None else None
+
+    def launch(dx: Tensor | None, partial_weight: Tensor | None, slices: int) -> None:
+        flags = {
+            "FUSED": int(bn is not None),
+            "DSUMS": int(dsums is not None),
+            "NEED_DX": int(dx is not None),
+            "NEED_DW": int(partial_weight is not None),
+        }
+        sums = partial_sums if dx is not None else None
+        _launch_depthwise(
+            "depthwise_backward", shape, tiling, [x, dy, y, dx],
+            [dy, y, dsums, x, weight, *_bn(bn), dx, partial_weight, sums],
+            flags, slices, launcher,
+        )  # fmt: skip
+
+    if shape.k <= 5:
+        if need_dx or need_dw:
+            launch(dx, partial_weight, 1)
+    else:  # more weights than registers: one gradient a kernel, one row of taps a block
+        if dx is not None:
+            launch(dx, None, 1)
+        if partial_weight is not None:
+            launch(None, partial_weight, shape.k)
+    return (
+        _like(x, 0, 1, 1, 1) if dx is None else dx,
+        _floats(x, 0)
+        if partial_weight is None
+        else _sum_rows(partial_weight, torch.float32, launcher).view(weight.shape),
+        _doubles(x, 0)
+        if partial_sums is None
+        else _sum_rows(partial_sums, torch.float64, launcher).view(2, shape.c),
+    )
+
+
+def bn_swish_forward(x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA) -> Tensor:
+    """Swish(BN(x))."""
+    x = _nhwc(x)
+    y = torch.empty_like(x)
+    _launch_bn("MODE_APPLY", x, None, bn, None, y, launcher)
+    return y
+
+
+def bn_swish_backward(
+    dy: Tensor, x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA
+) -> tuple[Tensor, Tensor]:
+    """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
+    x, dy = _nhwc(x), _nhwc(dy.to(x.dtype))
+    dx = torch.empty_like(x)
+    sums = _launch_bn("MODE_BACKWARD", x, dy, bn, None, dx, launcher)
+    assert sums is not None
+    return dx, sums
+
+
+def channel_sums(x: Tensor, launcher: Launcher = CUDA) -> Tensor:
+    """Sum and sum of squares of every channel, ``(2, C)`` float64."""
+    sums = _launch_bn("MODE_SUMS", _nhwc(x), None, None, None, None, launcher)
+    assert sums is not None
+    return sums
+
+
+def fold(dx: Tensor, x: Tensor, dsums: Tensor, launcher: Launcher = CUDA) -> Tensor:
+    """dx + dS1 + 2 dS2 x."""
+    x, dx = _nhwc(x), _nhwc(dx.to(x.dtype))
+    out = torch.empty_like(x)
+    _launch_bn("MODE_FOLD", x, dx, None, dsums.double().contiguous(), out, launcher)
+    return out
+
+
+def moments(
+    sums: Tensor, elements: Tensor | None, n: float, eps: float, launcher: Launcher = CUDA
+) -> Tensor:
+    """Sums ``(2, C)`` to ``(3, C)``: mean, rstd, biased variance; float64."""
+    out = _doubles(sums, 3, sums.shape[1])
+    _launch_vectors("MODE_MOMENTS", sums, elements, None, None, None, out, None, n, eps, launcher)
+    return out
+
+
+def moments_backward(
+    sums: Tensor,
+    elements: Tensor | None,
+    n: float,
+    eps: float,
+    dmean: Tensor,
+    drstd: Tensor,
+    launcher: Launcher = CUDA,
+) -> Tensor:
+    """Gradient of the sums ``(2, C)`` from those of mean and rstd."""
+    out = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    _launch_vectors(
+        "MODE_MOMENTS_BACKWARD", sums, elements, dmean, drstd, None, out, None, n, eps, launcher
+    )
+    return out
+
+
+def bn_gradients(
+    sums: Tensor, gamma: Tensor, rstd: Tensor, launcher: Launcher = CUDA
+) -> tuple[Tensor, Tensor]:
+    """Sums of g and g (x - mean) to (dgamma, dbeta) ``(2, C)`` float and (dmean, drstd) float64."""
+    c = sums.shape[1]
+    params, out = _floats(sums, 2, c), _doubles(sums, 2, c)
+    _launch_vectors(
+        "MODE_BN_GRADS", sums, None, None, rstd, _vector(gamma), out, params, 0.0, 0.0, launcher
+    )
+    return params, out
+
+
+def _launch_depthwise(
+    kernel: str,
+    shape: Shape,
+    tiling: Tiling,
+    images: list[Tensor | None],
+    tensors: list[Tensor | None],
+    flags: dict[str, int],
+    slices: int,
+    launcher: Launcher,
+) -> None:
+    down, across, units, rows = tiling.grid
+    device, dtype = images[0].device, images[0].dtype  # type: ignore[union-attr]
+    macros = {
+        "ELEM": DTYPES[dtype], "VIO": _vector_width(shape.c, images), "K": shape.k, "S": shape.s,
+        **tiling.macros(), **flags,
+    }  # fmt: skip
+    scalars = struct.pack(
+        "10i", shape.b, shape.h, shape.w, shape.c, *shape.out, down, across, units, rows
+    )
+    blocks = channel_blocks(shape.c, tiling.channels) * rows * slices
+    assert blocks <= MAX_BLOCKS
+    launch = Launch(
+        kernel,
+        tuple(macros.items()),
+        blocks,
+        tiling.threads,
+        tiling.shared,
+        tuple(tensors),
+        scalars,
+    )
+    launcher.launch(device, launch)
+
+
+def _launch_bn(
+    mode: str,
+    x: Tensor,
+    dy: Tensor | None,
+    bn: BatchNormVectors | None,
+    dsums: Tensor | None,
+    out: Tensor | None,
+    launcher: Launcher,
+) -> Tensor | None:
+    c = x.shape[1]
+    pixels = x.numel() // c
+    columns = channel_blocks(c, BN_CHANNELS)
+    vio = _vector_width(c, [x, dy, out])
+    step = 4 * BN_THREADS * vio // BN_CHANNELS  # pixels of a block's thread groups, four times
+    wanted = launcher.limits(x.device).multiprocessors * BN_BLOCKS
+    run = max(step, -(-pixels * columns // (wanted * step)) * step)
+    rows = -(-pixels // run)
+    partial = _floats(x, rows, 2, c) if mode in ("MODE_BACKWARD", "MODE_SUMS") else None
+    tensors = (x, dy, *_bn(bn), dsums, out, partial)
+    scalars = struct.pack("2qi4x", pixels, run, c)
+    macros = {
+        "ELEM": DTYPES[x.dtype], "VIO": vio, "MODE": BN_MODES[mode],
+        "CB": BN_CHANNELS, "THREADS": BN_THREADS,
+    }  # fmt: skip
+    blocks = columns * rows
+    launch = Launch("bn_swish", tuple(macros.items()), blocks, BN_THREADS, 0, tensors, scalars)
+    launcher.launch(x.device, launch)
+    if partial is None:
+        return None
+    return _sum_rows(partial, torch.float64, launcher).view(2, c)
+
+
+BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
+VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3}
+
+
+def _sum_rows(partial: Tensor, dtype: torch.dtype, launcher: Launcher) -> Tensor:
+    """Sum over the first dimension, flat."""
+    rows, n = partial.shape[0], partial[0].numel()
+    out = torch.empty(n, dtype=dtype, device=partial.device)
+    macros = (
+        ("ELEM", 32), ("VIO", 1), ("MODE", 0),
+        ("THREADS", VECTOR_THREADS), ("WIDE", int(dtype == torch.float64)),
+    )  # fmt: skip
+    scalars = struct.pack("qi4x", n, rows)
+    launch = Launch("vectors", macros, -(-n // 32), VECTOR_THREADS, 0, (partial, out), scalars)
+    launcher.launch(partial.device, launch)
+    return out
+
+
+def _launch_vectors(
+    mode: str,
+    sums: Tensor,
+    elements: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    gamma: Tensor | None,
+    out: Tensor,
+    params: Tensor | None,
+    n: float,
+    eps: float,
+    launcher: Launcher,
+) -> None:
+    c = sums.shape[1]
+    vectors = (sums, elements, first, second)
+    wide = [None if t is None else t.double().contiguous() for t in vectors]
+    tensors = (*wide, gamma, out, params)
+    scalars = struct.pack("2di4x", n, eps, c)
+    macros = (
+        ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES[mode]),
+        ("THREADS", VECTOR_THREADS), ("WIDE", 1),
+    )  # fmt: skip
+    blocks = -(-c // VECTOR_THREADS)
+    launch = Launch("vectors", macros, blocks, VECTOR_THREADS, 0, tensors, scalars)
+    launcher.launch(sums.device, launch)
+
+
+def _shape(x: Tensor, weight: Tensor, stride: int) -> Shape:
+    b, c, h, w = x.shape
+    return Shape(b, c, h, w, weight.shape[-1], stride)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _vector(parameter: Tensor) -> Tensor:
+    return parameter.float().contiguous()
+
+
+def _bn(bn: BatchNormVectors | None) -> list[Tensor | None]:
+    if bn is None:
+        return [None] * 4
+    gamma, beta, mean, rstd = bn
+    return [
+        _vector(gamma), _vector(beta), mean.double().contiguous(), rstd.double().contiguous(),
+    ]  # fmt: skip
+
+
+def _like(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def _doubles(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=x.device)
+
+
+def _vector_width(c: int, images: list[Tensor | None]) -> int:
+    """Elements of an access: up to 16 bytes, dividing C, every tensor aligned to it."""
+    present = [t for t in images if t is not None]
+    size = present[0].element_size()
+    width = 16 // size
+    while width > 1 and (c % width or any(t.data_ptr() % (width * size) for t in present)):
+        width //= 2
+    return width

@@ -1,0 +1,186 @@
+"""How the depthwise kernels cut a tensor up: pure functions of its shape and the device's limits.
+
+A block stages a tile with its halo in shared memory, so a tile should be large (the halo is read
+twice) and still leave room for two or three blocks a multiprocessor (one stages while another
+computes). The kernels' register needs, hence threads and blocks, were read off the machine code
+(docs/kernels.md).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from nvae.ops.launcher import DeviceLimits
+
+MAX_KERNEL = 11
+RESERVED_SHARED = 1024  # what the system takes of every block's shared memory
+TUNED_KERNEL = 5  # up to this size the weights stay in registers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One depthwise convolution: input ``(b, c, h, w)``, kernel size k, stride s."""
+
+    b: int
+    c: int
+    h: int
+    w: int
+    k: int
+    s: int
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return -(-self.h // self.s), -(-self.w // self.s)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The constants a depthwise kernel is compiled with, and its launch.
+
+    Attributes:
+        channels: channels of a block (CB).
+        images: images of a block (NB).
+        tile: its height and width (TH, TW).
+        patch: what a thread computes at a time (PH, PW).
+        threads: threads of a block.
+        min_blocks: blocks a multiprocessor has to hold; caps the registers.
+        shared: bytes of shared memory.
+        grid: (tiles down, tiles across, units, rows); the units (groups of images times tiles) of
+            one channel block are shared by ``rows`` blocks.
+    """
+
+    channels: int
+    images: int
+    tile: tuple[int, int]
+    patch: tuple[int, int]
+    threads: int
+    min_blocks: int
+    shared: int
+    grid: tuple[int, int, int, int]
+
+    def macros(self) -> dict[str, int]:
+        """The constants, by the names the kernels use."""
+        return {
+            "CB": self.channels, "NB": self.images, "TH": self.tile[0], "TW": self.tile[1],
+            "PH": self.patch[0], "PW": self.patch[1], "THREADS": self.threads,
+            "MIN_BLOCKS": self.min_blocks,
+        }  # fmt: skip
+
+
+def channels_per_block(c: int) -> int:
+    """64 (whole 128-byte lines in 16 bits), or 32 where that leaves fewer lanes idle."""
+    return 64 if -(-c // 64) * 64 <= -(-c // 32) * 32 * 1.07 else 32
+
+
+def channel_blocks(c: int, channels: int) -> int:
+    """Blocks side by side."""
+    return -(-c // channels)
+
+
+def forward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
+    """Tiling of ``depthwise_forward.cu``, in pixels of the output.
+
+    Two channels a thread; 256 threads at no more than 128 registers, two blocks of them.
+    """
+    patch = (4, 4) if shape.k <= TUNED_KERNEL and shape.s == 1 else (2, 4)
+
+    def shared(channels: int, images: int, th: int, tw: int) -> int:
+        staged = images * ((th - 1) * shape.s + shape.k) * ((tw - 1) * shape.s + shape.k)
+        tile_bytes = 4 * staged * channels
+        return max(tile_bytes + 4 * shape.k**2 * (channels + 2), 16 * 4 * channels)
+
+    return _tiling(
+        shape, shape.out, patch, limits, shared,
+        per_thread=2, most_threads=256, resident_threads=512,
+    )  # fmt: skip
+
+
+def backward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
+    """Tiling of ``depthwise_backward.cu``, in pixels of the input.
+
+    One channel a thread; 128 threads at no more than 168 registers, three blocks of them. Blocks
+    walk over several units, so that partial weight gradients are few.
+    """
+    patch = (4, 4) if shape.k <= TUNED_KERNEL else (2, 4)
+
+    def shared(channels: int, images: int, th: int, tw: int) -> int:
+        staged = images * (th + shape.k - 1) * (tw + shape.k - 1)
+        taps = -(-(shape.k**2) * (channels + 1) // 4) * 4
+        return 4 * (staged * channels + taps + 2 * channels)
+
+    tiling = _tiling(
+        shape, (shape.h, shape.w), patch, limits, shared,
+        per_thread=1, most_threads=128, resident_threads=384,
+    )  # fmt: skip
+    down, across, units, _ = tiling.grid
+    slots = limits.multiprocessors * tiling.min_blocks
+    a_block = -(-units * channel_blocks(shape.c, tiling.channels) // slots)
+    return replace(tiling, grid=(down, across, units, -(-units // a_block)))
+
+
+def _tiles(extent: tuple[int, int], patch: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Tiles to try, larger first, cut to the image."""
+    for th, tw in ((16, 16), (8, 16), (8, 8), (4, 8), (4, 4), (2, 4)):
+        if th % patch[0] == 0 and tw % patch[1] == 0:
+            yield (
+                min(th, -(-extent[0] // patch[0]) * patch[0]),
+                min(tw, -(-extent[1] // patch[1]) * patch[1]),
+            )
+
+
+def _tiling(
+    shape: Shape,
+    extent: tuple[int, int],
+    patch: tuple[int, int],
+    limits: DeviceLimits,
+    shared: Callable[[int, int, int, int], int],
+    *,
+    per_thread: int,
+    most_threads: int,
+    resident_threads: int,
+) -> Tiling:
+    """The largest tile of ``extent`` that leaves room for the blocks that should be resident.
+
+    Args:
+        shape: the convolution.
+        extent: height and width that the tiles cover.
+        patch: pixels a thread computes at a time.
+        limits: of the device.
+        shared: bytes of shared memory for (channels, images, tile height, tile width).
+        per_thread: channels of a thread.
+        most_threads: threads of a block of 64 channels; no more than 128 of one of 32.
+        resident_threads: threads a multiprocessor has registers for.
+    """
+    # large kernels have large halos: fewer channels keep the tile
+    channels = channels_per_block(shape.c) if shape.k <= TUNED_KERNEL else 32
+    most_threads = most_threads if channels == 64 else 128
+    wanted = max(2, resident_threads // most_threads) if shape.k <= TUNED_KERNEL else 2
+    for resident in (wanted, 1):
+        budget = min(
+            limits.shared_per_block,
+            limits.shared_per_multiprocessor // resident - RESERVED_SHARED,
+        )
+        tiles = [tile for tile in _tiles(extent, patch) if shared(channels, 1, *tile) <= budget]
+        if tiles:
+            break
+    else:
+        raise ValueError(
+            f"no tile of a {shape.k}x{shape.k} convolution fits {budget} bytes of shared memory"
+        )
+    tile = tiles[0]
+    patches = tile[0] * tile[1] // (patch[0] * patch[1])
+    lanes = channels // per_thread
+    images = 1  # small images: several a block, for threads to have work
+    while (
+        images < shape.b
+        and images * patches * lanes < 128
+        and shared(channels, 2 * images, *tile) <= budget
+    ):
+        images *= 2
+    threads = max(channels, min(most_threads, images * patches * lanes))
+    down, across = -(-extent[0] // tile[0]), -(-extent[1] // tile[1])
+    units = -(-shape.b // images) * down * across
+    return Tiling(
+        channels, images, tile, patch, threads, max(1, resident_threads // threads),
+        shared(channels, images, *tile), (down, across, units, units),
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+// Small kernels over vectors: the second half of every sum, and the statistics. One a MODE:
+//
+//   MODE_SUM_ROWS  out[i] = sum over rows of partial[row][i], in float or, with WIDE, double
+//   MODE_MOMENTS   sums (2, C) -> mean, rstd = 1 / sqrt(var + eps), var = S2 / n - mean^2 >= 0
+//   MODE_MOMENTS_BACKWARD  gradients of mean and rstd -> of sums
+//   MODE_BN_GRADS  sums of g and g (x - mean) -> gradients of gamma, beta, mean, rstd
+// Statistics are double: there are few of them, and S2 / n - mean^2 cancels.
+//
+// Macros: MODE, THREADS, WIDE.
+
+#define MODE_SUM_ROWS 0
+#define MODE_MOMENTS 1
+#define MODE_MOMENTS_BACKWARD 2
+#define MODE_BN_GRADS 3
+
+#if MODE == MODE_SUM_ROWS
+
+constexpr int COLUMNS = 32;
+constexpr int GROUPS = THREADS / COLUMNS;
+
+struct Args {
+    const float* partial;  // (rows, n)
+    void* out;             // (n)
+    long long n;
+    int rows;
+};
+
+// Threads of a group add every GROUPS-th row in double, then the groups are added in order.
+extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
+    __shared__ double totals[GROUPS][COLUMNS];
+    const int column = threadIdx.x % COLUMNS, group = threadIdx.x / COLUMNS;
+    const long long i = static_cast<long long>(blockIdx.x) * COLUMNS + column;
+    double total = 0;
+    if (i < a.n)
+        for (int row = group; row < a.rows; row += GROUPS) total += a.partial[row * a.n + i];
+    totals[group][column] = total;
+    __syncthreads();  // every group's total is there
+    if (group == 0 && i < a.n) {
+        for (int g = 1; g < GROUPS; ++g) total += totals[g][column];
+#if WIDE
+        static_cast<double*>(a.out)[i] = total;
+#else
+        static_cast<float*>(a.out)[i] = static_cast<float>(total);
+#endif
+    }
+}
+
+#else
+
+struct Args {
+    const double* sums;      // (2, C): S1, S2; BN_GRADS: sums of g and of g (x - mean)
+    const double* elements;  // the number of elements where the device knows it, or null
+    const double* first;     // MOMENTS_BACKWARD: gradient of mean
+    const double* second;    // MOMENTS_BACKWARD: gradient of rstd. BN_GRADS: rstd
+    const float* gamma;      // BN_GRADS
+    double* out;             // MOMENTS (3, C): mean, rstd, var
+                             // MOMENTS_BACKWARD (2, C): dS1, dS2. BN_GRADS (2, C): dmean, drstd
+    float* params;           // BN_GRADS (2, C): dgamma, dbeta
+    double n;                // the number of elements otherwise
+    double eps;
+    int C;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
+    const int c = blockIdx.x * THREADS + threadIdx.x;
+    if (c >= a.C) return;
+    const double first = a.sums[c], second = a.sums[a.C + c];
+#if MODE == MODE_BN_GRADS
+    // v = (x - mean) rstd gamma + beta
+    a.params[c] = static_cast<float>(a.second[c] * second);
+    a.params[a.C + c] = static_cast<float>(first);
+    a.out[c] = -a.gamma[c] * a.second[c] * first;
+    a.out[a.C + c] = a.gamma[c] * second;
+#else
+    const double n = a.elements ? *a.elements : a.n;
+    const double mean = first / n;
+    const double raw = second / n - mean * mean;
+    const double var = raw > 0 ? raw : 0;  // rounding may leave a constant channel below 0
+    const double rstd = 1 / sqrt(var + a.eps);
+#if MODE == MODE_MOMENTS
+    a.out[c] = mean;
+    a.out[a.C + c] = rstd;
+    a.out[2 * a.C + c] = var;
+#else
+    // mean = S1 / n, var = S2 / n - mean^2, rstd = (var + eps)^(-1/2)
+    const double dvar = raw > 0 ? -0.5 * rstd * rstd * rstd * a.second[c] : 0;
+    a.out[c] = (a.first[c] - 2 * mean * dvar) / n;
+    a.out[a.C + c] = dvar / n;
+#endif
+#endif
+}
+#endif

@@ -1,0 +1,153 @@
+"""A launcher that compiles the kernels' source with g++ and runs it on the CPU."""
+
+import ctypes
+import hashlib
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nvae.ops.compiler import kernel_source
+from nvae.ops.launcher import DeviceLimits, Launch
+
+SHIM = Path(__file__).with_name("host_shim.h")
+H100 = DeviceLimits(90, 132, 232448, 233472)
+SMALL = DeviceLimits(80, 2, 166912, 167936)  # few multiprocessors: a block walks over many units
+ERRORS = {1: "divergent barrier", 2: "misaligned access"}
+
+
+def compiler() -> str | None:
+    """Path of g++, or None."""
+    return shutil.which("g++")
+
+
+class HostLauncher:
+    """Runs launches on the CPU, tensors on the CPU too.
+
+    Args:
+        folder: where to keep what is compiled.
+        limits: the device to pretend.
+        edit: changes a kernel's source (a deliberate fault), by (name, source).
+        descending: order of the threads between barriers.
+        sanitize: run each launch in a process of its own under the address and undefined behaviour
+            sanitizers, every tensor in an allocation of exactly its size.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: DeviceLimits = SMALL,
+        edit: Callable[[str, str], str] | None = None,
+        descending: bool = False,
+        sanitize: bool = False,
+    ) -> None:
+        self.folder = folder
+        self._limits = limits
+        self.edit = edit
+        self.descending = descending
+        self.sanitize = sanitize
+        self.launches: list[Launch] = []
+
+    def limits(self, device: torch.device) -> DeviceLimits:
+        return self._limits
+
+    def launch(self, device: torch.device, launch: Launch) -> None:
+        assert device.type == "cpu"
+        self.launches.append(launch)
+        binary = self._build(launch)
+        if self.sanitize:
+            self._run_process(binary, launch)
+            return
+        run = ctypes.CDLL(str(binary)).run
+        error = run(launch.arguments(), launch.blocks, launch.threads, int(self.descending))
+        if error:
+            raise RuntimeError(ERRORS[error])
+
+    def _build(self, launch: Launch) -> Path:
+        source = kernel_source(launch.kernel)
+        if self.edit is not None:
+            source = self.edit(launch.kernel, source)
+        tail = "void start_kernel() { kernel(*static_cast<const Args*>(g_arguments)); }\n"
+        text = f'#include "{SHIM}"\n{source}\n{tail}'
+        flags = ["-std=c++17", "-w", f"-DSHARED_BYTES={launch.shared}"]
+        flags += [f"-D{name}={value}" for name, value in launch.macros]
+        if self.sanitize:
+            text += SANITIZED_MAIN
+            flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        else:
+            flags += ["-O1", "-fPIC", "-shared"]
+        key = hashlib.sha256("\0".join((text, SHIM.read_text(), *flags)).encode()).hexdigest()
+        binary = self.folder / f"{launch.kernel}-{key[:24]}"
+        if not binary.exists():
+            path = binary.with_suffix(".cpp")
+            path.write_text(text)
+            command = [compiler() or "g++", *flags, str(path), "-o", str(binary)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        return binary
+
+    def _run_process(self, binary: Path, launch: Launch) -> None:
+        """File: pointers, scalar bytes, blocks, threads, order; scalars; for each: size, data."""
+        parts = [
+            struct.pack(
+                "5i", len(launch.tensors), len(launch.scalars), launch.blocks, launch.threads,
+                int(self.descending),
+            ),
+            launch.scalars,
+        ]  # fmt: skip
+        for tensor in launch.tensors:
+            if tensor is None:
+                parts.append(struct.pack("q", -1))
+                continue
+            parts.append(struct.pack("q", _bytes(tensor)))
+            parts.append(ctypes.string_at(tensor.data_ptr(), _bytes(tensor)))
+        path = self.folder / "launch.bin"
+        path.write_bytes(b"".join(parts))
+        done = subprocess.run(
+            [str(binary), str(path)],
+            capture_output=True,
+            text=True,
+            env={"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"},
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[:4000])
+        data, offset = path.read_bytes(), 0
+        for tensor in launch.tensors:
+            if tensor is not None:
+                ctypes.memmove(tensor.data_ptr(), data[offset:], _bytes(tensor))
+                offset += _bytes(tensor)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+SANITIZED_MAIN = r"""
+int main(int, char** argv) {
+    FILE* file = std::fopen(argv[1], "rb");
+    int header[5];
+    if (!file || std::fread(header, sizeof(header), 1, file) != 1) fail("no launch");
+    const int pointers = header[0];
+    std::vector<char> arguments(pointers * sizeof(void*) + header[1]);
+    std::vector<char> scalars(header[1]);
+    if (std::fread(scalars.data(), 1, header[1], file) != scalars.size()) fail("no scalars");
+    std::vector<char*> buffers(pointers);
+    std::vector<long long> sizes(pointers);
+    for (int i = 0; i < pointers; ++i) {
+        if (std::fread(&sizes[i], 8, 1, file) != 1) fail("no size");
+        if (sizes[i] < 0) continue;
+        buffers[i] = static_cast<char*>(std::malloc(sizes[i]));
+        if (std::fread(buffers[i], 1, sizes[i], file) != std::size_t(sizes[i])) fail("no data");
+    }
+    std::fclose(file);
+    std::memcpy(arguments.data(), buffers.data(), pointers * sizeof(void*));
+    std::memcpy(arguments.data() + pointers * sizeof(void*), scalars.data(), scalars.size());
+    if (int error = run(arguments.data(), header[2], header[3], header[4])) fail("barrier or alignment");
+    file = std::fopen(argv[1], "wb");
+    for (int i = 0; i < pointers; ++i)
+        if (sizes[i] > 0) std::fwrite(buffers[i], 1, sizes[i], file);
+    std::fclose(file);
+}
+"""
