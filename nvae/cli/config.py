@@ -67,8 +67,8 @@ class TrainConfig:
                 )
         if self.model.likelihood == "bernoulli" and self.data.bits != 1:
             raise ValueError(
-                f"model.likelihood=bernoulli needs black and white pixels, data.bits={self.data.bits}"
-                "; set data.bits=1 or use likelihood=logistic_mixture or normal"
+                "model.likelihood=bernoulli needs black and white pixels, data.bits="
+                f"{self.data.bits}; set data.bits=1 or use likelihood=logistic_mixture or normal"
             )
         if self.model.likelihood == "logistic_mixture" and self.model.bits != self.data.bits:
             raise ValueError(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint

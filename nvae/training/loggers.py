@@ -108,7 +108,7 @@ def build_loggers(config: LoggerConfig, folder: Path, start_step: int) -> list[L
     """
     loggers: list[Logger] = []
     if config.tensorboard:
-        purge = {"purge_step": start_step + 1} if start_step else {}
+        purge: dict[str, Any] = {"purge_step": start_step + 1} if start_step else {}
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", **purge))
     if config.csv:
         # Lightning's writer deletes the file it finds, so every start has its own

@@ -59,7 +59,7 @@ class NVAELightning(pl.LightningModule):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(memory_format=torch.channels_last)
         self.loss = TrainingLoss(model, objective)
         self.optimizer_config = optimizer
         self.seed = seed
