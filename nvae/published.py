@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvae.models.cells import Cell, MobileConv
 from nvae.models.config import ModelConfig
+from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import FactorizedSkip, UpsampleSkip
 from nvae.models.nvae import NVAE
 
@@ -158,6 +159,7 @@ def name_pairs(model: NVAE) -> Iterator[NamePair]:
     position, down = 0, 0
     combiner_positions: list[int] = []
     for g, cells in enumerate(encoder.groups):
+        assert isinstance(cells, nn.Sequential)
         if g in encoder.downsample_before:
             cell = encoder.downsample[down]
             yield from _cell(cell, f"encoder.downsample.{down}", f"enc_tower.{position}")
@@ -181,6 +183,7 @@ def _top_down(model: NVAE, encoder_combiners: list[int]) -> Iterator[NamePair]:
     position, up = 0, 0
     num_flows = model.config.num_flows
     for g, group in enumerate(model.groups):
+        assert isinstance(group, LatentGroup)
         ours = f"groups.{g}"
         if g in model.upsample_before:
             yield from _cell(model.upsample[up], f"upsample.{up}", f"dec_tower.{position}")
@@ -217,7 +220,8 @@ def _norm(ours: str, theirs: str) -> Iterator[NamePair]:
         yield f"{ours}.{name}", [f"{theirs}.{name}"]
 
 
-def _cell(cell: Cell, ours: str, theirs: str) -> Iterator[NamePair]:
+def _cell(cell: nn.Module, ours: str, theirs: str) -> Iterator[NamePair]:
+    assert isinstance(cell, Cell)
     if isinstance(cell.skip, FactorizedSkip):
         quarters = [f"{theirs}.skip.conv_{n}" for n in (1, 2, 3, 4)]
         for our_name, their_name in (

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
+from nvae.models.folding import FoldedCache, FoldedConv, fold_after, fold_around
 from nvae.models.layers import (
     DataInitConv2d,
     FactorizedSkip,
@@ -69,12 +70,32 @@ class MobileConv(nn.Module):
         self.norm_spatial = BatchNorm(hidden, "swish")
         self.project = PlainConv2d(hidden, out_channels, 1)
         self.norm_out = BatchNorm(out_channels)
+        self._folded = FoldedCache()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._forward_folded(x)
         x = self.norm_expand(self.expand(self.norm_in(x)))
         x = self.norm_spatial(self.spatial(upsample_nearest(x) if self.upsample else x))
         return self.norm_out(self.project(x))
+
+    def _forward_folded(self, x: Tensor) -> Tensor:
+        """The same without the normalisations, which the weights have taken over."""
+        sources = [*self.parameters(), *self.buffers()]
+        expand, spatial, project = self._folded.get(sources, self._fold)
+        x = F.silu(F.conv2d(x, expand.weight, expand.bias), inplace=True)
+        x = upsample_nearest(x) if self.upsample else x
+        conv = self.spatial
+        x = F.conv2d(x, spatial.weight, spatial.bias, conv.stride, conv.padding, 1, conv.groups)
+        return F.conv2d(F.silu(x, inplace=True), project.weight, project.bias)
+
+    def _fold(self) -> tuple[FoldedConv, ...]:
+        return (
+            fold_around(self.norm_in, self.expand.weight, self.norm_expand),
+            fold_after(self.spatial.weight, self.norm_spatial),
+            fold_after(self.project.weight, self.norm_out),
+        )
 
 
 class Cell(nn.Module):

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nvae.models.families import CELL_FAMILIES
+from nvae.models.families import CELL_FAMILIES, MobileConvSpec
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
 
@@ -110,12 +110,13 @@ class ModelConfig:
             (family.decoder + family.postprocess, "decoder_channels"),
         ):
             for op in ops:
-                groups = getattr(op, "groups", 0)
-                if groups and getattr(self, name) * op.expansion % groups:
+                if not isinstance(op, MobileConvSpec) or not op.groups:
+                    continue
+                if getattr(self, name) * op.expansion % op.groups:
                     raise ValueError(
                         f"model.cell_family={self.cell_family} splits {op.expansion} x {name} "
-                        f"channels into {groups} groups; {name}={getattr(self, name)} does not "
-                        f"divide, use a multiple of {groups}"
+                        f"channels into {op.groups} groups; {name}={getattr(self, name)} does not "
+                        f"divide, use a multiple of {op.groups}"
                     )
 
     @property

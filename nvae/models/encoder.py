@@ -1,5 +1,7 @@
 """The bottom-up network: from an image to one feature map per latent group."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from nvae.models.cells import Cell
@@ -14,49 +16,32 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        family, attention = CELL_FAMILIES[config.cell_family], config.squeeze_excitation
+        family = CELL_FAMILIES[config.cell_family]
+        cell = partial(Cell, squeeze_excitation=config.squeeze_excitation)
         width = config.encoder_channels
         self.stem = WeightNormConv2d(config.image_channels, width, 3)
 
-        preprocess: list[nn.Module] = []
+        self.preprocess = nn.Sequential()
         for _ in range(config.preprocess_blocks):
             for _ in range(config.preprocess_cells - 1):
-                preprocess.append(
-                    Cell(family.preprocess, width, width, squeeze_excitation=attention)
-                )
-            preprocess.append(
-                Cell(
-                    family.preprocess, width, 2 * width, downsample=True,
-                    squeeze_excitation=attention,
-                )
-            )  # fmt: skip
+                self.preprocess.append(cell(family.preprocess, width, width))
+            self.preprocess.append(cell(family.preprocess, width, 2 * width, downsample=True))
             width *= 2
-        self.preprocess = nn.Sequential(*preprocess)
 
-        scales = latent_scales(config)
         cells_per_group = 0 if is_vanilla(config) else config.encoder_cells_per_group
         self.groups = nn.ModuleList()
         self.downsample = nn.ModuleList()
         self.downsample_before: set[int] = set()
-        for index, scale in enumerate(scales):
+        for index, scale in enumerate(latent_scales(config)):
             if index > 0:
                 self.downsample_before.add(len(self.groups))
                 self.downsample.append(
-                    Cell(
-                        family.encoder, width, scale.encoder_width, downsample=True,
-                        squeeze_excitation=attention,
-                    )
-                )  # fmt: skip
+                    cell(family.encoder, width, scale.encoder_width, downsample=True)
+                )
                 width = scale.encoder_width
             for _ in range(scale.groups):
-                self.groups.append(
-                    nn.Sequential(
-                        *(
-                            Cell(family.encoder, width, width, squeeze_excitation=attention)
-                            for _ in range(cells_per_group)
-                        )
-                    )
-                )
+                cells = (cell(family.encoder, width, width) for _ in range(cells_per_group))
+                self.groups.append(nn.Sequential(*cells))
         # enc0 of the paper's code: the top, seen by the coarsest group alone
         self.top = nn.Sequential(nn.ELU(), WeightNormConv2d(width, width, 1), nn.ELU())
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BN_EPS = 1e-5
-BN_MOMENTUM = 0.05
-NORM_EPS = 1e-5
+from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
+
 NORM_INIT_EPS = 1e-2
 
 
@@ -35,14 +34,24 @@ class SpectralMatrix:
 class SpectralConv(nn.Module):
     """Base of every convolution that spectral regularisation counts."""
 
-    weight: nn.Parameter
+    weight: Tensor
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The matrices, one for each convolution of the published model."""
-        return [SpectralMatrix(self.weight.flatten(1), None)]
+        return [SpectralMatrix(_as_matrix(self.weight), None)]
 
 
-class PlainConv2d(nn.Conv2d, SpectralConv):
+def _as_matrix(weight: Tensor) -> Tensor:
+    """``(out, in, kh, kw)`` as ``(out, in * kh * kw)``, a view in either memory format.
+
+    The order of the columns differs between the two; singular values do not depend on it.
+    """
+    if not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.flatten(1)
+
+
+class PlainConv2d(nn.Conv2d, SpectralConv):  # type: ignore[misc]  # both call it weight
     """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
 
     def __init__(
@@ -93,7 +102,7 @@ class WeightNormConv2d(SpectralConv):
         self.bias = conv.bias
         self.register_buffer("mask", mask, persistent=False)
         with torch.no_grad():
-            norm = self._masked_weight().flatten(1).norm(dim=1)
+            norm = row_norm(self._masked_weight())
             self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log() + log_gain_shift)
 
     def _masked_weight(self) -> Tensor:
@@ -101,8 +110,7 @@ class WeightNormConv2d(SpectralConv):
 
     def normalized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
-        weight = self._masked_weight()
-        return weight * weight_scale(weight.flatten(1), self.log_gain).view(-1, 1, 1, 1)
+        return weight_norm(self._masked_weight(), self.log_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
@@ -113,12 +121,7 @@ class WeightNormConv2d(SpectralConv):
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The masked weight with its gain."""
-        return [SpectralMatrix(self._masked_weight().flatten(1), self.log_gain)]
-
-
-def weight_scale(weight: Tensor, log_gain: Tensor) -> Tensor:
-    """exp(g) / (||w|| + 1e-5) of each row; ``(..., out, in)`` and ``(..., out)`` to the latter."""
-    return log_gain.exp() / (torch.linalg.vector_norm(weight, dim=-1) + NORM_EPS)
+        return [SpectralMatrix(_as_matrix(self._masked_weight()), self.log_gain)]
 
 
 class DataInitConv2d(WeightNormConv2d):
@@ -131,8 +134,16 @@ class DataInitConv2d(WeightNormConv2d):
 
     initialized: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **kw: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **kw)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation)
         self.register_buffer("initialized", torch.tensor(False))
         self._checked = False
 
@@ -180,7 +191,7 @@ class FactorizedSkip(SpectralConv):
         conv = nn.Conv2d(in_channels, out_channels, 1)
         self.weight, self.bias = conv.weight, conv.bias
         with torch.no_grad():
-            norm = self.weight.flatten(1).norm(dim=1)
+            norm = row_norm(self.weight)
             self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log())
         quarter = out_channels // 4
         self.splits = [quarter, quarter, quarter, out_channels - 3 * quarter]
@@ -195,8 +206,8 @@ class FactorizedSkip(SpectralConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / 2, W / 2)``."""
-        scale = weight_scale(self.weight.flatten(1), self.log_gain).view(-1, 1, 1, 1)
-        return F.conv2d(F.silu(x), (self.weight * scale) * self.taps, self.bias, stride=2)
+        weight = weight_norm(self.weight, self.log_gain) * self.taps
+        return F.conv2d(F.silu(x), weight, self.bias, stride=2)
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """Four matrices, as in the published model."""

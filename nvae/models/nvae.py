@@ -9,7 +9,7 @@ draws from the priors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,8 @@ class NVAE(nn.Module):
         super().__init__()
         self.config = config
         self.latent_shapes = latent_shapes(config)
-        family, attention = CELL_FAMILIES[config.cell_family], config.squeeze_excitation
+        family = CELL_FAMILIES[config.cell_family]
+        cell = partial(Cell, squeeze_excitation=config.squeeze_excitation)
         scales = latent_scales(config)
         vanilla = is_vanilla(config)
 
@@ -94,31 +95,20 @@ class NVAE(nn.Module):
             if scale is not coarsest:
                 self.upsample_before.add(len(self.groups))
                 self.upsample.append(
-                    Cell(
-                        family.decoder, width, scale.decoder_width, upsample=True,
-                        squeeze_excitation=attention,
-                    )
-                )  # fmt: skip
+                    cell(family.decoder, width, scale.decoder_width, upsample=True)
+                )
                 width = scale.decoder_width
             for _ in range(scale.groups):
                 self.groups.append(
                     LatentGroup(config, scale, first=not len(self.groups), vanilla=vanilla)
                 )
 
-        postprocess: list[nn.Module] = []
+        self.postprocess = nn.Sequential()
         for _ in range(config.preprocess_blocks):
-            postprocess.append(
-                Cell(
-                    family.postprocess, width, width // 2, upsample=True,
-                    squeeze_excitation=attention,
-                )
-            )  # fmt: skip
+            self.postprocess.append(cell(family.postprocess, width, width // 2, upsample=True))
             width //= 2
             for _ in range(config.postprocess_cells - 1):
-                postprocess.append(
-                    Cell(family.postprocess, width, width, squeeze_excitation=attention)
-                )
-        self.postprocess = nn.Sequential(*postprocess)
+                self.postprocess.append(cell(family.postprocess, width, width))
         self.image_head = nn.Sequential(
             nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3)
         )
