@@ -1,14 +1,24 @@
 """Batch normalisation followed by Swish."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nvae.ops import formulas
 from nvae.ops.dispatch import Impl, use_kernel
-from nvae.ops.statistics import Statistics, all_reduce_sum, element_count
+from nvae.ops.statistics import (
+    OPS,
+    BatchMoments,
+    Statistics,
+    count_elements,
+    fused_moments,
+    synchronise,
+    with_channel_sums,
+)
 
 
 class BnSwish(NamedTuple):
@@ -53,7 +63,8 @@ def bn_swish(
         ValueError: batch statistics of a single element, or ``impl="cuda"`` where no kernel
             applies.
     """
-    use_kernel(impl, x, gamma, beta)
+    if use_kernel(impl, x):
+        return fused_bn_swish(x, gamma, beta, running=running, sums=sums, eps=eps, group=group)
     return bn_swish_reference(x, gamma, beta, running=running, eps=eps, group=group)
 
 
@@ -70,18 +81,67 @@ def bn_swish_reference(
     if running is not None:
         y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
         return BnSwish(F.silu(y), running)
-    count = element_count(x, group)
+    n = count_elements(x, group)
     if group is None:
         # momentum 1 makes PyTorch leave the batch's own statistics in the "running" ones
         mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
-        assert isinstance(count, int)
-        return BnSwish(F.silu(y), Statistics(mean, var * ((count - 1) / count), count))
-    wide = x.double()
-    sums = torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
-    mean, square = all_reduce_sum(sums, group) / count
-    var = (square - mean * mean).clamp_min(0)
-    centred = (wide - mean.view(1, -1, 1, 1)) * (var + eps).rsqrt().view(1, -1, 1, 1)
-    y = centred.to(x.dtype) * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
-    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), count)
-    return BnSwish(F.silu(y.to(x.dtype)), statistics)
+        return BnSwish(F.silu(y), Statistics(mean, var * ((n - 1) / n), n))
+    sums, elements = synchronise(formulas.channel_sums(x), n, group)
+    mean, rstd, var = formulas.moments(sums, elements, n, eps)
+    assert elements is not None
+    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), elements)
+    return BnSwish(formulas.bn_swish(x, gamma, beta, mean, rstd), statistics)
+
+
+def fused_bn_swish(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running: Statistics | None,
+    sums: Tensor | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> BnSwish:
+    """The same through the registered ops: two passes forward (three with the sums of x), and the
+    backward pass recomputes from x, the only tensor of its size that is kept.
+    """
+    x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
+    y = _BnSwish.apply(x, gamma, beta, moments.mean, moments.rstd)
+    return BnSwish(y, moments.statistics)
+
+
+def input_moments(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    running: Statistics | None,
+    sums: Tensor | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, BatchMoments]:
+    """What to normalise x with, and x to go on with (see ``with_channel_sums``)."""
+    if running is not None:
+        mean, rstd = running.mean.detach().double(), (running.var.detach().double() + eps).rsqrt()
+        return x, BatchMoments(mean, rstd, running)
+    n = count_elements(x, group)
+    if sums is None:
+        x, sums = with_channel_sums(x)
+    return x, fused_moments(sums, n, eps, group, dtype)
+
+
+class _BnSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, mean, rstd)
+        y: Tensor = OPS.bn_swish(x, gamma, beta, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        dx, (dgamma, dbeta), (dmean, drstd) = OPS.bn_swish_backward(dy, *ctx.saved_tensors)
+        return dx, dgamma, dbeta, dmean, drstd

@@ -1,14 +1,17 @@
 """Batch normalisation, Swish and a depthwise convolution in one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from nvae.ops.bn_swish import bn_swish_reference
-from nvae.ops.depthwise import check_depthwise, depthwise_conv2d_reference
-from nvae.ops.dispatch import Impl, use_kernel
-from nvae.ops.statistics import Statistics
+from nvae.ops import formulas
+from nvae.ops.bn_swish import bn_swish_reference, input_moments
+from nvae.ops.depthwise import check_depthwise
+from nvae.ops.dispatch import Impl, to_autocast_dtype, use_kernel
+from nvae.ops.statistics import OPS, Statistics
 
 
 class BnSwishDepthwise(NamedTuple):
@@ -69,6 +72,62 @@ def bn_swish_depthwise(
         ValueError: as :func:`~nvae.ops.bn_swish` and :func:`~nvae.ops.depthwise_conv2d`.
     """
     check_depthwise(x, weight, stride)
-    use_kernel(impl, x, gamma, beta, weight)
+    if use_kernel(impl, x, weight.shape[-1]):
+        return fused_bn_swish_depthwise(
+            to_autocast_dtype(x), gamma, beta, weight, stride,
+            running=running, sums=sums, eps=eps, group=group,
+        )  # fmt: skip
     y, statistics = bn_swish_reference(x, gamma, beta, running=running, eps=eps, group=group)
-    return BnSwishDepthwise(depthwise_conv2d_reference(y, weight, stride), statistics, None)
+    return BnSwishDepthwise(formulas.depthwise(y, weight, stride), statistics, None)
+
+
+def fused_bn_swish_depthwise(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    stride: int,
+    *,
+    running: Statistics | None,
+    sums: Tensor | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> BnSwishDepthwise:
+    """The same through the registered ops."""
+    x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
+    y, sums_y = _BnSwishDepthwise.apply(
+        x, gamma, beta, moments.mean, moments.rstd, weight, stride, running is None
+    )
+    return BnSwishDepthwise(y, moments.statistics, sums_y if running is None else None)
+
+
+class _BnSwishDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        stride: int,
+        want_sums: bool,
+    ) -> tuple[Tensor, Tensor]:
+        bn = (gamma, beta, mean, rstd)
+        y, sums = OPS.bn_swish_depthwise(x, *bn, weight, stride, want_sums)
+        # y is the next layer's raw input, so keeping it costs nothing
+        ctx.save_for_backward(y, x, *bn, weight)
+        ctx.stride = stride
+        ctx.set_materialize_grads(False)
+        return y, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsums: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, *inputs = ctx.saved_tensors
+        dy = torch.zeros_like(y) if dy is None else dy
+        dx, (dgamma, dbeta), (dmean, drstd), dw = OPS.bn_swish_depthwise_backward(
+            dy, y, dsums, *inputs, ctx.stride
+        )
+        return dx, dgamma, dbeta, dmean, drstd, dw, None, None

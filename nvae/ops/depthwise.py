@@ -1,9 +1,14 @@
 """Depthwise convolution."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
-from nvae.ops.dispatch import Impl, use_kernel
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nvae.ops import formulas
+from nvae.ops.dispatch import Impl, to_autocast_dtype, use_kernel
+from nvae.ops.statistics import OPS
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, *, impl: Impl = "auto") -> Tensor:
@@ -22,14 +27,15 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, *, impl: Impl =
         ValueError: a shape that is not depthwise, or ``impl="cuda"`` where no kernel applies.
     """
     check_depthwise(x, weight, stride)
-    use_kernel(impl, x, weight)
-    return depthwise_conv2d_reference(x, weight, stride)
+    if use_kernel(impl, x, weight.shape[-1]):
+        return fused_depthwise(to_autocast_dtype(x), weight, stride)
+    return formulas.depthwise(x, weight, stride)
 
 
-def depthwise_conv2d_reference(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """The same in plain PyTorch."""
-    padding = weight.shape[-1] // 2
-    return F.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, x.shape[1])
+def fused_depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The convolution through the registered ops."""
+    y: Tensor = _Depthwise.apply(x, weight, stride)
+    return y
 
 
 def check_depthwise(x: Tensor, weight: Tensor, stride: int) -> None:
@@ -44,3 +50,20 @@ def check_depthwise(x: Tensor, weight: Tensor, stride: int) -> None:
         )
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        y: Tensor = OPS.depthwise(x, weight, stride)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dx, dw = OPS.depthwise_backward(dy, x, weight, ctx.stride, need_dx, need_dw)
+        return dx if need_dx else None, dw if need_dw else None, None
