@@ -85,13 +85,13 @@ def _all_records(
     like = next(model.parameters())
     done = frozenset() if store is None else store.done
     parts = [] if store is None or store.records is None else [store.records]
-    if progress is not None and parts:
-        progress(len(parts[0]) * settings.draws)
     for batch in batches:
         todo = torch.tensor([int(i) not in done for i in batch.index.tolist()])
         x, index = batch.x.to(like), batch.index
         model.check_images(x)
         if not todo.all():
+            if progress is not None:
+                progress(int((~todo).sum()) * settings.draws)
             x, index = x[todo.to(x.device)], index[todo.to(index.device)]
         size = settings.images_per_pass
         for images, indices in zip(x.split(size), index.split(size), strict=True):

@@ -4,7 +4,6 @@ Numbers are kept by image and added up at the end, in float64 and in the order o
 is what makes a result independent of batches, workers and devices, and a killed run resumable.
 """
 
-import os
 import time
 import zipfile
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+from nvae.atomic import replacing
 
 _FORMAT = 1
 _SAVE_EVERY_SECONDS = 15.0
@@ -69,63 +70,63 @@ class RecordStore:
     """Finished images on disk, so that a killed evaluation goes on where it stopped.
 
     Args:
-        path: ``.npz`` file; read if it is there.
+        folder: one file for every process; whatever is there counts as done, so a run may go on
+            with another number of processes.
         protocol: what the numbers depend on; a file made under another one is refused.
+        rank: of this process, which writes only its own file.
 
     Raises:
-        ValueError: the file belongs to another protocol or cannot be read.
+        ValueError: a file belongs to another protocol or cannot be read.
     """
 
-    def __init__(self, path: Path, protocol: str) -> None:
-        self.path = path
+    def __init__(self, folder: Path, protocol: str, rank: int = 0) -> None:
+        self.folder = folder
         self._protocol = protocol
-        self._parts: list[ImageRecords] = []
+        self._path = folder / f"rank{rank}.npz"
         self._saved_at = time.monotonic()
-        if path.exists():
-            self._parts.append(self._read())
+        files = sorted(folder.glob("rank*.npz"))
+        self._others = [self._read(path) for path in files if path != self._path]
+        self._own = [self._read(self._path)] if self._path in files else []
 
-    def _read(self) -> ImageRecords:
+    def _read(self, path: Path) -> ImageRecords:
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 if int(file["format"]) != _FORMAT or str(file["protocol"]) != self._protocol:
                     raise ValueError(
-                        f"{self.path} was begun with other settings; "
-                        "delete it or choose another output"
+                        f"{path} was begun with other settings; delete it or choose another output"
                     )
                 return ImageRecords(*(file[field.name] for field in fields(ImageRecords)))
         except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path} cannot be read ({error}); delete it") from None
+            raise ValueError(f"{path} cannot be read ({error}); delete it") from None
 
     @property
     def done(self) -> frozenset[int]:
         """Indices of the images that need no further work."""
-        return frozenset(int(i) for part in self._parts for i in part.index)
+        return frozenset(int(i) for part in self._others + self._own for i in part.index)
 
     @property
     def records(self) -> ImageRecords | None:
         """Everything so far."""
-        return concatenate(self._parts) if self._parts else None
+        parts = self._others + self._own
+        return concatenate(parts) if parts else None
 
     def add(self, records: ImageRecords) -> None:
         """Keep ``records``, and write to disk if the last time is a while ago."""
-        self._parts.append(records)
+        self._own.append(records)
         if time.monotonic() - self._saved_at > _SAVE_EVERY_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Write everything, atomically."""
-        if not self._parts:
+        """Write this process's records, atomically."""
+        if not self._own:
             return
-        merged = concatenate(self._parts)
-        self._parts = [merged]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        merged = concatenate(self._own)
+        self._own = [merged]
+        with replacing(self._path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 format=np.int64(_FORMAT),
                 protocol=np.array(self._protocol),
                 **{field.name: getattr(merged, field.name) for field in fields(ImageRecords)},
             )
-        os.replace(temporary, self.path)
         self._saved_at = time.monotonic()

@@ -125,7 +125,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(images, tmp_path):
         yield from batches(images, 8)[:3]
         raise KeyboardInterrupt
 
-    path = tmp_path / "partial.npz"
+    path = tmp_path / "partial"
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, broken_off(), importance_samples=(9,), store=RecordStore(path, "a"))
     model.encoded = 0
@@ -139,9 +139,22 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(images, tmp_path):
     assert _flat(resumed.to_dict()) == pytest.approx(_flat(whole), rel=1e-12)
     with pytest.raises(ValueError, match="other settings"):
         RecordStore(path, "b")
-    path.write_bytes(path.read_bytes()[:100])
+    file = path / "rank0.npz"
+    file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         RecordStore(path, "a")
+
+
+def test_another_process_s_records_are_not_computed_again(images, tmp_path):
+    """Going on with another number of processes must lose and repeat nothing."""
+    model = LinearGaussian(widening=1.5)
+    whole = evaluate(model, batches(images, 8)).to_dict()
+    evaluate(model, batches(images, 8)[:2], store=RecordStore(tmp_path, "a", rank=1))
+    model.encoded = 0
+    resumed = evaluate(model, batches(images, 8), store=RecordStore(tmp_path, "a", rank=0))
+    assert model.encoded == 24
+    assert _flat(resumed.to_dict()) == pytest.approx(_flat(whole), rel=1e-12)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["rank0.npz", "rank1.npz"]
 
 
 def test_a_number_that_is_not_finite_is_named(images):

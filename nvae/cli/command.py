@@ -1,0 +1,32 @@
+"""What `sample.py` and `evaluate.py` share: compose with Hydra, work, one line for an error."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from nvae.cli.errors import UserError, run
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> None:
+    """Compose `configs/NAME.yaml` with the command line and work on it.
+
+    Args:
+        name: of the root configuration.
+        work: what to do; its ValueErrors and OSErrors are the input's fault.
+        schema: of the configuration.
+    """
+
+    def compose(collect: Callable[[DictConfig], None]) -> None:
+        hydra.main(version_base="1.3", config_path=str(_CONFIGS), config_name=name)(collect)()
+
+    def checked(config: DictConfig) -> None:
+        try:
+            work(config)
+        except (ValueError, OSError, FloatingPointError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    run(compose, checked, schema)

@@ -1,0 +1,32 @@
+"""Which device a command runs on, and with which arithmetic."""
+
+import torch
+
+
+def open_device(name: str, *, tf32: bool) -> torch.device:
+    """The device called ``name``; ``auto`` takes a GPU where there is one.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        tf32: allow the shorter mantissa of TF32 in matrix products and convolutions. It is fast
+            and moves a likelihood in its fourth digit.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={name} is not here: torch sees {torch.cuda.device_count()} CUDA device(s); "
+            "device=cpu works everywhere"
+        )
+    return device

@@ -1,0 +1,263 @@
+"""`evaluate.py`: the likelihood of a checkpoint, as one JSON file and a table."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from nvae.atomic import write_json
+from nvae.checkpoint import load_checkpoint, load_model
+from nvae.cli.checkpoint_data import (
+    check_split,
+    data_config,
+    open_data,
+    split_off_data,
+    with_data,
+)
+from nvae.cli.command import run_command
+from nvae.cli.device import open_device
+from nvae.cli.progress import progress_bar
+from nvae.cli.provenance import file_sha256, short_hash, versions
+from nvae.cli.recalibration import recalibrated
+from nvae.cli.schema import build
+from nvae.data import DataConfig
+from nvae.data.module import ImageBatch, ImageDataModule
+from nvae.evaluation import BoundSettings, EvaluationResult, RecordStore, evaluate
+from nvae.models import NVAE
+
+
+@dataclass
+class EvaluateConfig:
+    """What to evaluate, and how.
+
+    Attributes:
+        checkpoint: of this project or in the published format.
+        split: ``train`` | ``valid`` | ``test``.
+        weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
+        importance_samples: values of K of the importance-weighted bound; [] for the ELBO alone.
+        elbo_samples: draws that the ELBO is averaged over.
+        seed: of the posterior's noise.
+        chunk: rows (images times draws) in one pass; bounds the memory, changes no number.
+        device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
+        tf32: faster and less exact arithmetic on NVIDIA GPUs.
+        recalibrate_bn: passes that BN statistics are taken anew over; 0 keeps the running ones.
+        bn_temperature: of those passes.
+        bn_batch_size: images in each.
+        bn_seed: of their noise.
+        output: the JSON file; null: beside the checkpoint, in `evaluation/`.
+        overwrite: begin anew, and replace a result made with other settings.
+    """
+
+    checkpoint: str
+    split: str = "test"
+    weights: str = "ema"
+    importance_samples: list[int] = field(default_factory=lambda: [1000])
+    elbo_samples: int = 1
+    seed: int = 0
+    chunk: int = 256
+    device: str = "auto"
+    tf32: bool = False
+    recalibrate_bn: int = 0
+    bn_temperature: float = 1.0
+    bn_batch_size: int = 64
+    bn_seed: int = 0
+    output: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.weights not in ("ema", "raw"):
+            raise ValueError(f"weights={self.weights!r} is unknown; allowed: ema, raw")
+        if self.recalibrate_bn < 0:
+            raise ValueError(f"recalibrate_bn is {self.recalibrate_bn}; it must be at least 0")
+        if self.output is not None and not self.output.endswith(".json"):
+            raise ValueError(f"output={self.output} must end in .json")
+        _ = self.bounds
+
+    @property
+    def bounds(self) -> BoundSettings:
+        """Draws and seed; a ValueError where impossible."""
+        return BoundSettings(
+            tuple(self.importance_samples), self.elbo_samples, self.seed, self.chunk
+        )
+
+
+SCHEMA = with_data(EvaluateConfig)
+
+
+def main() -> None:
+    """The command."""
+    ConfigStore.instance().store(name="evaluate_schema", node=SCHEMA)
+    run_command("evaluate", _run, SCHEMA)
+
+
+def _run(composed: DictConfig) -> None:
+    own, given = split_off_data(composed)
+    _evaluate(build(EvaluateConfig, own), given)
+
+
+def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
+    checkpoint = load_checkpoint(config.checkpoint)
+    model = load_model(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    data_settings = data_config(given, checkpoint)
+    path = Path(config.checkpoint)
+    protocol = _protocol(config, data_settings, "current_model_state" in checkpoint)
+    output = Path(config.output) if config.output else _default_output(config, protocol)
+    if _already_done(output, protocol, config.overwrite):
+        return
+    data = open_data(data_settings, model.config)
+    with _process_group() as (rank, world):
+        device = _device(config, rank, world)
+        model = model.to(device)
+        with _statistics(config, model, path, shown=rank == 0):
+            partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
+            if config.overwrite and rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            if world > 1:
+                dist.barrier()
+            store = RecordStore(partial, short_hash(protocol), rank)
+            started = monotonic()
+            result = _bound(config, model, data, store, rank, world)
+        if rank == 0:
+            print(result.table())
+            write_json(
+                output,
+                {
+                    "result": result.to_dict(),
+                    "protocol": protocol,
+                    "checkpoint": str(path),
+                    "seconds": round(monotonic() - started, 1),
+                    "chunk": config.chunk,
+                    "processes": world,
+                    "versions": versions(device),
+                },
+            )
+            shutil.rmtree(partial, ignore_errors=True)
+            print(f"\nwritten to {output}")
+
+
+def _bound(
+    config: EvaluateConfig,
+    model: NVAE,
+    data: ImageDataModule,
+    store: RecordStore,
+    rank: int,
+    world: int,
+) -> EvaluationResult:
+    device = model.initial_state.device
+    images = len(range(rank, len(data.table(config.split)), world))
+    draws = config.bounds.draws
+    with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
+        return evaluate(
+            model,
+            _share(data.batches(config.split, device), rank, world),
+            importance_samples=config.importance_samples,
+            elbo_samples=config.elbo_samples,
+            seed=config.seed,
+            chunk=config.chunk,
+            progress=advance,
+            store=store,
+            distributed=world > 1,
+        )
+
+
+def _share(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
+    """Every ``world``-th image of the split."""
+    for batch in batches:
+        mine = batch.index % world == rank
+        yield ImageBatch(batch.x[mine], batch.index[mine]) if world > 1 else batch
+
+
+@contextmanager
+def _statistics(
+    config: EvaluateConfig, model: NVAE, checkpoint: Path, *, shown: bool
+) -> Iterator[None]:
+    if not config.recalibrate_bn:
+        with nullcontext():
+            yield
+        return
+    with recalibrated(
+        model, checkpoint, [config.bn_temperature] * len(model.groups),
+        batches=config.recalibrate_bn, batch_size=config.bn_batch_size, seed=config.bn_seed,
+        shown=shown,
+    ):  # fmt: skip
+        yield
+
+
+def _protocol(config: EvaluateConfig, data: DataConfig, has_average: bool) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    averaged = has_average and config.weights == "ema"
+    recalibration = {
+        "batches": config.recalibrate_bn,
+        "temperature": config.bn_temperature,
+        "batch_size": config.bn_batch_size,
+        "seed": config.bn_seed,
+    }
+    pipeline = ("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit",
+                "root", "source", "download")  # fmt: skip
+    return {
+        "checkpoint_sha256": file_sha256(Path(config.checkpoint)),
+        "weights": "averaged" if averaged else "raw",
+        "data": {k: v for k, v in asdict(data).items() if k not in pipeline},
+        "split": config.split,
+        "importance_samples": list(config.bounds.importance_samples),
+        "elbo_samples": config.elbo_samples,
+        "seed": config.seed,
+        "batch_norm": recalibration if config.recalibrate_bn else "running statistics",
+        "precision": "float32 with tf32" if config.tf32 else "float32",
+    }
+
+
+def _default_output(config: EvaluateConfig, protocol: dict[str, Any]) -> Path:
+    path = Path(config.checkpoint)
+    name = f"{path.stem}-{config.split}-{short_hash(protocol)}.json"
+    return path.parent / "evaluation" / name
+
+
+def _already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the very same evaluation is there; another one in its place is an error."""
+    if overwrite or not output.exists():
+        return False
+    try:
+        same = json.loads(output.read_text()).get("protocol") == protocol
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{output} is there already and holds something else; give another output or "
+            "overwrite=true"
+        )
+    print(f"done before, with the same settings: {output}\noverwrite=true evaluates again")
+    return True
+
+
+def _device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
+    device = open_device(config.device, tf32=config.tf32)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[int, int]]:
+    """Rank and number of processes; more than one where `torchrun` started us."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo")  # only records travel, as CPU objects
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()

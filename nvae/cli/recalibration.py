@@ -1,0 +1,48 @@
+"""BN recalibration as the commands do it: from the cache beside the checkpoint, or anew."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nvae.bn_recalibration import (
+    RecalibratedStatistics,
+    RecalibrationSettings,
+    cache_path,
+    load_statistics,
+    recalibrate,
+    save_statistics,
+)
+from nvae.cli.progress import progress_bar
+from nvae.models import NVAE
+
+
+@contextmanager
+def recalibrated(
+    model: NVAE,
+    checkpoint: Path,
+    temperature: Sequence[float],
+    *,
+    batches: int,
+    batch_size: int,
+    seed: int,
+    shown: bool = True,
+) -> Iterator[None]:
+    """Statistics for ``temperature`` (one a group) inside the block."""
+    settings = RecalibrationSettings(
+        tuple(float(t) for t in temperature), batches, batch_size, seed
+    )
+    with _statistics(model, checkpoint, settings, shown).applied(model):
+        yield
+
+
+def _statistics(
+    model: NVAE, checkpoint: Path, settings: RecalibrationSettings, shown: bool
+) -> RecalibratedStatistics:
+    path = cache_path(checkpoint, settings)
+    found = load_statistics(path, settings, model)
+    if found is None:
+        with progress_bar("BN recalibration", settings.batches, shown=shown) as advance:
+            found = recalibrate(model, settings, advance)
+        if shown:
+            save_statistics(found, path)
+    return found
