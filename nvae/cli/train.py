@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ from nvae.cli.report import likelihood_lines, reconstruction_grid, sample_grid, 
 from nvae.data.module import ImageDataModule
 from nvae.models import NVAE
 from nvae.models.cells import Cell
-from nvae.training.checkpointing import BEST
+from nvae.training.checkpointing import BEST, step_checkpoints
+from nvae.training.guard import DivergenceError
+from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
@@ -62,27 +65,78 @@ def train(composed: DictConfig) -> None:
     if _is_first_process():
         describe_start(folder, config.to_dict(), sys.argv)
         _announce(console, config, folder, changed)
-    module = build_module(config)
-    trainer = build_trainer(
-        config.trainer,
-        config.callbacks,
-        folder.path,
-        build_loggers(config.logger, folder.path, folder.step),
-        config.logger.every_steps,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
-    if trainer.is_global_zero:
+    try:
+        is_first = fit(console, config, folder, data)
+    except InterruptedRun as stop:
+        if _is_first_process():
+            console.print(f"stopped by {stop}; run the same command again to go on")
+            raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
+        raise SystemExit(0) from None  # the launcher takes any other code for a crash
+    if is_first:
         report(console, config, folder, data)
 
 
-def build_module(config: TrainConfig) -> NVAELightning:
-    """Model with its initial weights, objective and optimiser."""
+def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> bool:
+    """Train to the end, going back to a checkpoint after a divergence where that is wanted.
+
+    Returns:
+        Whether this is the first process.
+    """
+    guard, rollbacks, scale = config.trainer.guard, 0, None
+    while True:
+        module = build_module(config, scale)
+        trainer = build_trainer(
+            config.trainer,
+            config.callbacks,
+            folder.path,
+            build_loggers(config.logger, folder.path, folder.step),
+            config.logger.every_steps,
+        )
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
+        except DivergenceError as error:
+            if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
+                raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
+            rollbacks += 1
+            scale = module.learning_rate_scale * guard.rollback_factor
+            folder, _ = open_run(folder.path, "auto", config.to_dict())
+            if _is_first_process():
+                console.print(
+                    f"{error}; going back to step {folder.step} with "
+                    f"{scale:g} times the learning rate"
+                )
+            continue
+        return trainer.is_global_zero
+
+
+def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
+    last = step_checkpoints(folder.checkpoints)
+    where = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+    rate = config.optimizer.learning_rate / 2
+    return (
+        f"{where}; go on with the same command and optimizer.learning_rate={rate:g}, "
+        "or trainer.guard.on_divergence=rollback"
+    )
+
+
+def build_module(config: TrainConfig, learning_rate_scale: float | None = None) -> NVAELightning:
+    """Model with its initial weights, objective and optimiser.
+
+    Args:
+        config: of the run.
+        learning_rate_scale: see :class:`NVAELightning`.
+    """
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = NVAE(config.model)
     if config.compile:
         compile_cells(model)
     return NVAELightning(
-        model, config.objective, config.optimizer, seed=config.seed, run_config=config.to_dict()
+        model,
+        config.objective,
+        config.optimizer,
+        seed=config.seed,
+        run_config=config.to_dict(),
+        learning_rate_scale=learning_rate_scale,
     )
 
 

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from nvae.training.guard import BadSteps
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"
@@ -104,10 +105,12 @@ class Checkpoints(pl.Callback):
     Args:
         folder: where the files go.
         config: when, and how many stay.
+        guard: while steps are being left out, nothing is rotated: the older files may be the last
+            good ones.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: CheckpointConfig, guard: BadSteps) -> None:
+        self.folder, self.config, self.guard = folder, config, guard
         self.best: float | None = None
         self.best_step = 0
         self._saved_step = -1
@@ -127,7 +130,7 @@ class Checkpoints(pl.Callback):
         """Inside an epoch. After a whole optimiser step only: gradients are not saved."""
         every, step = self.config.every_steps, trainer.global_step
         if every is not None and step % every == 0 and step != self._saved_step:
-            self.save(trainer)
+            self._save_unless_bad(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the best; the average's weights where there is one."""
@@ -141,13 +144,18 @@ class Checkpoints(pl.Callback):
         """Between epochs, and at the end."""
         epoch = trainer.current_epoch + 1
         if epoch % self.config.every_epochs == 0 or epoch == trainer.max_epochs:
+            self._save_unless_bad(trainer)
+
+    def _save_unless_bad(self, trainer: pl.Trainer) -> None:
+        # in the middle of a streak the weights may be what makes the steps bad
+        if not self.guard.read().streak:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write `step_N.ckpt`, then drop the oldest beyond `keep_last`."""
+        """Write `step_N.ckpt`; drop the oldest beyond `keep_last`, unless steps are going bad."""
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:08d}.ckpt")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self.guard.read().streak:
             for path in step_checkpoints(self.folder)[: -self.config.keep_last]:
                 path.unlink()
 

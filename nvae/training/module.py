@@ -13,6 +13,7 @@ from nvae.checkpoint import describe
 from nvae.data.module import ImageBatch
 from nvae.models import NVAE
 from nvae.objective import Elbo
+from nvae.training.distributed import synchronize_batchnorm
 from nvae.training.loss import ObjectiveConfig, Regularizers, TrainingLoss, spectral_weight
 from nvae.training.noise import TrainingNoise
 from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
@@ -24,13 +25,15 @@ class StepReport:
     """What a training step leaves for the logs; tensors on the device, nothing is read here.
 
     Attributes:
-        elbo: of the last micro-batch, detached.
+        loss: of this micro-batch, a scalar.
+        elbo: of this micro-batch.
         kl_per_group: ``(G,)``, batch mean, coarsest first.
         regularizers: before lambda; None where lambda is 0 or accumulation goes on.
         beta: KL coefficient.
         spectral_weight: lambda.
     """
 
+    loss: Tensor
     elbo: Elbo
     kl_per_group: Tensor
     regularizers: Regularizers | None
@@ -47,6 +50,8 @@ class NVAELightning(pl.LightningModule):
         optimizer: optimiser and learning rate.
         seed: of the posterior noise.
         run_config: plain dictionary that goes into every checkpoint.
+        learning_rate_scale: factor on the learning rate, lower where a diverged run went back to
+            a checkpoint; None: what the checkpoint says.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class NVAELightning(pl.LightningModule):
         *,
         seed: int = 0,
         run_config: dict[str, Any] | None = None,
+        learning_rate_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
@@ -64,6 +70,8 @@ class NVAELightning(pl.LightningModule):
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config
+        self.learning_rate_scale = learning_rate_scale or 1.0
+        self._scale_is_given = learning_rate_scale is not None
         self.report: StepReport | None = None
         self._validation = ValidationSums(model.config)
 
@@ -82,7 +90,9 @@ class NVAELightning(pl.LightningModule):
             # once per optimiser step, whatever the number of micro-batches
             penalty = weight * (regularizers.spectral + regularizers.batchnorm)
             loss = loss + penalty * self.trainer.accumulate_grad_batches
-        self.report = StepReport(elbo, output.kl_per_group.mean(0), regularizers, beta, weight)
+        self.report = StepReport(
+            loss.detach(), elbo, output.kl_per_group.detach().mean(0), regularizers, beta, weight
+        )
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -95,27 +105,56 @@ class NVAELightning(pl.LightningModule):
         """Means over all images of all ranks."""
         metrics = self._validation.means(self.trainer.strategy)
         self._validation.reset()
-        for name, value in metrics.items():
-            self.log(name, value, rank_zero_only=True)
+        # for other callbacks; Lightning would count the loggers' step from 0
+        self.log_dict(metrics, logger=False, rank_zero_only=True)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser, and its learning rate as a function of the step."""
-        optimizer = build_optimizer(self.optimizer_config, self.model.parameters())
+        optimizer = build_optimizer(
+            self.optimizer_config,
+            self.model.parameters(),
+            fused=self.trainer.precision != "16-mixed",
+        )
         total_steps = self.total_steps  # this makes the Trainer count its batches
         factor = learning_rate_factor(self.optimizer_config, self.steps_per_epoch, total_steps)
-        scheduler = LambdaLR(optimizer, factor)
+        scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_scale * factor(step))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
     def on_fit_start(self) -> None:
-        """Ranks draw different noise."""
+        """Ranks draw different noise and share batch statistics."""
         self._noise = TrainingNoise(self.seed, self.global_rank)
+        if self.trainer.world_size > 1:
+            synchronize_batchnorm(self.model)
+
+    def on_train_start(self) -> None:
+        """A resumed run takes its hyper-parameters from the configuration, not the checkpoint."""
+        optimizer, config = self.trainer.optimizers[0], self.optimizer_config
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [config.learning_rate]
+        rate = config.learning_rate * scheduler.lr_lambdas[0](self.global_step)
+        optimizer.param_groups[0].update(
+            lr=rate,
+            initial_lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint readable by :func:`nvae.checkpoint.load_model`."""
         checkpoint.update(describe(self.model, self.run_config))
+        checkpoint["learning_rate_scale"] = self.learning_rate_scale
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Undo what :meth:`on_save_checkpoint` added for training."""
+        if not self._scale_is_given:
+            self.learning_rate_scale = checkpoint["learning_rate_scale"]
 
     @property
     def total_steps(self) -> int:

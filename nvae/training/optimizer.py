@@ -3,9 +3,13 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from torch.optim import Adamax, AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from nvae.training.adamax import Adamax
 
 OPTIMIZERS = ("adamax", "adamw")
 
@@ -67,17 +71,47 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The optimiser that ``config`` names."""
+class HostSwitch(Optimizer):
+    """Mixed into optimisers that the device cannot switch off: here the host asks it, and waits."""
+
+    found_inf: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure, then the step unless ``found_inf`` is set."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.found_inf is None or not bool(self.found_inf):
+            super().step()
+        return loss
+
+
+class HostSwitchedAdamW(HostSwitch, AdamW):
+    """AdamW for float16, whose loss scaler has to see the gradients before a fused step could."""
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = True
+) -> Optimizer:
+    """The optimiser that ``config`` names.
+
+    All of them honour an attribute ``found_inf``: a 0-d tensor that is 1 where the step is to be
+    left out.
+
+    Args:
+        config: see :class:`OptimizerConfig`.
+        parameters: to be trained.
+        fused: one kernel for the whole step, where the optimiser has one.
+    """
     parameters, betas = list(parameters), (config.beta1, config.beta2)
     if config.name == "adamw":
-        return AdamW(
+        kind = AdamW if fused else HostSwitchedAdamW
+        return kind(
             parameters, config.learning_rate, betas, config.epsilon, config.weight_decay,
-            fused=True,
+            fused=fused,
         )  # fmt: skip
-    return Adamax(
-        parameters, config.learning_rate, betas, config.epsilon, config.weight_decay, foreach=True
-    )
+    return Adamax(parameters, config.learning_rate, betas, config.epsilon, config.weight_decay)
 
 
 def learning_rate_factor(

@@ -1,5 +1,6 @@
 """From configuration to Lightning's Trainer."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, Checkpoints
+from nvae.training.distributed import ddp_strategy
 from nvae.training.ema import weight_averaging
+from nvae.training.guard import BadSteps, GuardConfig
+from nvae.training.interruption import StopOnSignal
 from nvae.training.metrics import TrainingMetrics
 from nvae.training.pictures import Pictures, PicturesConfig
 from nvae.training.progress import RunProgress
 
 ACCELERATORS = ("auto", "cpu", "gpu")
+LAUNCHERS = ("auto", "slurm")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 INITIAL_LOSS_SCALE = 1024.0
 """float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
@@ -29,6 +35,10 @@ class TrainerConfig:
         accelerator: ``auto`` | ``cpu`` | ``gpu``.
         devices: processes on this machine, one for each device.
         num_nodes: machines.
+        launcher: ``auto`` (torchrun's or SLURM's environment where there is one, else processes of
+            our own) | ``slurm``.
+        requeue: on SLURM, go back to the queue after SIGUSR1 or SIGTERM.
+        timeout: seconds after which a rank that waits for another gives up.
         precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
         epochs: of the whole run.
         accumulate: micro-batches of `data.batch_size` a step.
@@ -37,11 +47,15 @@ class TrainerConfig:
         limit_valid_batches: batches a validation; null: all.
         deterministic: insist on deterministic kernels.
         detect_anomaly: let autograd name the operation that made a NaN; slow.
+        guard: gradient clipping, and what happens to steps that go bad.
     """
 
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
+    launcher: str = "auto"
+    requeue: bool = False
+    timeout: float = 1800.0
     precision: str = "32"
     epochs: int = 400
     accumulate: int = 1
@@ -50,11 +64,13 @@ class TrainerConfig:
     limit_valid_batches: int | None = None
     deterministic: bool = False
     detect_anomaly: bool = False
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("accelerator", self.accelerator, ACCELERATORS),
             ("precision", self.precision, PRECISIONS),
+            ("launcher", self.launcher, LAUNCHERS),
         ):
             if value not in allowed:
                 raise ValueError(
@@ -67,8 +83,20 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name} is {value}; it must be at least 1, or null")
+        if self.timeout <= 0:
+            raise ValueError(f"trainer.timeout is {self.timeout}; it must be above 0 seconds")
+        if self.launcher == "slurm" and "SLURM_NTASKS" not in os.environ:
+            raise ValueError(
+                "trainer.launcher=slurm, but this is no SLURM job: start it with srun, or use "
+                "launcher=auto"
+            )
         if self.resolved_accelerator() == "cpu" and self.precision == "16-mixed":
             raise ValueError("trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed")
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
 
     def resolved_accelerator(self) -> str:
         """``cpu`` or ``gpu``."""
@@ -131,7 +159,9 @@ def build_trainer(
     if callbacks.ema.decay is not None:
         # after the pictures: at the end of validation it puts the raw weights back
         built.append(weight_averaging(callbacks.ema.decay, callbacks.ema.device))
-    built.append(Checkpoints(folder / "checkpoints", callbacks.checkpoint))
+    guard = BadSteps(config.guard, log_every_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", callbacks.checkpoint, guard)
+    built += [guard, checkpoints, StopOnSignal(checkpoints, config.requeue)]
     if callbacks.progress:
         built.append(RunProgress(metrics))
     plugins: list[Any] = [AtomicCheckpointIO()]
@@ -140,10 +170,17 @@ def build_trainer(
         scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
         plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
         precision = None
+    if config.launcher == "slurm":
+        # our own callback requeues, at the end of a step and not in the middle of one
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    strategy: Any = "auto"  # one device: no process group
+    if config.world_size > 1:
+        strategy = ddp_strategy(accelerator, config.accumulate, config.timeout)
     return pl.Trainer(
         accelerator=accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
+        strategy=strategy,
         precision=precision,
         plugins=plugins,
         max_epochs=config.epochs,

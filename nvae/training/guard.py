@@ -1,0 +1,214 @@
+"""Steps that go bad: left out on every rank alike, counted, and named when they do not end.
+
+Whether a step is bad is decided on the device, and the optimiser is switched off there; the host
+reads the counters every few steps. Gradients are equal on all ranks after their reduction, and the
+flag is reduced too, so ranks cannot disagree.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nvae.training.module import NVAELightning
+from nvae.training.running_statistics import RunningStatistics
+
+ON_DIVERGENCE = ("stop", "rollback")
+
+
+@dataclass
+class GuardConfig:
+    """What counts as a bad step, and what follows from many.
+
+    Attributes:
+        gradient_clip: largest gradient norm; larger ones are scaled down. null: none.
+        skip_threshold: gradient norm beyond which a step is left out. null: only where the loss
+            or a gradient is not finite.
+        max_consecutive_skips: so many in a row are a divergence.
+        on_divergence: ``stop``, or ``rollback`` to the last checkpoint with a lower learning rate.
+        rollback_factor: of the learning rate at each rollback.
+        max_rollbacks: after so many the run stops.
+    """
+
+    gradient_clip: float | None = None
+    skip_threshold: float | None = None
+    max_consecutive_skips: int = 50
+    on_divergence: str = "stop"
+    rollback_factor: float = 0.5
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_clip", "skip_threshold"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"trainer.guard.{name} is {value}; it must be above 0, or null")
+        if self.max_consecutive_skips < 1:
+            raise ValueError(
+                f"trainer.guard.max_consecutive_skips is {self.max_consecutive_skips}; "
+                "it must be at least 1"
+            )
+        if self.on_divergence not in ON_DIVERGENCE:
+            raise ValueError(
+                f"trainer.guard.on_divergence={self.on_divergence} is unknown; "
+                f"allowed: {', '.join(ON_DIVERGENCE)}"
+            )
+        if not 0 < self.rollback_factor < 1:
+            raise ValueError(
+                f"trainer.guard.rollback_factor is {self.rollback_factor}; allowed: between 0 and 1"
+            )
+        if self.max_rollbacks < 0:
+            raise ValueError(
+                f"trainer.guard.max_rollbacks is {self.max_rollbacks}; it must be at least 0"
+            )
+
+
+class DivergenceError(RuntimeError):
+    """Too many bad steps in a row; the message names the first tensor that went bad."""
+
+
+@dataclass(frozen=True)
+class GuardReading:
+    """Counters on the host.
+
+    Attributes:
+        skipped: steps left out so far, in this process.
+        streak: of them, the last ones in a row.
+        norm: gradient norm of the last step, before clipping.
+        parameter: index of the parameter that was worst at the start of the streak.
+        group: first latent group whose KL was not finite then; -1: none.
+        reconstruction: the reconstruction was finite then.
+    """
+
+    skipped: int
+    streak: int
+    norm: float
+    parameter: int
+    group: int
+    reconstruction: bool
+
+
+class BadSteps(pl.Callback):
+    """Clips gradients and leaves bad steps out.
+
+    Args:
+        config: see :class:`GuardConfig`.
+        every_steps: optimiser steps between two readings.
+    """
+
+    def __init__(self, config: GuardConfig, every_steps: int) -> None:
+        self.config = config
+        self.every_steps = min(every_steps, config.max_consecutive_skips)
+        self._counters: Tensor | None = None  # see GuardReading, in its order
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The model is on its device and has its weights."""
+        assert isinstance(pl_module, NVAELightning)
+        self._statistics = RunningStatistics(pl_module.model)
+        self._step_begins = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first micro-batch of a step: remember the running statistics."""
+        if self._step_begins:
+            self._statistics.keep()
+            self._step_begins = False
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Judge the gradients, clip them, and switch the optimiser on or off."""
+        assert isinstance(pl_module, NVAELightning)
+        assert pl_module.report is not None
+        gradients = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)).double()
+        norm = torch.linalg.vector_norm(norms)
+        bad = ~(norm.isfinite() & pl_module.report.loss.isfinite())
+        if self.config.skip_threshold is not None:
+            bad |= norm > self.config.skip_threshold
+        switch = bad.float()
+        if trainer.world_size > 1:
+            # the loss is this rank's own
+            dist.all_reduce(switch, dist.ReduceOp.MAX)
+        self._count(switch, norm, norms, pl_module)
+        self._statistics.restore_where(switch > 0)
+        self._step_begins = True
+        optimizer.found_inf = switch  # type: ignore[attr-defined]
+        if self.config.gradient_clip is not None:
+            factor = (self.config.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+    def _count(self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning) -> None:
+        assert module.report is not None
+        if self._counters is None:
+            self._counters = torch.zeros(6, dtype=torch.float64, device=norm.device)
+        skipped, streak, _, *culprit = self._counters.unbind()
+        group_is_bad = ~module.report.kl_per_group.isfinite()
+        group = torch.where(group_is_bad.any(), group_is_bad.int().argmax(), -1)
+        # argmax takes a NaN for the largest
+        now = (norms.argmax(), group, module.report.elbo.reconstruction.isfinite().all())
+        begins = (switch > 0) & (streak == 0)
+        self._counters = torch.stack(
+            [
+                skipped + switch,
+                (streak + 1) * switch,
+                norm,
+                *(torch.where(begins, n, old) for n, old in zip(now, culprit, strict=True)),
+            ]
+        )
+
+    def read(self) -> GuardReading:
+        """The counters; waits for the device."""
+        if self._counters is None:
+            return GuardReading(0, 0, 0.0, 0, -1, True)
+        skipped, streak, norm, parameter, group, finite = self._counters.tolist()
+        return GuardReading(
+            int(skipped), int(streak), norm, int(parameter), int(group), bool(finite)
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Read the counters where it is time; give up after too long a streak.
+
+        Raises:
+            DivergenceError: on every rank, at the same step.
+        """
+        step = trainer.global_step
+        if step == self._last_step or step % self.every_steps:
+            return
+        self._last_step = step
+        reading = self.read()
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {"train/gradient_norm": reading.norm, "train/skipped_steps": reading.skipped}, step
+            )
+        if reading.streak >= self.config.max_consecutive_skips:
+            assert isinstance(pl_module, NVAELightning)
+            raise DivergenceError(
+                f"training diverged at step {step}: {reading.streak} steps in a row were left out "
+                f"({reading.skipped} since the start); {self._culprit(reading, pl_module.model)}"
+            )
+
+    def _culprit(self, reading: GuardReading, model: nn.Module) -> str:
+        trained = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+        name, parameter = trained[reading.parameter]
+        for weight_name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                return f"the weight {weight_name} is not finite"
+        if reading.group >= 0:
+            first = f"the KL of latent group {reading.group} was not finite (0 is the coarsest)"
+        elif not reading.reconstruction:
+            first = "the reconstruction was not finite"
+        else:
+            first = "the loss's parts were finite"
+        return (
+            f"at the first of them {first}, and the worst gradient was that of {name} "
+            f"{tuple(parameter.shape)}; the last gradient norm is {reading.norm:.3g}"
+        )

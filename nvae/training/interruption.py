@@ -1,0 +1,92 @@
+"""SIGTERM and SIGUSR1: save at once, stop, and on SLURM go back to the queue."""
+
+import os
+import shutil
+import signal
+import subprocess
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from nvae.training.checkpointing import Checkpoints
+
+AGREE_EVERY = 10
+"""Optimiser steps between two agreements of several ranks, each of which waits for the device."""
+
+
+class InterruptedRun(Exception):  # noqa: N818
+    """The run was told to stop and has saved; running the same command again goes on."""
+
+    def __init__(self, signal_name: str, step: int) -> None:
+        super().__init__(f"{signal_name}: saved at step {step}")
+        self.signal_name, self.step = signal_name, step
+
+
+class StopOnSignal(pl.Callback):
+    """Ends the run after the optimiser step at hand, with a checkpoint.
+
+    A signal may reach one rank alone; then all ranks agree before they save, because saving is a
+    common act.
+
+    Args:
+        checkpoints: saves.
+        requeue: hand the job back to SLURM's queue.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, requeue: bool = False) -> None:
+        self._checkpoints, self._requeue = checkpoints, requeue
+        self._received = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over from Lightning, which restores the old handlers at the end.
+
+        Its own SIGTERM handler starts a collective inside the handler, and its loop one (with a
+        wait for the device) at every batch.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+        self._launcher = trainer.strategy.launcher
+        loop = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):
+            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        for process in getattr(self._launcher, "procs", []):  # ranks that this process started
+            process.send_signal(number)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Save and stop, where a signal came and the optimiser step is whole.
+
+        Raises:
+            InterruptedRun: on every rank.
+        """
+        if trainer.fit_loop._should_accumulate():
+            return
+        received = self._received
+        if trainer.world_size > 1:
+            if trainer.global_step % AGREE_EVERY:
+                return
+            flag = torch.full((), received, device=pl_module.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            received = int(flag)
+        if not received:
+            return
+        self._checkpoints.save(trainer)
+        if self._requeue and trainer.is_global_zero:
+            requeue_slurm_job()
+        raise InterruptedRun(signal.Signals(received).name, trainer.global_step)
+
+
+def requeue_slurm_job() -> None:
+    """`scontrol requeue` this job, where there is one."""
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID")
+    if name and shutil.which("scontrol"):
+        subprocess.run(["scontrol", "requeue", name], check=False)
