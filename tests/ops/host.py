@@ -126,28 +126,27 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 SANITIZED_MAIN = r"""
 int main(int, char** argv) {
-    FILE* file = std::fopen(argv[1], "rb");
+    FILE* file = fopen(argv[1], "rb");
     int header[5];
-    if (!file || std::fread(header, sizeof(header), 1, file) != 1) fail("no launch");
+    if (!file || fread(header, sizeof(header), 1, file) != 1) fail("no launch");
     const int pointers = header[0];
-    std::vector<char> arguments(pointers * sizeof(void*) + header[1]);
-    std::vector<char> scalars(header[1]);
-    if (std::fread(scalars.data(), 1, header[1], file) != scalars.size()) fail("no scalars");
-    std::vector<char*> buffers(pointers);
-    std::vector<long long> sizes(pointers);
+    const size_t head = pointers * sizeof(void*);
+    char* arguments = static_cast<char*>(malloc(head + header[1]));
+    if (fread(arguments + head, 1, header[1], file) != size_t(header[1])) fail("no scalars");
+    char** buffers = static_cast<char**>(calloc(pointers, sizeof(char*)));
+    long long* sizes = static_cast<long long*>(calloc(pointers, sizeof(long long)));
     for (int i = 0; i < pointers; ++i) {
-        if (std::fread(&sizes[i], 8, 1, file) != 1) fail("no size");
+        if (fread(&sizes[i], 8, 1, file) != 1) fail("no size");
         if (sizes[i] < 0) continue;
-        buffers[i] = static_cast<char*>(std::malloc(sizes[i]));
-        if (std::fread(buffers[i], 1, sizes[i], file) != std::size_t(sizes[i])) fail("no data");
+        buffers[i] = static_cast<char*>(malloc(sizes[i]));
+        if (fread(buffers[i], 1, sizes[i], file) != size_t(sizes[i])) fail("no data");
     }
-    std::fclose(file);
-    std::memcpy(arguments.data(), buffers.data(), pointers * sizeof(void*));
-    std::memcpy(arguments.data() + pointers * sizeof(void*), scalars.data(), scalars.size());
-    if (int error = run(arguments.data(), header[2], header[3], header[4])) fail("barrier or alignment");
-    file = std::fopen(argv[1], "wb");
+    fclose(file);
+    memcpy(arguments, buffers, head);
+    if (run(arguments, header[2], header[3], header[4])) fail("barrier or alignment");
+    file = fopen(argv[1], "wb");
     for (int i = 0; i < pointers; ++i)
-        if (sizes[i] > 0) std::fwrite(buffers[i], 1, sizes[i], file);
-    std::fclose(file);
+        if (sizes[i] > 0) fwrite(buffers[i], 1, sizes[i], file);
+    fclose(file);
 }
 """

@@ -1,0 +1,170 @@
+"""The tests of the kernels, tested: each deliberate fault in a kernel's source must be caught."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from .cases import Case
+from .host import HostLauncher
+from .test_host_kernels import check_bn_swish, check_depthwise, check_moments
+
+BFLOAT = torch.bfloat16
+ODD = Case(3, 90, 7, 9)
+MANY = Case(9, 24, 4, 4, dtype=BFLOAT)
+TILES = Case(1, 33, 20, 18)
+STRIDED = Case(2, 16, 9, 12, s=2)
+LARGE = Case(1, 8, 12, 13, k=7)
+
+
+class Fault(NamedTuple):
+    """``old`` becomes ``new`` in the source of ``kernel``; ``check`` has to fail.
+
+    With ``memory`` the fault is an access out of bounds, which the sanitizers see.
+    """
+
+    name: str
+    kernel: str
+    old: str
+    new: str
+    check: Callable[[HostLauncher], None]
+    memory: bool = False
+
+
+def depthwise(case: Case) -> Callable[[HostLauncher], None]:
+    return lambda host: check_depthwise(case, host)
+
+
+def bn_swish(case: Case) -> Callable[[HostLauncher], None]:
+    return lambda host: check_bn_swish(case, host)
+
+
+FORWARD, BACKWARD = "depthwise_forward", "depthwise_backward"
+BARRIERS = [
+    (FORWARD, "tile and weights are staged", ODD),
+    (FORWARD, "the tile may be overwritten", TILES),
+    (FORWARD, "every group's sums are there", ODD),
+    (BACKWARD, "dsums are staged", ODD),
+    (BACKWARD, "tile and weights are staged", ODD),
+    (BACKWARD, "the tile may be overwritten", TILES),
+    (BACKWARD, "the next group adds to it", TILES),
+]
+FAULTS = [
+    *(
+        Fault(f"no barrier: {why}", kernel, f"__syncthreads();  // {why}", "", depthwise(case))
+        for kernel, why, case in BARRIERS
+    ),
+    Fault(
+        "no barrier: bn_swish", "bn_swish", "__syncthreads();", "", bn_swish(ODD),
+    ),
+    Fault(
+        "no barrier: vectors", "vectors", "__syncthreads();", "", bn_swish(Case(2, 64, 9, 66)),
+    ),
+    Fault(
+        "divergent barrier", FORWARD, "__syncthreads();  // the tile may",
+        "if (group == 0) __syncthreads();  // the tile may", depthwise(ODD),
+    ),
+    Fault(
+        "padding before BN and Swish", FORWARD, "            if (inside[u]) {\n#pragma",
+        "            if (true) {\n#pragma", depthwise(ODD),
+    ),
+    Fault("swapped taps", FORWARD, "w[ky * K + kx]", "w[kx * K + ky]", depthwise(ODD)),
+    Fault("halo off by one", FORWARD, "ow0 * S - PAD", "ow0 * S - PAD + 1", depthwise(ODD)),
+    Fault(
+        "stride forgotten", FORWARD, "pw * S) * CB", "pw) * CB", depthwise(STRIDED),
+    ),
+    Fault(
+        "flipped taps, large kernel", FORWARD, "(ky * K + kx) * WEIGHT",
+        "(ky * K + K - 1 - kx) * WEIGHT", depthwise(LARGE),
+    ),
+    Fault(
+        "sums of unrounded values", FORWARD, "sum.x += y.x", "sum.x += acc[o][q].x",
+        depthwise(Case(1, 1, 2, 2, dtype=BFLOAT)),
+    ),
+    Fault(
+        "only one group's sums", FORWARD, "g < GROUPS; ++g) {\n            const float4",
+        "g < 1; ++g) {\n            const float4", depthwise(TILES),
+    ),
+    Fault(
+        "no guard: image, load", FORWARD, "b < a.B && static", "static", depthwise(MANY), True,
+    ),
+    Fault("no guard: image, store", FORWARD, "b >= a.B || c >= a.C", "c >= a.C", depthwise(MANY),
+          True),
+    Fault("no guard: channel, store", FORWARD, "b >= a.B || c >= a.C", "b >= a.B", depthwise(ODD),
+          True),
+    Fault("no guard: row", FORWARD, "oh + o < a.OH && ", "", depthwise(ODD), True),
+    Fault("no guard: column", FORWARD, " && ow + q < a.OW", "", depthwise(ODD), True),
+    Fault("no guard: second channel", FORWARD, "acc[o][q], c + 1 < a.C", "acc[o][q], true",
+          depthwise(Case(1, 7, 3, 5)), True),
+    Fault("too little shared memory", FORWARD, "WEIGHT_PITCH = CB + 2", "WEIGHT_PITCH = CB + 34",
+          depthwise(ODD), True),
+    Fault(
+        "taps not flipped", BACKWARD, "const int ky = o + K - 1 - r;", "const int ky = r - o;",
+        depthwise(ODD),
+    ),
+    Fault(
+        "taps not flipped, large kernel", BACKWARD, "from[((o + K - 1 - ky) * IW",
+        "from[((o + ky) * IW", depthwise(LARGE),
+    ),
+    Fault("parity of the stride", BACKWARD, "h % S == 0 &&", "", depthwise(STRIDED)),
+    Fault("Swish's derivative", BACKWARD, "fmaf(v * s, 1.f - s, s)", "s", depthwise(ODD)),
+    Fault("scale left out", BACKWARD, "store_one(to, g * scale)", "store_one(to, g)",
+          depthwise(ODD)),
+    Fault("moment not centred", BACKWARD, "fmaf(g, centred, moment)", "fmaf(g, x[o][q], moment)",
+          depthwise(ODD)),
+    Fault("half the sums' gradient", BACKWARD, "2 * a.dsums", "a.dsums", depthwise(ODD)),
+    Fault("sums' gradient in the padding", BACKWARD, "            if (inside[u]) {\n                fl",
+          "            if (true) {\n                fl", depthwise(ODD)),
+          "            if (inside[u]) {\n                float y", "            if (true) {\n                float y", depthwise(ODD)),
+    Fault("activation outside the image", BACKWARD, "inside ? v * sigmoid(v) : 0.f",
+          "v * sigmoid(v)", depthwise(ODD)),
+    Fault("weight gradient: first group alone", BACKWARD, "dw[k] + (g == 0", "dw[k] + (g >= 0",
+          depthwise(TILES)),
+    Fault("weight gradient: wrong row of taps", BACKWARD, "first_row * K + i % TAPS", "i % TAPS",
+          depthwise(LARGE)),
+    Fault("no guard: dx row", BACKWARD, "if (h + o >= a.H || w_ + q >= a.W) continue;",
+          "if (w_ + q >= a.W) continue;", depthwise(ODD), True),
+    Fault("no guard: channels of dw", BACKWARD, "const int live = min(CB, a.C - c0) * TAPS",
+          "const int live = CB * TAPS", depthwise(ODD), True),
+    Fault("tail of the pixels", "bn_swish", "const bool inside = p + u * GROUPS < end",
+          "const bool inside = true", bn_swish(ODD), True),
+    Fault("fold without its constant", "bn_swish", "fmaf(slope[i], x[i], constant[i])",
+          "slope[i] * x[i]", bn_swish(ODD)),
+    Fault("a row left out", "vectors", "int row = group;", "int row = group + 1;",
+          depthwise(TILES)),
+    Fault("negative variance", "vectors", "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
+    Fault("eps left out", "vectors", "sqrt(var + a.eps)", "sqrt(var)", check_moments),
+    Fault("rounding to zero", "common", "store_one(elem* p, float v) {\n#if ELEM == 32",
+          "store_one(elem* p, float v) {\n    v *= 0.98f;\n#if ELEM == 32", depthwise(ODD)),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.name}")
+def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
+    """A fault that slips through means that the kernels' tests do not look."""
+    applied = 0
+
+    def edit(kernel: str, source: str) -> str:
+        nonlocal applied
+        if fault.kernel in (kernel, "common") and fault.old in source:
+            applied += 1
+            return source.replace(fault.old, fault.new)
+        return source
+
+    host = HostLauncher(host_folder, edit=edit, sanitize=fault.memory)
+    with pytest.raises((AssertionError, RuntimeError)):
+        fault.check(host)
+    assert applied > 0, "the fault's text is no longer in the kernel"
+
+
+def test_every_barrier_has_its_fault() -> None:
+    """A barrier added to a kernel needs its removal on the list."""
+    from nvae.ops.compiler import kernel_source
+
+    for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors"):
+        barriers = kernel_source(kernel).count("__syncthreads()")
+        faults = [f for f in FAULTS if f.kernel == kernel and f.name.startswith("no barrier")]
+        assert len(faults) == barriers, kernel

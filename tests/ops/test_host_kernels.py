@@ -1,0 +1,204 @@
+"""The CUDA kernels' unchanged source, run on the CPU (host_shim.h), against float64 autograd."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvae.ops import formulas, kernels
+
+from .cases import Case, make_problem, relative_error, tolerance
+from .host import H100, HostLauncher
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+CASES = [
+    Case(2, 64, 16, 16),  # one tile, whole channel block
+    Case(3, 90, 7, 9),  # odd sizes, C not divisible by 8
+    Case(2, 90, 5, 6, dtype=BFLOAT),
+    Case(1, 24, 4, 4, dtype=BFLOAT, fused=False),  # a 4x4 image, batch 1
+    Case(9, 24, 4, 4, dtype=BFLOAT),  # several images a block, the last group not full
+    Case(5, 40, 4, 4, k=3, dtype=HALF),
+    Case(1, 7, 3, 5, dtype=BFLOAT),  # odd C: element-wise accesses
+    Case(2, 7, 6, 5, dtype=HALF, fused=False),
+    Case(1, 130, 20, 18, dtype=BFLOAT),  # several tiles and channel blocks, both cut
+    Case(2, 16, 9, 12, s=2),
+    Case(1, 12, 7, 7, k=3, s=2, dtype=BFLOAT),
+    Case(1, 33, 6, 6, s=2, fused=False),
+    Case(1, 8, 12, 13, k=7),
+    Case(1, 6, 9, 9, k=9, dtype=HALF, fused=False),
+    Case(1, 5, 11, 6, k=11),
+    Case(2, 8, 8, 7, k=11, s=2),
+    Case(1, 1, 1, 1),
+]
+
+
+def check_depthwise(case: Case, launcher: HostLauncher) -> None:
+    """Forward and backward of one case against the truth; AssertionError where they differ."""
+    p = make_problem(case)
+    bn = p.bn if case.fused else None
+    close = tolerance(case.dtype)
+
+    y, sums = kernels.depthwise_forward(p.x, p.weight, case.s, bn, case.fused, launcher)
+    assert y.dtype == case.dtype
+    assert relative_error(y, p.y) < close
+    if case.fused:  # sums are those of the stored tensor, not of the values before rounding
+        assert relative_error(sums, formulas.channel_sums(y)) < 1e-5
+
+    through = (p.y.to(case.dtype), p.dsums) if case.fused else None
+    dx, dw, bn_sums = kernels.depthwise_backward(
+        p.dy, p.x, p.weight, case.s, bn, through, launcher=launcher
+    )
+    assert dx.dtype == case.dtype
+    assert relative_error(dx, p.dx) < close
+    assert relative_error(dw, p.dweight) < close
+    if case.fused:
+        params, moments = kernels.bn_gradients(bn_sums, p.bn[0], p.bn[3], launcher)
+        assert relative_error(params, p.dparams) < close
+        assert relative_error(moments, p.dmoments) < close
+
+
+def check_bn_swish(case: Case, launcher: HostLauncher) -> None:
+    """The element-wise passes of one case against their formulas in float64."""
+    p = make_problem(case)
+    close = tolerance(case.dtype)
+    wide, bn = p.x.double(), tuple(t.double() for t in p.bn)
+    dy = torch.randn(p.x.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+
+    y = kernels.bn_swish_forward(p.x, p.bn, launcher)
+    assert relative_error(y, formulas.bn_swish(wide, *bn)) < close
+    dx, sums = kernels.bn_swish_backward(dy, p.x, p.bn, launcher)
+    dx64, sums64 = formulas.bn_swish_backward(dy.double(), wide, *bn)
+    assert relative_error(dx, dx64) < close
+    assert relative_error(sums, sums64) < 1e-5
+    assert relative_error(kernels.channel_sums(p.x, launcher), formulas.channel_sums(wide)) < 1e-5
+    folded = kernels.fold(dy, p.x, p.dsums, launcher)
+    assert relative_error(folded, formulas.fold(dy.double(), wide, p.dsums)) < close
+
+
+def check_moments(launcher: HostLauncher) -> None:
+    """The statistics' vectors against autograd through their formula."""
+    gen = torch.Generator().manual_seed(0)
+    n, c = 50, 300
+    x = torch.randn(n, c, generator=gen, dtype=torch.float64) + 3
+    sums = torch.stack([x.sum(0), x.square().sum(0)])
+    sums[1, 7] = sums[0, 7] ** 2 / n - 1e-9  # rounding put the variance below zero
+    for elements in (None, torch.tensor(float(n), dtype=torch.float64)):
+        count = n if elements is None else 0  # the device's number wins
+        got = kernels.moments(sums, elements, count, 1e-5, launcher)
+        leaf = sums.clone().requires_grad_()
+        want = formulas.moments(leaf, None, n, 1e-5)
+        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+        dmean, drstd = torch.randn(2, c, generator=gen, dtype=torch.float64)
+        (want[0] @ dmean + want[1] @ drstd).backward()
+        assert leaf.grad is not None
+        got = kernels.moments_backward(sums, elements, count, 1e-5, dmean, drstd, launcher)
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_depthwise_matches_float64_autograd(case: Case, host: HostLauncher) -> None:
+    check_depthwise(case, host)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(3, 90, 7, 9), Case(2, 64, 9, 33, dtype=BFLOAT), Case(2, 7, 5, 5, dtype=HALF)],
+    ids=str,
+)
+def test_bn_swish_matches_float64_formulas(case: Case, host: HostLauncher) -> None:
+    check_bn_swish(case, host)
+
+
+def test_moments_match_autograd(host: HostLauncher) -> None:
+    check_moments(host)
+
+
+def test_order_of_threads_does_not_change_a_bit(host_folder: Path) -> None:
+    """A race that the barriers leave open would show as a difference between the two orders."""
+    case = Case(2, 90, 9, 10, dtype=BFLOAT)
+    p = make_problem(case)
+    results = []
+    for descending in (False, True):
+        host = HostLauncher(host_folder, descending=descending)
+        forward = kernels.depthwise_forward(p.x, p.weight, 1, p.bn, True, host)
+        backward = kernels.depthwise_backward(
+            p.dy, p.x, p.weight, 1, p.bn, (p.y.to(BFLOAT), p.dsums), launcher=host
+        )
+        results.append([*forward, *backward])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_number_of_multiprocessors_only_regroups_sums(host_folder: Path) -> None:
+    """Few multiprocessors make a block walk over many units; the result stays."""
+    case = Case(4, 64, 12, 12)
+    rows = []
+    for multiprocessors in (1, 132):
+        host = HostLauncher(host_folder, limits=replace(H100, multiprocessors=multiprocessors))
+        check_depthwise(case, host)
+        (launch,) = (x for x in host.launches if x.kernel == "depthwise_backward")
+        partial = launch.tensors[10]
+        assert partial is not None
+        rows.append(partial.shape[0])
+    assert rows[0] < rows[1]
+
+
+def test_nchw_input_and_gradient_are_converted(host: HostLauncher) -> None:
+    """Gradients may arrive in another memory format than the input."""
+    case = Case(2, 24, 6, 7, fused=False)
+    p = make_problem(case)
+    y, _ = kernels.depthwise_forward(p.x.contiguous(), p.weight, 1, launcher=host)
+    dx, dw, _ = kernels.depthwise_backward(
+        p.dy.contiguous(), p.x.contiguous(), p.weight, 1, launcher=host
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(y, p.y) < 1e-5
+    assert relative_error(dx, p.dx) < 1e-5
+    assert relative_error(dw, p.dweight) < 1e-5
+
+
+def test_misaligned_storage_takes_narrow_loads(host: HostLauncher) -> None:
+    """A view that starts off a 16-byte boundary must not be read in 16-byte pieces."""
+    case = Case(1, 64, 5, 5, fused=False)
+    p = make_problem(case)
+    backing = torch.zeros(p.x.numel() + 1)
+    view = backing[1:].view(1, 5, 5, 64).permute(0, 3, 1, 2)
+    view.copy_(p.x)
+    y, _ = kernels.depthwise_forward(view, p.weight, 1, launcher=host)
+    assert relative_error(y, p.y) < 1e-5
+    assert dict(host.launches[-1].macros)["VIO"] == 1
+
+
+def test_only_what_is_needed_is_computed(host: HostLauncher) -> None:
+    case = Case(2, 24, 6, 7, fused=False)
+    p = make_problem(case)
+    dx, dw, _ = kernels.depthwise_backward(p.dy, p.x, p.weight, 1, need_dx=False, launcher=host)
+    assert dx.numel() == 0
+    assert relative_error(dw, p.dweight) < 1e-5
+    dx, dw, _ = kernels.depthwise_backward(p.dy, p.x, p.weight, 1, need_dw=False, launcher=host)
+    assert dw.numel() == 0
+    assert relative_error(dx, p.dx) < 1e-5
+
+
+SANITIZED = [
+    Case(3, 90, 7, 9, dtype=BFLOAT),
+    Case(5, 24, 4, 4, dtype=BFLOAT),
+    Case(1, 7, 3, 5, k=3, dtype=HALF),
+    Case(1, 33, 17, 9, s=2),
+    Case(1, 6, 9, 6, k=7, fused=False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SANITIZED, ids=str)
+def test_clean_under_sanitizers(case: Case, host_folder: Path) -> None:
+    """No access outside a tensor or shared memory, misaligned access or signed overflow."""
+    host = HostLauncher(host_folder, sanitize=True)
+    check_depthwise(case, host)
+    if case.k == 5 and case.s == 1:
+        check_bn_swish(replace(case, w=case.w + 30), host)
+
+
+@pytest.mark.slow
+def test_vectors_clean_under_sanitizers(host_folder: Path) -> None:
+    check_moments(HostLauncher(host_folder, sanitize=True))
