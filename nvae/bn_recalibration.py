@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae.atomic import replacing
+from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
 from nvae.models.nvae import NVAE
 from nvae.modes import eval_mode
@@ -112,16 +113,22 @@ def recalibrate(
 
     Raises:
         RecalibrationError: a statistic is not finite; the message names the norm.
-        ValueError: not as many temperatures as groups.
+        ValueError: not as many temperatures as groups, or a network without BN.
     """
     norms = _norms(model)
+    if not norms:
+        raise ValueError(
+            f"recalibrate_bn: cell_family={model.config.cell_family} has no batch normalisation"
+        )
     saved = _snapshot(norms)
     identity = fingerprint(model)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     with eval_mode(model):
         try:
-            for norm in norms.values():
-                norm.training = True
+            for module in model.modules():
+                # a cell in eval mode folds its norms away; data-dependent initialisation must not
+                # run on samples
+                module.training = not isinstance(module, DataInitConv2d)
             for batch in range(settings.batches):
                 _one_pass(model, norms, settings, batch, sums)
                 if progress is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nvae.atomic import replacing
 
 _GAP = 2
-_LEAST_SIDE = 32
+_LEAST_SIDE = 48
 _BACKGROUND = 255
 _FONT_SIZE = 14
 

@@ -47,9 +47,7 @@ def _norm_inputs(model, batches):
     norm = model.get_submodule(name)
     seen = []
     norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-    for module in model.modules():
-        if hasattr(module, "running_mean"):
-            module.train()
+    model.train()
     for batch in range(batches):
         index = torch.arange(batch * 16, (batch + 1) * 16)
         keys = keys_of(index, seed=0, stream=STREAM_RECALIBRATION)
@@ -82,6 +80,15 @@ def test_the_network_is_left_exactly_as_it_was(model):
     assert not torch.allclose(plain, changed, atol=1e-3)
     assert torch.equal(model.sample_logits(2, 0.7, noise), plain)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_network_without_norms_is_refused():
+    config = ModelConfig(
+        image_size=8, num_scales=1, groups_per_scale=2, latent_channels=2, encoder_channels=4,
+        decoder_channels=4, preprocess_blocks=0, cell_family="res_elu",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no batch normalisation"):
+        recalibrate(NVAE(config), RecalibrationSettings((1.0, 1.0)))
 
 
 def test_only_norms_that_sampling_runs_are_changed(model):

@@ -24,20 +24,20 @@ def test_grid_holds_every_image_in_order_enlarged_by_whole_pixels(tmp_path):
     images = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8)
     save_grid(tmp_path / "g.png", images, columns=3)
     picture = _read(tmp_path / "g.png")
-    assert picture.shape == (2 * 34 + 2, 3 * 34 + 2)
+    assert picture.shape == (2 * 50 + 2, 3 * 50 + 2)
     for i in range(6):
-        y, x = 2 + (i // 3) * 34, 2 + (i % 3) * 34
-        tile = picture[y : y + 32, x : x + 32]
+        y, x = 2 + (i // 3) * 50, 2 + (i % 3) * 50
+        tile = picture[y : y + 48, x : x + 48]
         assert (tile == round(i / 5 * 255)).all()
     assert (picture[:2] == 255).all()
 
 
 def test_labels_leave_the_images_untouched(tmp_path):
-    rows = [torch.zeros(2, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5)]
+    rows = [torch.zeros(2, 3, 64, 64), torch.full((2, 3, 64, 64), 0.5)]
     save_rows(tmp_path / "r.png", rows, ["t = 0.5", "t = 1"], ["a", "b"])
     picture = _read(tmp_path / "r.png")
-    assert (picture[-34:-2, -34:-2] == 128).all()
-    left = picture[:, : picture.shape[1] - 2 * 34 - 2]
+    assert (picture[-66:-2, -66:-2] == 128).all()
+    left = picture[:, : picture.shape[1] - 2 * 66 - 2]
     assert (left < 128).any()  # ink
     bare = tmp_path / "bare.png"
     save_grid(bare, torch.cat(rows), columns=2)
@@ -45,11 +45,11 @@ def test_labels_leave_the_images_untouched(tmp_path):
 
 
 def test_grids_side_by_side(tmp_path):
-    grids = [torch.zeros(4, 1, 32, 32), torch.ones(4, 1, 32, 32)]
+    grids = [torch.zeros(4, 1, 64, 64), torch.ones(4, 1, 64, 64)]
     save_grids_side_by_side(tmp_path / "s.png", grids, ["t = 0.7", "t = 1"], columns=2)
     picture = _read(tmp_path / "s.png")
     assert (picture[-30, 10:30] == 0).all()
-    assert picture.shape[1] == 2 * 70 + 12
+    assert picture.shape[1] == 2 * 134 + 12
     with pytest.raises(ValueError, match="1 labels for 2"):
         save_grids_side_by_side(tmp_path / "s.png", grids, ["x"])
 

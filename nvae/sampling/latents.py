@@ -6,7 +6,7 @@ sampling would have needed to draw just this z. In these coordinates images and 
 space where every group is standard normal, so paths are drawn there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def concatenate(parts: Sequence[Latents]) -> Latents:
 
 
 @torch.no_grad()
-def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None) -> Latents:
+def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None, *, batch_size: int = 64) -> Latents:
     """Latents of images.
 
     Args:
@@ -64,20 +64,24 @@ def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None) -> Latents:
         x: ``(B, C, H, W)`` in [0, 1], on the model's device.
         seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
             posterior's mean at every group.
+        batch_size: images in one pass.
 
     Raises:
         ValueError: if ``x`` has the wrong shape.
     """
     model.check_images(x)
-    shapes = model.noise_shapes(len(x))
-    if seeds is None:
-        noise = [x.new_zeros(shape) for shape in shapes]
-    else:
-        keys = keys_of(seeds.to(x.device), seed=0, stream=STREAM_POSTERIOR)
-        noise = latent_noise(keys, model.latent_shapes, x.dtype)
+    parts = []
     with eval_mode(model):
-        _, groups = model.top_down(noise, encoder_maps=model.encoder(x))
-    return _latents(groups)
+        for rows in _slices(len(x), batch_size):
+            images = x[rows]
+            if seeds is None:
+                noise = [x.new_zeros(shape) for shape in model.noise_shapes(len(images))]
+            else:
+                keys = keys_of(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
+                noise = latent_noise(keys, model.latent_shapes, x.dtype)
+            _, groups = model.top_down(noise, encoder_maps=model.encoder(images))
+            parts.append(_latents(groups))
+    return concatenate(parts)
 
 
 def prior_latents(model: NVAE, seeds: Tensor, temperature: Temperature = 1.0) -> Latents:
@@ -91,6 +95,8 @@ def from_noise(
     noise: Sequence[Tensor],
     temperature: Temperature = 1.0,
     z: Sequence[Tensor | None] | None = None,
+    *,
+    batch_size: int = 64,
 ) -> Latents:
     """Walk down the prior.
 
@@ -99,12 +105,23 @@ def from_noise(
         noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
         temperature: factor on the priors' sigma.
         z: latents that are given, for some groups; the others come from ``noise``.
+        batch_size: images in one pass.
     """
+    parts = []
     with eval_mode(model):
-        _, groups = model.top_down(noise, latents=z, temperature=temperature)
-        if temperature != 1.0:  # the coordinates are those under the prior at temperature 1
-            _, groups = model.top_down(noise, latents=[group.z for group in groups])
-    return _latents(groups)
+        for rows in _slices(len(noise[0]), batch_size):
+            eps = [e[rows] for e in noise]
+            given = None if z is None else [None if group is None else group[rows] for group in z]
+            _, groups = model.top_down(eps, latents=given, temperature=temperature)
+            if temperature != 1.0:  # the coordinates are those under the prior at temperature 1
+                _, groups = model.top_down(eps, latents=[group.z for group in groups])
+            parts.append(_latents(groups))
+    return concatenate(parts)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 def _latents(groups: Sequence[GroupSample]) -> Latents:
@@ -140,13 +157,11 @@ def decode(
         seeds = torch.arange(len(latents))
     images = []
     with eval_mode(model):
-        for start in range(0, len(latents), batch_size):
-            part = latents[start : start + batch_size]
+        for rows in _slices(len(latents), batch_size):
+            part = latents[rows]
             state, _ = model.top_down(part.noise, latents=part.z)
             logits = model.decode_state(state)
-            images.append(
-                render(model, logits, seeds[start : start + batch_size], likelihood).cpu()
-            )
+            images.append(render(model, logits, seeds[rows], likelihood).cpu())
     return torch.cat(images)
 
 

@@ -63,6 +63,18 @@ def test_latents_of_seeds_are_those_of_the_samples(temperature):
     assert torch.allclose(again.z[-1], latents.z[-1], atol=1e-4)
 
 
+def test_batches_change_nothing(x):
+    model, x = small_nvae("normal").double(), x.double()
+    seeds = torch.tensor([4, 5, 6])
+    once, thrice = encode(model, x, seeds), encode(model, x, seeds, batch_size=1)
+    noise = from_noise(model, once.noise, 0.8, batch_size=2).z
+    for a, b in zip((*once.z, *noise), (*thrice.z, *from_noise(model, once.noise, 0.8).z),
+                    strict=True):  # fmt: skip
+        assert torch.allclose(a, b, atol=1e-5)
+    one_by_one = decode(model, once, 0.5, seeds=seeds, batch_size=1)
+    assert torch.allclose(decode(model, once, 0.5, seeds=seeds), one_by_one, atol=1e-5)
+
+
 def test_path_ends_where_it_should():
     model = small_nvae("normal")
     start, end = (prior_latents(model, torch.tensor(s)) for s in ([0, 1], [2, 3]))

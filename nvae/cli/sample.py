@@ -1,0 +1,257 @@
+"""`sample.py`: pictures from a checkpoint."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nvae.checkpoint import load_checkpoint, load_model
+from nvae.cli.checkpoint_data import data_config, open_data, split_off_data, with_data
+from nvae.cli.command import run_command
+from nvae.cli.device import open_device
+from nvae.cli.progress import progress_bar
+from nvae.cli.provenance import file_sha256, short_hash, versions
+from nvae.cli.recalibration import recalibrated
+from nvae.cli.sample_config import SampleConfig
+from nvae.cli.sample_output import SampleFolder
+from nvae.cli.schema import build
+from nvae.data import DataConfig
+from nvae.data.loader import RawBatch
+from nvae.data.module import ImageDataModule
+from nvae.models import NVAE
+from nvae.sampling import sample_images
+from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
+from nvae.sampling.nearest import nearest_images
+from nvae.sampling.sheets import (
+    Decoder,
+    column_seeds,
+    interpolation_sheet,
+    nearest_sheet,
+    partial_sheet,
+    reconstruction_sheet,
+    spread,
+    traversal_sheet,
+)
+
+SCHEMA = with_data(SampleConfig)
+_MOST_ROWS = 8
+_CHANGES_NO_PICTURE = (
+    "checkpoint", "batch_size", "device", "output", "overwrite",
+)  # fmt: skip
+
+
+def main() -> None:
+    """The command."""
+    ConfigStore.instance().store(name="sample_schema", node=SCHEMA)
+    run_command("sample", _run, SCHEMA)
+
+
+def _run(composed: DictConfig) -> None:
+    own, given = split_off_data(composed)
+    config = build(SampleConfig, own)
+    checkpoint = load_checkpoint(config.checkpoint)
+    device = open_device(config.device, tf32=config.tf32)
+    model = load_model(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    needs_data = config.reads_images or config.mode == "nearest"
+    data_settings = data_config(given, checkpoint) if needs_data else None
+    request = _request(config, data_settings)
+    folder = SampleFolder(_folder(config, request), request, overwrite=config.overwrite)
+    data = open_data(data_settings, model.config) if data_settings is not None else None
+    del checkpoint
+    _Sampler(config, model.to(device), data, folder).draw()
+    folder.manifest(
+        {
+            "checkpoint": config.checkpoint,
+            "batch_size": config.batch_size,
+            "versions": versions(device),
+        }
+    )
+    print(f"written to {folder.path}")
+
+
+def _request(config: SampleConfig, data: DataConfig | None) -> dict[str, Any]:
+    """Everything that the pictures depend on."""
+    settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
+    return {
+        "checkpoint_sha256": file_sha256(Path(config.checkpoint)),
+        **settings,
+        "data": None if data is None else asdict(data),
+    }
+
+
+def _folder(config: SampleConfig, request: dict[str, Any]) -> Path:
+    if config.output is not None:
+        return Path(config.output)
+    checkpoint = Path(config.checkpoint)
+    name = f"{checkpoint.stem}-{config.mode}-{short_hash(request)}"
+    return checkpoint.parent / "samples" / name
+
+
+class _Sampler:
+    """One request at work.
+
+    Args:
+        config: what to draw.
+        model: on its device.
+        data: where images are read, else None.
+        folder: for the files.
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        model: NVAE,
+        data: ImageDataModule | None,
+        folder: SampleFolder,
+    ) -> None:
+        self.config, self.model, self.data, self.folder = config, model, data, folder
+        self.seeds = torch.tensor(config.seed_list)
+        self.temperatures = config.temperatures(model.config, len(model.groups))
+        self.decoder = Decoder(config.pixels, config.batch_size)
+
+    def draw(self) -> None:
+        """Write everything but the manifest."""
+        getattr(self, f"_draw_{self.config.mode}")()
+
+    @contextmanager
+    def _statistics(self, temperature: Sequence[float]) -> Iterator[None]:
+        config = self.config
+        if not config.recalibrate_bn:
+            yield
+            return
+        with recalibrated(
+            self.model, Path(config.checkpoint), temperature, batches=config.recalibrate_bn,
+            batch_size=config.bn_batch_size, seed=config.bn_seed,
+        ):  # fmt: skip
+            yield
+
+    def _prior(self, label: str, temperature: Sequence[float]) -> Tensor:
+        with (
+            self._statistics(temperature),
+            progress_bar(f"temperature {label}", len(self.seeds)) as advance,
+        ):
+            return sample_images(
+                self.model, self.seeds, temperature=temperature,
+                pixel_temperature=self.config.pixels, batch_size=self.config.batch_size,
+                progress=advance,
+            )  # fmt: skip
+
+    def _draw_prior(self) -> None:
+        grids = []
+        for label, temperature in self.temperatures:
+            images = self._prior(label, temperature)
+            grids.append(images)
+            if self.config.single_images:
+                for seed, image in zip(self.seeds.tolist(), images, strict=True):
+                    where = f"t{label.replace(', ', '_')}"
+                    self.folder.image(f"{where}/seed{seed:06d}.png", image)
+        labels = [f"temperature {label}" for label, _ in self.temperatures]
+        self.folder.grids("grid.png", grids, labels, self.config.columns)
+        if self.config.npz:
+            used = torch.tensor([t for _, t in self.temperatures])
+            self.folder.arrays(
+                "samples.npz",
+                images=torch.stack(grids), seeds=self.seeds, group_temperatures=used,
+            )  # fmt: skip
+
+    def _draw_nearest(self) -> None:
+        assert self.data is not None
+        samples = self._prior(*self.temperatures[0])
+        with progress_bar("training images", len(self.data.table("train"))) as advance:
+            found = nearest_images(
+                samples, _counted(self.data.batches("train"), advance), self.config.neighbours
+            )
+        sheet = nearest_sheet(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
+        self.folder.sheet("nearest.png", sheet)
+        self.folder.arrays("nearest.npz", index=found.index, distance=found.distance)
+        self._keep(sheet.images)
+
+    def _draw_reconstruct(self) -> None:
+        x = self._images()
+        numbers = torch.tensor(self.config.image_list)
+        sheet = reconstruction_sheet(self.model, x, numbers, self.config.batch_size)
+        self.folder.sheet("reconstructions.png", sheet)
+        self._keep(sheet.images)
+
+    def _draw_interpolate(self) -> None:
+        with self._statistics(self.temperatures[0][1]):
+            latents, names = self._starts()
+            sheet = interpolation_sheet(self.model, latents, names, self.config.steps, self.decoder)
+            self.folder.sheet("interpolation.png", sheet)
+            self._keep(sheet.images)
+            if self.config.frames:
+                points = max(2, self.config.frames)
+                path = interpolate(self.model, latents[:-1], latents[1:], points)
+                self.folder.animation("interpolation.gif", self.decoder(self.model, path))
+
+    def _draw_partial(self) -> None:
+        temperature = self.temperatures[0][1]
+        groups = len(self.model.groups)
+        keep = self.config.keep if self.config.keep is not None else spread(groups + 1, _MOST_ROWS)
+        with self._statistics(temperature):
+            latents, names = self._starts()
+            with progress_bar("images", len(names)) as advance:
+                for i, name in enumerate(names):
+                    sheet = partial_sheet(
+                        self.model, latents[i : i + 1], keep,
+                        column_seeds(self._numbers[i], self.config.draws), self.decoder,
+                        temperature,
+                    )  # fmt: skip
+                    self.folder.sheet(f"partial-{name.replace(' ', '')}.png", sheet)
+                    advance(1)
+
+    def _draw_traverse(self) -> None:
+        groups = self.config.groups
+        if groups is None:
+            groups = spread(len(self.model.groups), _MOST_ROWS)
+        with self._statistics(self.temperatures[0][1]):
+            latents, names = self._starts()
+            with progress_bar("images", len(names)) as advance:
+                for i, name in enumerate(names):
+                    sheet = traversal_sheet(
+                        self.model, latents[i : i + 1], groups, self.config.steps,
+                        self._numbers[i], self.decoder,
+                    )  # fmt: skip
+                    self.folder.sheet(f"traversal-{name.replace(' ', '')}.png", sheet)
+                    advance(1)
+
+    @property
+    def _numbers(self) -> list[int]:
+        return self.config.image_list if self.config.reads_images else self.config.seed_list
+
+    def _starts(self) -> tuple[Latents, list[str]]:
+        """Latents of the images or seeds asked for, and their names."""
+        if self.config.reads_images:
+            latents = encode(self.model, self._images(), batch_size=self.config.batch_size)
+            return latents, [f"image {i}" for i in self._numbers]
+        latents = prior_latents(self.model, self.seeds, self.temperatures[0][1])
+        return latents, [f"seed {s}" for s in self._numbers]
+
+    def _images(self) -> Tensor:
+        """The data images asked for, ``(N, C, H, W)``, on the model's device."""
+        assert self.data is not None
+        table, wanted = self.data.table(self.config.split), torch.tensor(self.config.image_list)
+        if wanted.max() >= len(table):
+            raise ValueError(
+                f"images names {int(wanted.max())}; split={self.config.split} has {len(table)} "
+                f"images, allowed: 0 to {len(table) - 1}"
+            )
+        pixels = table.gather(wanted, epoch=None, seed=0)
+        batch = RawBatch(pixels, wanted, self.config.split, None)
+        return self.data.to_input(batch).x.to(self.model.initial_state.device)
+
+    def _keep(self, images: Tensor) -> None:
+        if self.config.npz:
+            self.folder.arrays("samples.npz", images=images)
+
+
+def _counted(batches: Iterator[Any], advance: Any) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        advance(len(batch.x))

@@ -1,0 +1,209 @@
+"""The settings of `sample.py`, checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from nvae.cli.checkpoint_data import check_split
+from nvae.models import ModelConfig
+from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.sampling.prior import scale_temperatures
+
+MODES = ("prior", "reconstruct", "interpolate", "partial", "traverse", "nearest")
+_FROM_SEEDS_OR_IMAGES = ("interpolate", "partial", "traverse")
+
+
+@dataclass
+class SampleConfig:
+    """What to draw, and how.
+
+    Attributes:
+        checkpoint: of this project or in the published format.
+        mode: ``prior`` (grids over temperatures) | ``reconstruct`` | ``interpolate`` | ``partial``
+            (keep the coarsest groups, draw the rest) | ``traverse`` (move one group) |
+            ``nearest`` (the training images nearest to each sample).
+        weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
+        seeds: one an image: ``0-63``, ``7`` or ``[0,5,9-12]``; null: 0-63 for mode prior, else 0-7.
+        temperature: factor on the priors' sigma; a list gives one grid each (mode prior).
+        scale_temperatures: one a latent scale, coarsest first; in place of ``temperature``.
+        group_temperatures: one a latent group, coarsest first; in place of ``temperature``.
+        pixel_temperature: ``mean`` takes the likelihood's mean; a number draws pixels, 0 takes
+            their mode.
+        recalibrate_bn: passes that BN statistics are taken anew over, at the temperature at hand;
+            0 keeps the running ones.
+        bn_batch_size: images in each.
+        bn_seed: of their noise.
+        source: interpolate, partial and traverse start from ``seeds`` or from ``images``.
+        images: indices of data images, written like ``seeds``.
+        split: ``train`` | ``valid`` | ``test``: of those images; nearest always searches train.
+        steps: points on a path, ends included (interpolate, traverse).
+        frames: points between two neighbours in the animation; 0: none (interpolate).
+        keep: numbers of coarsest groups that stay, one row each (partial); null: up to 8 rows.
+        draws: columns of drawn images (partial).
+        groups: groups that move, one row each, 0 the coarsest (traverse); null: up to 8 rows.
+        neighbours: training images beside each sample (nearest).
+        batch_size: images in one pass; changes no picture.
+        device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
+        tf32: faster and less exact arithmetic on NVIDIA GPUs.
+        single_images: write every image as a PNG of its own, beside the grid (mode prior).
+        npz: write images and seeds as `samples.npz` too.
+        columns: of each grid (mode prior); null: about as many as rows.
+        output: folder; null: beside the checkpoint, in `samples/`.
+        overwrite: write into a folder that holds something else.
+    """
+
+    checkpoint: str
+    mode: str = "prior"
+    weights: str = "ema"
+    seeds: Any = None
+    temperature: Any = 1.0
+    scale_temperatures: list[float] | None = None
+    group_temperatures: list[float] | None = None
+    pixel_temperature: Any = "mean"
+    recalibrate_bn: int = 0
+    bn_batch_size: int = 64
+    bn_seed: int = 0
+    source: str = "seeds"
+    images: Any = "0-7"
+    split: str = "test"
+    steps: int = 9
+    frames: int = 24
+    keep: list[int] | None = None
+    draws: int = 7
+    groups: list[int] | None = None
+    neighbours: int = 5
+    batch_size: int = 64
+    device: str = "auto"
+    tf32: bool = False
+    single_images: bool = True
+    npz: bool = False
+    columns: int | None = None
+    output: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("weights", self.weights, ("ema", "raw"))
+        _one_of("source", self.source, ("seeds", "images"))
+        check_split(self.split)
+        for name, least in (
+            ("recalibrate_bn", 0), ("frames", 0), ("steps", 2), ("draws", 1),
+            ("neighbours", 1), ("batch_size", 1), ("columns", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_pixel_temperature(self.pixels)
+        _ = self.seed_list, self.image_list
+        self._check_temperatures()
+        if self.recalibrate_bn and self.reads_images:
+            raise ValueError(
+                "recalibrate_bn fits the prior, not the posterior that images are encoded with; "
+                "use it with mode=prior, mode=nearest or source=seeds"
+            )
+
+    def _check_temperatures(self) -> None:
+        given = [n for n in ("scale_temperatures", "group_temperatures") if getattr(self, n)]
+        if len(given) > 1:
+            raise ValueError("scale_temperatures and group_temperatures exclude each other")
+        values = _numbers("temperature", self.temperature)
+        if given and values != [1.0]:
+            raise ValueError(f"{given[0]} takes the place of temperature; leave temperature out")
+        if len(values) > 1 and self.mode != "prior":
+            raise ValueError(f"mode={self.mode} takes one temperature, not {len(values)}")
+        for value in [*values, *(self.scale_temperatures or ()), *(self.group_temperatures or ())]:
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"temperature is {value:g}; it must be 0 or more")
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether data images are encoded."""
+        return self.mode == "reconstruct" or (
+            self.mode in _FROM_SEEDS_OR_IMAGES and self.source == "images"
+        )
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds, in the order given."""
+        default = "0-63" if self.mode == "prior" else "0-7"
+        return integers("seeds", default if self.seeds is None else self.seeds)
+
+    @property
+    def image_list(self) -> list[int]:
+        """The indices of data images, in the order given."""
+        return integers("images", self.images)
+
+    @property
+    def pixels(self) -> PixelTemperature:
+        """``"mean"`` or a number."""
+        if self.pixel_temperature == "mean":
+            return "mean"
+        if isinstance(self.pixel_temperature, list):
+            raise ValueError(
+                f"pixel_temperature={self.pixel_temperature} is not one number or mean"
+            )
+        return _numbers("pixel_temperature", self.pixel_temperature)[0]
+
+    def temperatures(self, model: ModelConfig, groups: int) -> list[tuple[str, list[float]]]:
+        """Label and one temperature a group, for every grid.
+
+        Raises:
+            ValueError: not as many temperatures as scales or groups.
+        """
+        if self.scale_temperatures:
+            values = scale_temperatures(model, self.scale_temperatures)
+            return [(_label(self.scale_temperatures), values)]
+        if self.group_temperatures:
+            if len(self.group_temperatures) != groups:
+                raise ValueError(
+                    f"group_temperatures holds {len(self.group_temperatures)} numbers; the model "
+                    f"has {groups} groups"
+                )
+            return [(_label(self.group_temperatures), list(self.group_temperatures))]
+        return [(f"{t:g}", [t] * groups) for t in _numbers("temperature", self.temperature)]
+
+
+def integers(name: str, value: Any) -> list[int]:
+    """``7``, ``"0-63"`` or a list of those, as numbers; each at least 0, each once.
+
+    Raises:
+        ValueError: anything else.
+    """
+    entries = value if isinstance(value, list) else [value]
+    numbers: list[int] = []
+    for entry in entries:
+        first, dash, last = str(entry).strip().partition("-")
+        if isinstance(entry, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(
+                f"{name}={entry} is no number or range; allowed: 7, 0-63 or [0,5,9-12]"
+            )
+        start, stop = int(first), int(last if dash else first)
+        if stop < start:
+            raise ValueError(f"{name}={entry} runs backwards; write {stop}-{start}")
+        if stop >= 2**63:
+            raise ValueError(f"{name}={entry} is too large; allowed: 0 to 2^63 - 1")
+        numbers.extend(range(start, stop + 1))
+    if not numbers:
+        raise ValueError(f"{name} is empty; give at least one number")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} names a number twice")
+    return numbers
+
+
+def _numbers(name: str, value: Any) -> list[float]:
+    entries = value if isinstance(value, list) else [value]
+    if not entries or any(isinstance(e, bool) or not isinstance(e, int | float) for e in entries):
+        raise ValueError(f"{name}={value} is not a number" + (
+            " or a list of numbers" if name == "temperature" else " or mean"
+        ))  # fmt: skip
+    return [float(entry) for entry in entries]
+
+
+def _label(values: Sequence[float]) -> str:
+    return ", ".join(f"{v:g}" for v in values)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")

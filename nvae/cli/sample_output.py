@@ -1,0 +1,85 @@
+"""The folder that `sample.py` writes: pictures, arrays, and a manifest to repeat them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nvae.atomic import replacing, write_json
+from nvae.images import save_animation, save_grids_side_by_side, save_image, save_rows
+from nvae.sampling.sheets import Sheet
+
+MANIFEST = "manifest.json"
+
+
+class SampleFolder:
+    """Where pictures go.
+
+    Args:
+        path: made when the first file is written.
+        request: everything that the pictures depend on.
+        overwrite: accept a folder that holds something else.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any], *, overwrite: bool) -> None:
+        self.path, self.request = path, request
+        self.files: list[str] = []
+        if not overwrite and not self._is_ours():
+            raise ValueError(
+                f"{path} is there already and holds something else; give another output or "
+                "overwrite=true"
+            )
+
+    def _is_ours(self) -> bool:
+        if not self.path.exists():
+            return True
+        if not self.path.is_dir():
+            return False
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            return not any(self.path.iterdir())
+        try:
+            return bool(json.loads(manifest.read_text())["request"] == self.request)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            return False
+
+    def _file(self, name: str) -> Path:
+        self.files.append(name)
+        return self.path / name
+
+    def grids(self, name: str, grids: list[Tensor], labels: list[str], columns: int | None) -> None:
+        """Grids of ``(N, C, H, W)``, from left to right."""
+        save_grids_side_by_side(self._file(name), grids, labels, columns)
+
+    def sheet(self, name: str, sheet: Sheet) -> None:
+        """Labelled rows."""
+        save_rows(self._file(name), sheet.rows, sheet.row_labels, sheet.column_labels)
+
+    def animation(self, name: str, frames: Tensor) -> None:
+        """A GIF."""
+        save_animation(self._file(name), frames)
+
+    def image(self, name: str, image: Tensor) -> None:
+        """One ``(C, H, W)`` image, at its own size."""
+        save_image(self._file(name), image)
+
+    def arrays(self, name: str, **arrays: Tensor) -> None:
+        """Several arrays as they are."""
+        with replacing(self._file(name)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **{key: value.numpy() for key, value in arrays.items()})  # type: ignore[arg-type]
+
+    def manifest(self, facts: dict[str, Any]) -> None:
+        """Write the manifest, last: it says that the folder is complete."""
+        write_json(
+            self.path / MANIFEST, {"request": self.request, **facts, "files": sorted(self.files)}
+        )
+
+    def tell(self, name: str) -> str:
+        """A file's path for the user."""
+        return os.path.relpath(self.path / name)
