@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -131,7 +131,9 @@ class StoreWriter:
         trace: TracebackType | None,
     ) -> None:
         for writer in self._writers.values():
-            writer.close()
+            # On a full disk closing fails as well, because it writes what is still buffered.
+            with suppress(OSError) if kind is not None else nullcontext():
+                writer.close()
         if kind is not None and not self._committed:
             made = set(self._folder.glob("*.npy")) - self._before
             for path in made | set(self._folder.glob(f"*{_PARTIAL}")):

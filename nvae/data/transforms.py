@@ -26,14 +26,17 @@ def random_flip(images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tens
     """Mirror each image left to right with probability 1/2.
 
     Args:
-        images: (B, H, W, C).
+        images: (B, H, W, C) uint8.
         index: (B,) int64.
         seed: seed of the run.
         epoch: epoch of the draw.
     """
     keys = image_keys(index, seed=seed, epoch=epoch, stream=STREAM_FLIP)
-    # The sign bit is one fair coin.
-    return torch.where((keys < 0)[:, None, None, None], images.flip(2), images)
+    # The sign bit is one fair coin: 255 where heads, 0 where tails.
+    heads = ((keys < 0).to(torch.uint8) * 255)[:, None, None, None]
+    # Select by bits, a ^ ((a ^ b) & mask): six times as fast as torch.where on bytes on the CPU,
+    # and unlike indexing by the flipped ones it does not make a GPU wait.
+    return images.flip(2).bitwise_xor_(images).bitwise_and_(heads).bitwise_xor_(images)
 
 
 def binarize(images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:

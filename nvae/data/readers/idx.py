@@ -4,6 +4,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ from nvae.data.tables import TEST, TRAIN
 _FILES = {TRAIN: "train-images-idx3-ubyte", TEST: "t10k-images-idx3-ubyte"}
 _MAGIC = b"\x00\x00\x08\x03"
 _HEADER_BYTES = 16
+_PIECE_BYTES = 1 << 24
+
+
+def _read_at_most(file: BinaryIO | gzip.GzipFile, size: int) -> bytes:
+    """Read piece by piece: a header that promises too much must cost no memory."""
+    pieces: list[bytes] = []
+    while size and (piece := file.read(min(size, _PIECE_BYTES))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def read_idx_images(path: Path) -> Pixels:
@@ -35,9 +46,8 @@ def read_idx_images(path: Path) -> Pixels:
                 )
             count, height, width = (int.from_bytes(header[i : i + 4]) for i in (4, 8, 12))
             size = count * height * width
-            # One byte more than the header promises shows a file that is too long, and a header
-            # that promises too much costs no memory.
-            data = file.read(size + 1)
+            # One byte more than the header promises shows a file that is too long.
+            data = _read_at_most(file, size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged: {error}") from error
     if len(data) != size:

@@ -1,0 +1,154 @@
+"""Folders and archives of pictures: which files, which order, which split."""
+
+import tarfile
+import zipfile
+
+import pytest
+
+from nvae.data.images import BadImageError
+from nvae.data.manifest import DataError
+from nvae.data.readers.folder import listing_digest, read_folder
+from nvae.data.readers.source import MissingSourceError, group_by_split, split_of_word
+from tests.data.files import add_to_tar, encoded, pictures, write_pictures
+
+
+def names(parts):
+    return {split: [item.name for item in part.items()] for split, part in parts.items()}
+
+
+def test_pictures_anywhere_below_sorted_and_nothing_else(tmp_path, make_config):
+    write_pictures(tmp_path / "b", pictures(2, 4, 3))
+    write_pictures(tmp_path / "a" / "deep", pictures(1, 4, 3), "webp")
+    write_pictures(tmp_path / ".hidden", pictures(1, 4, 3))
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "._b.png").write_bytes(b"resource fork")
+    assert names(read_folder(tmp_path, make_config())) == {
+        "train": ["a/deep/0000.webp", "b/0000.png", "b/0001.png"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [
+        ("train", "train"),
+        ("train_32x32", "train"),
+        ("valid_32x32", "valid"),
+        ("val", "valid"),
+        ("Validation", "valid"),
+        ("test", "test"),
+        ("trainer", None),
+        ("valley", None),
+        ("cats", None),
+    ],
+)
+def test_words_that_name_a_split(word, split):
+    assert split_of_word(word) == split
+
+
+def test_splits_only_where_every_picture_has_one():
+    assert group_by_split(["train/a.png", "val/b.png"]) == {"train": [0], "valid": [1]}
+    assert group_by_split(["x/train/a.png", "x/test/b.png"]) == {"train": [0], "test": [1]}
+    # A class called "test" beside others is a class.
+    assert group_by_split(["cats/a.png", "test/b.png"]) == {"train": [0, 1]}
+    assert group_by_split(["val/a.png", "test/b.png"]) == {"train": [0, 1]}
+    assert group_by_split(["test.png"]) == {"train": [0]}
+
+
+def test_older_imagenet_as_unpacked_and_as_packed(tmp_path, make_config):
+    for split, n in (("train", 3), ("valid", 2)):
+        write_pictures(tmp_path / "loose" / f"{split}_32x32", pictures(n, 4, 3))
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "packed" / f"{split}_32x32.tar", "w") as tar:
+            tar.add(tmp_path / "loose" / f"{split}_32x32", f"{split}_32x32")
+    loose = read_folder(tmp_path / "loose", make_config())
+    packed = read_folder(tmp_path / "packed", make_config())
+    assert {split: part.count for split, part in loose.items()} == {"train": 3, "valid": 2}
+    for split in loose:
+        assert sorted(i.load() for i in loose[split].items()) == sorted(
+            i.load() for i in packed[split].items()
+        )
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_archives_are_read_in_place(tmp_path, make_config, suffix):
+    images = [encoded(p) for p in pictures(3, 4, 3)]
+    path = tmp_path / f"set{suffix}"
+    members = {f"dir/{i}.png": data for i, data in enumerate(images)} | {"dir/readme.txt": b"x"}
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, f"w:{suffix[5:]}") as tar:
+            for name, data in members.items():
+                add_to_tar(tar, name, data)
+    part = read_folder(path, make_config())["train"]
+    assert [item.load() for item in part.items()] == images
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives_with_paths_that_lead_outside_are_refused(tmp_path, make_config, name, kind):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if kind == "zip":
+        with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+            archive.writestr(name, b"x")
+    else:
+        with tarfile.open(folder / "set.tar", "w") as tar:
+            add_to_tar(tar, name, b"x")
+    with pytest.raises(DataError, match="leads out of the archive"):
+        read_folder(folder, make_config())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path, make_config):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        add_to_tar(tar, "real.png", b"x")
+    assert names(read_folder(tmp_path, make_config())) == {"train": ["real.png"]}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+@pytest.mark.parametrize("content", [b"", b"rubbish" * 100])
+def test_a_damaged_archive_is_named(tmp_path, make_config, suffix, content):
+    (tmp_path / f"set{suffix}").write_bytes(content)
+    with pytest.raises(DataError, match=r"is damaged|no pictures"):
+        read_folder(tmp_path, make_config())
+
+
+def test_a_damaged_member_of_a_zip_is_one_bad_picture(tmp_path, make_config):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", b"A" * 100)
+        archive.writestr("b.png", b"B" * 100)
+    path.write_bytes(path.read_bytes().replace(b"A" * 100, b"A" * 99 + b"x"))
+    first, second = read_folder(path, make_config())["train"].items()
+    with pytest.raises(BadImageError, match="CRC"):
+        first.load()
+    assert second.load() == b"B" * 100
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"]])
+def test_a_folder_without_pictures_is_named(tmp_path, make_config, files):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(MissingSourceError, match=r"no pictures found in .*looked for .png"):
+        read_folder(tmp_path, make_config())
+
+
+def test_a_missing_folder_is_named(tmp_path, make_config):
+    with pytest.raises(MissingSourceError, match="does not exist"):
+        read_folder(tmp_path / "nowhere", make_config())
+
+
+def test_the_digest_sees_a_picture_added_and_nothing_else(tmp_path):
+    write_pictures(tmp_path, pictures(2, 4, 3))
+    before = listing_digest(tmp_path)
+    (tmp_path / "manifest.json").touch()
+    assert listing_digest(tmp_path) == before
+    write_pictures(tmp_path / "more", pictures(1, 4, 3))
+    assert listing_digest(tmp_path) != before

@@ -1,0 +1,193 @@
+"""The prepared form on disk: what was written comes back, and any damage is detected on opening."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from nvae.data.manifest import DataError, Manifest, read_manifest
+from nvae.data.store import open_store
+from nvae.data.store_writer import StoreWriter, exclusive
+from nvae.data.tables import DenseTable, RaggedTable
+from tests.data.files import pictures
+
+
+def write(folder, images, *, ragged=False, name="set"):
+    with exclusive(folder), StoreWriter(folder) as writer:
+        size = min(min(image.shape[:2]) for image in images)
+        split = writer.split("train", (size, size, 3), ragged=ragged)
+        for image in images:
+            split.add(image)
+        writer.commit(
+            Manifest(
+                name=name,
+                format="folder",
+                source="here",
+                source_digest="",
+                geometry={},
+                split_rule="as in the source",
+                splits=writer.finish(),
+            )
+        )
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def data_file(folder):
+    return folder / read_manifest(folder).splits["train"].pixels.file
+
+
+def test_images_come_back_from_a_memory_map(tmp_path):
+    images = pictures(5, 8, 3)
+    write(tmp_path, images)
+    table = open_store(tmp_path)["train"]
+    assert isinstance(table, DenseTable)
+    assert np.array_equal(table.images.numpy(), images)
+    # Plain numpy can open the file too.
+    assert np.array_equal(np.load(data_file(tmp_path)), images)
+
+
+def test_images_of_different_sizes_come_back(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (8, w, 3), np.uint8) for w in (8, 13, 9)]
+    write(tmp_path, images, ragged=True)
+    table = open_store(tmp_path)["train"]
+    assert isinstance(table, RaggedTable)
+    got = table.gather(torch.tensor([1]), epoch=None, seed=0)[0]
+    assert np.array_equal(got.numpy(), images[1][:, 2:10])
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("at", [130, -1])
+def test_an_altered_byte_is_found(tmp_path, at, ragged):
+    write(tmp_path, pictures(5, 8, 3), ragged=ragged)
+    path = data_file(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="was altered"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b""])
+def test_a_file_of_another_length_is_found(tmp_path, change):
+    write(tmp_path, pictures(5, 8, 3))
+    path = data_file(tmp_path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match="bytes instead of"):
+        open_store(tmp_path)
+
+
+def test_an_altered_header_is_found(tmp_path):
+    write(tmp_path, pictures(5, 8, 3))
+    path = data_file(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"(5, 8, 8, 3)", b"(5, 8, 4, 6)"))
+    with pytest.raises(DataError, match=r"images of \(8, 4, 6\)"):
+        open_store(tmp_path)
+
+
+def test_a_missing_file_is_found(tmp_path):
+    write(tmp_path, pictures(5, 8, 3))
+    data_file(tmp_path).unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        open_store(tmp_path)
+
+
+def test_a_whole_copy_is_accepted_and_checked_once(tmp_path, monkeypatch):
+    """Reading 14 GB for a checksum at every start would be a nuisance."""
+    write(tmp_path, pictures(5, 8, 3))
+    path = data_file(tmp_path)
+    os.utime(path, (1, 1))
+    open_store(tmp_path)
+    monkeypatch.setattr("nvae.data.store.checksum", lambda path: pytest.fail("read again"))
+    open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 99}, "version 99, this program reads 1"),
+        ({"splits": {"train": {}}}, "is not valid: KeyError"),
+        ({"splits": 3}, "is not valid"),
+        ({"extra": 1}, "is not valid"),
+    ],
+)
+def test_a_manifest_of_another_make_is_refused(tmp_path, change, words):
+    write(tmp_path, pictures(5, 8, 3))
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=words):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_broken_manifest_is_refused(tmp_path, text):
+    write(tmp_path, pictures(5, 8, 3))
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        open_store(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
+    write(tmp_path, pictures(5, 8, 3))
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["splits"]["train"]["pixels"]["file"] = "../secret.npy"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="leads out of the folder"):
+        open_store(tmp_path)
+
+
+def test_positions_outside_the_pixels_are_refused(tmp_path):
+    write(tmp_path, pictures(2, 8, 3), ragged=True)
+    layout = tmp_path / read_manifest(tmp_path).splits["train"].layout.file
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    array = np.load(layout)
+    array[1, 0] += 1
+    np.save(layout, array)
+    from nvae.data.store import checksum
+
+    content["splits"]["train"]["layout"]["sha256"] = checksum(layout)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="outside its pixels"):
+        open_store(tmp_path)
+
+
+def test_a_failed_second_preparation_leaves_the_first_untouched(tmp_path):
+    images = pictures(5, 8, 3)
+    write(tmp_path, images)
+    before = files(tmp_path)
+
+    def failing():
+        yield from pictures(3, 8, 3, seed=1)
+        raise KeyboardInterrupt
+
+    def interrupted():
+        with StoreWriter(tmp_path) as writer:
+            split = writer.split("train", (8, 8, 3), ragged=False)
+            for image in failing():
+                split.add(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert files(tmp_path) == before
+    assert np.array_equal(open_store(tmp_path)["train"].images.numpy(), images)
+
+
+def test_a_second_preparation_replaces_the_first_and_its_files(tmp_path):
+    write(tmp_path, pictures(5, 8, 3))
+    images = pictures(6, 8, 3, seed=1)
+    write(tmp_path, images)
+    assert np.array_equal(open_store(tmp_path)["train"].images.numpy(), images)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_what_a_killed_preparation_left_is_cleared_by_the_next(tmp_path):
+    (tmp_path / "train.partial").write_bytes(b"half")
+    (tmp_path / "train-0123456789ab.npy").write_bytes(b"unnamed by any manifest")
+    write(tmp_path, pictures(5, 8, 3))
+    assert files(tmp_path) == sorted(["manifest.json", "verified.json", data_file(tmp_path).name])
