@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae.distributions import Normal, at_least_float32
-from nvae.models.config import ModelConfig
 
 LOG_SCALE_FLOOR = -7.0
 TINY_MASS = 1e-5
@@ -33,6 +32,35 @@ class PixelRandomness(Protocol):
 Randomness = torch.Generator | PixelRandomness | None
 
 
+class LikelihoodConfig(Protocol):
+    """What a likelihood needs to know; :class:`~nvae.models.ModelConfig` has it."""
+
+    @property
+    def likelihood(self) -> str:
+        """``bernoulli`` | ``logistic_mixture`` | ``normal``."""
+        ...
+
+    @property
+    def image_channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """Bits of a pixel value."""
+        ...
+
+    @property
+    def num_mixtures(self) -> int:
+        """Components of the logistic mixture, M."""
+        ...
+
+    @property
+    def counted_size(self) -> int | None:
+        """Side of the central window that counts; None: all."""
+        ...
+
+
 class PixelDistribution(Protocol):
     """A distribution over images ``(B, C, H, W)`` in [0, 1]."""
 
@@ -50,7 +78,7 @@ class PixelDistribution(Protocol):
         ...
 
 
-def logit_channels(config: ModelConfig) -> int:
+def logit_channels(config: LikelihoodConfig) -> int:
     """Channels of the image head, K."""
     channels = config.image_channels
     if config.likelihood == "bernoulli":
@@ -61,7 +89,7 @@ def logit_channels(config: ModelConfig) -> int:
     return config.num_mixtures * (1 + channels * parameters_per_channel)
 
 
-def build_likelihood(config: ModelConfig, logits: Tensor) -> PixelDistribution:
+def build_likelihood(config: LikelihoodConfig, logits: Tensor) -> PixelDistribution:
     """The distribution that ``config`` names, over ``logits`` ``(B, K, H, W)``."""
     logits = at_least_float32(logits)
     if config.likelihood == "bernoulli":

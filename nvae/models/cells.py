@@ -18,7 +18,8 @@ from nvae.models.layers import (
     UpsampleSkip,
     WeightNormConv2d,
 )
-from nvae.models.norm import BatchNorm
+from nvae.models.norm import EPS, BatchNorm
+from nvae.ops import bn_swish_depthwise
 
 RESIDUAL_SCALE = 0.1
 
@@ -60,6 +61,7 @@ class MobileConv(nn.Module):
         super().__init__()
         hidden = round(spec.expansion * in_channels)
         self.upsample = upsample
+        self.depthwise = not spec.groups
         repeats = 4 if upsample else 1
         self.norm_in = BatchNorm(in_channels, repeats=repeats)
         self.expand = PlainConv2d(in_channels, hidden, 1)
@@ -76,9 +78,23 @@ class MobileConv(nn.Module):
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return self._forward_folded(x)
-        x = self.norm_expand(self.expand(self.norm_in(x)))
-        x = self.norm_spatial(self.spatial(upsample_nearest(x) if self.upsample else x))
-        return self.norm_out(self.project(x))
+        x = self.expand(self.norm_in(x))
+        if self.depthwise and not self.upsample:
+            x, sums = self._normalized_depthwise(x)
+        else:
+            x = self.norm_expand(x)
+            x, sums = self.spatial(upsample_nearest(x) if self.upsample else x), None
+        return self.norm_out(self.project(self.norm_spatial(x, sums)))
+
+    def _normalized_depthwise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """BN+Swish and the depthwise convolution in one op; the next BN's sums come with it."""
+        norm, conv = self.norm_expand, self.spatial
+        y, statistics, sums = bn_swish_depthwise(
+            x, norm.weight, norm.bias, conv.weight, conv.stride[0],
+            running=norm.running(), eps=EPS, group=norm.group,
+        )  # fmt: skip
+        norm.track(statistics)
+        return y, sums
 
     def _forward_folded(self, x: Tensor) -> Tensor:
         """The same without the normalisations, which the weights have taken over."""

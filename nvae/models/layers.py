@@ -51,7 +51,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-class PlainConv2d(nn.Conv2d, SpectralConv):  # type: ignore[misc]  # both call it weight
+class PlainConv2d(nn.Conv2d, SpectralConv):
     """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
 
     def __init__(
@@ -174,6 +174,12 @@ class DataInitConv2d(WeightNormConv2d):
         self.initialized.fill_(True)
 
 
+def skip_splits(out_channels: int) -> list[int]:
+    """Output channels of the four convolutions of a :class:`FactorizedSkip`."""
+    quarter = out_channels // 4
+    return [quarter, quarter, quarter, out_channels - 3 * quarter]
+
+
 class FactorizedSkip(SpectralConv):
     """The stride-2 skip: Swish, then four 1x1 convolutions, each on another pixel of a 2x2 block.
 
@@ -193,8 +199,7 @@ class FactorizedSkip(SpectralConv):
         with torch.no_grad():
             norm = row_norm(self.weight)
             self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log())
-        quarter = out_channels // 4
-        self.splits = [quarter, quarter, quarter, out_channels - 3 * quarter]
+        self.splits = skip_splits(out_channels)
         taps = torch.zeros(out_channels, 1, 2, 2)
         for rows, (i, j) in zip(
             torch.arange(out_channels).split(self.splits),

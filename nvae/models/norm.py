@@ -1,8 +1,11 @@
 """Batch normalisation with its activation."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nvae.ops import Statistics, batch_norm, bn_swish
 
 EPS = 1e-5
 MOMENTUM = 0.05
@@ -18,11 +21,19 @@ class BatchNorm(nn.Module):
             upsampling repeats each pixel four times; it commutes with everything pointwise, so it
             is done later here, and only the unbiased running variance, which knows the number of
             pixels, has to be told.
+
+    Attributes:
+        group: process group whose ranks share batch statistics in training; None: this rank's
+            own.
+        frozen: normalise with the batch but leave the running statistics alone; set while
+            gradient checkpointing computes a cell for the second time.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    group: dist.ProcessGroup | None = None
+    frozen: bool = False
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
         super().__init__()
@@ -34,22 +45,36 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
-        corrected = self.training and self.repeats > 1
-        # batch_norm keeps its buffer for backward, so the correction must not write into it
-        running_var = self.running_var.clone() if corrected else self.running_var
-        x = F.batch_norm(
-            x, self.running_mean, running_var, self.weight, self.bias,
-            self.training, MOMENTUM, EPS,
-        )  # fmt: skip
-        if self.training:
-            self.num_batches_tracked += 1
-        if corrected:
-            n = x.numel() // x.shape[1]
-            ratio = self.repeats * (n - 1) / (self.repeats * n - 1)
-            kept = (1 - MOMENTUM) * self.running_var
-            self.running_var.copy_(kept + (running_var - kept) * ratio)
+    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same shape.
+
+        Args:
+            x: the raw features.
+            sums: ``(2, C)``, their sum and sum of squares where the op that made them knows.
+        """
+        running = self.running()
         if self.activation == "swish":
-            return F.silu(x)
+            x, statistics = bn_swish(
+                x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group
+            )
+        else:
+            x, statistics = batch_norm(
+                x, self.weight, self.bias, running=running, eps=EPS, group=self.group
+            )
+        self.track(statistics)
         return F.elu(x) if self.activation == "elu" else x
+
+    def running(self) -> Statistics | None:
+        """The running statistics in evaluation; None in training, where the batch's are used."""
+        return None if self.training else Statistics(self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def track(self, statistics: Statistics) -> None:
+        """Move the running statistics towards a training batch's."""
+        if not self.training or self.frozen:
+            return
+        n = self.repeats * statistics.elements
+        self.running_mean.lerp_(statistics.mean.to(self.running_mean), MOMENTUM)
+        unbiased = statistics.var * (n / (n - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
+        self.num_batches_tracked += 1

@@ -1,6 +1,6 @@
 """Batch normalisation followed by Swish."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nvae.ops import formulas
+from nvae.ops.batch_norm import Normalised, batch_norm
 from nvae.ops.dispatch import Impl, use_kernel
 from nvae.ops.statistics import (
     OPS,
@@ -16,22 +16,8 @@ from nvae.ops.statistics import (
     Statistics,
     count_elements,
     fused_moments,
-    synchronise,
     with_channel_sums,
 )
-
-
-class BnSwish(NamedTuple):
-    """What :func:`bn_swish` returns.
-
-    Attributes:
-        output: ``(B, C, H, W)``.
-        statistics: the statistics used: the batch's (over all ranks), for the caller to update
-            its running ones, or the running ones it gave.
-    """
-
-    output: Tensor
-    statistics: Statistics
 
 
 def bn_swish(
@@ -44,7 +30,7 @@ def bn_swish(
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
-) -> BnSwish:
+) -> Normalised:
     """v sigmoid(v) of v = gamma (x - mean) / sqrt(var + eps) + beta.
 
     Args:
@@ -76,22 +62,10 @@ def bn_swish_reference(
     running: Statistics | None,
     eps: float,
     group: dist.ProcessGroup | None,
-) -> BnSwish:
+) -> Normalised:
     """The same in plain PyTorch."""
-    if running is not None:
-        y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
-        return BnSwish(F.silu(y), running)
-    n = count_elements(x, group)
-    if group is None:
-        # momentum 1 makes PyTorch leave the batch's own statistics in the "running" ones
-        mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
-        y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
-        return BnSwish(F.silu(y), Statistics(mean, var * ((n - 1) / n), n))
-    sums, elements = synchronise(formulas.channel_sums(x), n, group)
-    mean, rstd, var = formulas.moments(sums, elements, n, eps)
-    assert elements is not None
-    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), elements)
-    return BnSwish(formulas.bn_swish(x, gamma, beta, mean, rstd), statistics)
+    y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group)
+    return Normalised(F.silu(y), statistics)
 
 
 def fused_bn_swish(
@@ -103,13 +77,13 @@ def fused_bn_swish(
     sums: Tensor | None,
     eps: float,
     group: dist.ProcessGroup | None,
-) -> BnSwish:
+) -> Normalised:
     """The same through the registered ops: two passes forward (three with the sums of x), and the
     backward pass recomputes from x, the only tensor of its size that is kept.
     """
     x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
     y = _BnSwish.apply(x, gamma, beta, moments.mean, moments.rstd)
-    return BnSwish(y, moments.statistics)
+    return Normalised(y, moments.statistics)
 
 
 def input_moments(

@@ -19,7 +19,7 @@ class BnSwishDepthwise(NamedTuple):
 
     Attributes:
         output: ``(B, C, ceil(H / stride), ceil(W / stride))``.
-        statistics: as in :class:`~nvae.ops.BnSwish`, of the input.
+        statistics: as in :class:`~nvae.ops.Normalised`, of the input.
         sums: ``(2, C)`` float64, sum and sum of squares of the output's channels on this rank,
             differentiable, for the next ``bn_swish(..., sums=)``; None where the path taken does
             not have them for nothing (then the next op takes them itself).

@@ -82,6 +82,11 @@ def depthwise_backward(
     return dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 
+def normalise(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """v = (x - mean) gamma rstd + beta, in at least float32."""
+    return _normalise(x, gamma, beta, mean, rstd)[0]
+
+
 def _normalise(
     x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

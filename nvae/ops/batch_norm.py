@@ -1,0 +1,61 @@
+"""Batch normalisation in plain PyTorch, with statistics that ranks may share."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvae.ops import formulas
+from nvae.ops.statistics import Statistics, count_elements, fused_moments, with_channel_sums
+
+
+class Normalised(NamedTuple):
+    """What a normalisation returns.
+
+    Attributes:
+        output: ``(B, C, H, W)``.
+        statistics: the statistics used: the batch's (over all ranks), for the caller to update
+            its running ones, or the running ones it gave.
+    """
+
+    output: Tensor
+    statistics: Statistics
+
+
+def batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running: Statistics | None = None,
+    eps: float = 1e-5,
+    group: dist.ProcessGroup | None = None,
+) -> Normalised:
+    """gamma (x - mean) / sqrt(var + eps) + beta.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        gamma: ``(C,)`` scale.
+        beta: ``(C,)`` shift.
+        running: running statistics to normalise with (evaluation); they are constants. None: the
+            batch's statistics, and gradients through them (training).
+        eps: added to the variance.
+        group: process group over which batch statistics are synchronised; None: this rank alone.
+
+    Raises:
+        ValueError: batch statistics of a single element.
+    """
+    if running is not None:
+        y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
+        return Normalised(y, running)
+    n = count_elements(x, group)
+    if group is None:
+        # momentum 1 makes PyTorch leave the batch's own statistics in the "running" ones
+        mean, var = gamma.new_zeros(gamma.shape), gamma.new_ones(gamma.shape)
+        y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
+        return Normalised(y, Statistics(mean, var * ((n - 1) / n), n))
+    x, sums = with_channel_sums(x)
+    moments = fused_moments(sums, n, eps, group, gamma.dtype)
+    y = formulas.normalise(x, gamma, beta, moments.mean, moments.rstd)
+    return Normalised(y.to(x.dtype), moments.statistics)

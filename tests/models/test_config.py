@@ -1,0 +1,43 @@
+import pytest
+
+from nvae.models import ModelConfig
+from tests.models.small import small_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"image_size": 30}, "image_size=30 cannot be halved 2 times.*multiple of 4"),
+        ({"bits": 9}, "bits is 9; allowed: 1 to 8"),
+        ({"likelihood": "gauss"}, "'gauss' is unknown; allowed: bernoulli, logistic_mixture"),
+        ({"cell_family": "resnet"}, "cell_family='resnet' is unknown; allowed: .*mbconv_sep11"),
+        ({"latent_channels": 0}, "latent_channels is 0; it must be at least 1"),
+        ({"num_flows": -1}, "num_flows is -1"),
+        ({"counted_size": 15}, "no central window"),
+        ({"counted_size": 18}, "no central window"),
+        ({"likelihood": "logistic_mixture", "image_channels": 2}, "1 or 3 image channels"),
+        (
+            {"cell_family": "mbconv_den", "encoder_channels": 5},
+            "encoder_channels=5 does not divide, use a multiple of 8",
+        ),
+    ],
+)
+def test_impossible_settings_are_one_clear_line(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        small_config(**overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip_through_plain_types() -> None:
+    config = small_config(num_flows=2, counted_size=12)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_unknown_key_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown model setting.*colour"):
+        ModelConfig.from_dict({"colour": 3})
+
+
+def test_counted_pixels() -> None:
+    assert small_config(counted_size=12).counted_pixels == 144
+    assert small_config(image_channels=3).counted_pixels == 3 * 256
