@@ -92,26 +92,33 @@ class ImageDataModule(pl.LightningDataModule):
             "pin_memory": pin_memory_for(self._device),
         }
 
-    def train_dataloader(self) -> TrainLoader:
-        """Shuffled, resumable loader of the training images."""
+    def train_dataloader(self) -> TrainLoader | EvalLoader:
+        """Shuffled, resumable loader of the training images.
+
+        With `Trainer(overfit_batches=...)` it is neither: the same batches at every epoch.
+        """
         table = self.table(TRAIN)
         config = self.config
+        # The attribute is set by the Trainer's constructor, but not declared.
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            return self._eval_loader(TRAIN, config.batch_size)
         sampler = TrainSampler(len(table), config.batch_size, config.seed, self._shard)
         return TrainLoader(sampler, table, TRAIN, **self._options(table))
 
-    def _eval_loader(self, split: str) -> EvalLoader:
+    def _eval_loader(self, split: str, batch_size: int | None = None) -> EvalLoader:
         name = self._resolve(split)
         table = self._tables[name]
-        sampler = EvalSampler(len(table), self.config.eval_batch_size, self._shard)
+        batch_size = batch_size or self.config.eval_batch_size
+        sampler = EvalSampler(len(table), batch_size, self._shard)
         return EvalLoader(sampler, table, name, **self._options(table))
 
     def val_dataloader(self) -> EvalLoader:
         """Every validation image once."""
-        return self._eval_loader(VALID)
+        return self.eval_dataloader(VALID)
 
     def test_dataloader(self) -> EvalLoader:
         """Every test image once."""
-        return self._eval_loader(TEST)
+        return self.eval_dataloader(TEST)
 
     def eval_dataloader(self, split: str) -> EvalLoader:
         """Every image of a split once, in order: no flip, fixed binarisation."""
@@ -140,7 +147,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
         """Model inputs of a split in order on `device`: evaluation without a Trainer."""
-        for raw in self._eval_loader(split):
+        for raw in self.eval_dataloader(split):
             images = None if raw.images is None else raw.images.to(device, non_blocking=True)
             indices = raw.indices.to(device, non_blocking=True)
             yield self.to_input(raw._replace(images=images, indices=indices))

@@ -1,5 +1,7 @@
 """The Lightning data module: the right input in every loop, and exact resume of training."""
 
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -26,6 +28,18 @@ class Recorder(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class RankRecorder(Recorder):
+    """Writes what its rank was given to a file: spawned processes share no memory."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_fit_end(self):
+        content = {"seen": [index for index, _ in self.seen], "evaluated": self.evaluated}
+        (self.folder / f"{self.global_rank}.json").write_text(json.dumps(content))
 
 
 def trainer(tmp_path, **options):
@@ -108,6 +122,27 @@ def test_resume_after_the_end_of_a_limited_epoch(module, tmp_path):
         second, ImageDataModule(module.config), ckpt_path=tmp_path / "end.ckpt", weights_only=True
     )
     assert first.seen + second.seen == whole.seen
+
+
+def test_overfitting_repeats_the_same_batches(module, tmp_path):
+    """Lightning turns off the shuffling of its own loaders only."""
+    model = Recorder()
+    trainer(tmp_path, max_epochs=2, overfit_batches=2, limit_val_batches=0).fit(model, module)
+    assert model.seen[:2] == model.seen[2:]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_every_global_batch_and_the_evaluation(make_config, tmp_path):
+    """As one rank with twice the batch size reads it; no image evaluated twice."""
+    alone = Recorder()
+    trainer(tmp_path, max_epochs=2).fit(alone, ImageDataModule(make_config(batch_size=8)))
+    model = RankRecorder(tmp_path)
+    two = {"devices": 2, "strategy": "ddp_spawn", "max_epochs": 2}
+    trainer(tmp_path, **two).fit(model, ImageDataModule(make_config(batch_size=4)))
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    together = [a + b for a, b in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
+    assert together == [index for index, _ in alone.seen]
+    assert sorted(ranks[0]["evaluated"] + ranks[1]["evaluated"]) == sorted(alone.evaluated)
 
 
 def test_validation_falls_back_to_test_images(make_config):
