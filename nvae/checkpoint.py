@@ -147,7 +147,7 @@ def _is_ours(checkpoint: dict[str, Any], path: Path) -> bool:
 
 
 def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", message)
+    found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
     if found:
         return (
             f"{path} is refused: it asks for {found[1]}, which could run code; nothing was run. "
