@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvae.ops.depthwise_cpu import depthwise_conv2d_small_map, small_map_applies
+
 
 def channel_sums(x: Tensor) -> Tensor:
     """Sum and sum of squares of every channel, ``(2, C)`` float64."""
@@ -66,7 +68,10 @@ def bn_gradients(sums: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Ten
 
 def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Depthwise convolution, "same" padding."""
-    return F.conv2d(x, weight.to(x.dtype), None, stride, weight.shape[-1] // 2, 1, weight.shape[0])
+    weight = weight.to(x.dtype)
+    if small_map_applies(x, weight, stride):
+        return depthwise_conv2d_small_map(x, weight)
+    return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, weight.shape[0])
 
 
 def depthwise_backward(
