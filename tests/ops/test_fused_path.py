@@ -1,0 +1,247 @@
+"""The path through the registered ops (autograd, compile, autocast, synchronisation), on the CPU.
+
+There the ops compute their formulas; that the kernels compute the same is test_host_kernels.py's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops.bn_swish import fused_bn_swish
+from nvae.ops.bn_swish_depthwise import fused_bn_swish_depthwise
+from nvae.ops.depthwise import fused_depthwise
+
+EPS = 1e-5
+Chain = Callable[..., tuple[Tensor, ...]]
+
+
+def inputs(
+    dtype: torch.dtype = torch.float64, c: int = 5, k: int = 3, size: tuple[int, int] = (6, 5)
+) -> list[Tensor]:
+    """x, gamma1, beta1, weight, gamma2, beta2."""
+    gen = torch.Generator().manual_seed(0)
+    shapes = [(3, c, *size), (c,), (c,), (c, 1, k, k), (c,), (c,)]
+    tensors = [torch.randn(*s, generator=gen, dtype=dtype) for s in shapes]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    return [t.requires_grad_() for t in tensors]
+
+
+def running(c: int = 5) -> Statistics:
+    gen = torch.Generator().manual_seed(3)
+    return Statistics(torch.randn(c, generator=gen), 0.5 + torch.rand(c, generator=gen))
+
+
+def fused_chain(stride: int, stats: Statistics | None = None, group: object = None) -> Chain:
+    def chain(
+        x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor
+    ) -> tuple[Tensor, ...]:
+        h = fused_bn_swish_depthwise(
+            x, g1, b1, w, stride, running=stats, sums=None, eps=EPS, group=group
+        )
+        z = fused_bn_swish(h.output, g2, b2, running=stats, sums=h.sums, eps=EPS, group=group)
+        return z.output, *h.statistics[:2], *z.statistics[:2]
+
+    return chain
+
+
+def reference_chain(stride: int, stats: Statistics | None = None, group: object = None) -> Chain:
+    def chain(
+        x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor
+    ) -> tuple[Tensor, ...]:
+        h = bn_swish_depthwise(x, g1, b1, w, stride, running=stats, group=group, impl="reference")
+        z = bn_swish(h.output, g2, b2, running=stats, sums=h.sums, group=group, impl="reference")
+        return z.output, *h.statistics[:2], *z.statistics[:2]
+
+    return chain
+
+
+def gradients(chain: Chain, args: list[Tensor]) -> list[Tensor]:
+    y = chain(*args)[0]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
+    return list(torch.autograd.grad((y * dy).sum(), args))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_chain_agrees_with_the_reference(stride: int, evaluation: bool) -> None:
+    """Outputs, statistics and every gradient, to float64 rounding."""
+    args = inputs()
+    stats = Statistics(*(t.double() for t in running()[:2])) if evaluation else None
+    fused, reference = fused_chain(stride, stats), reference_chain(stride, stats)
+    torch.testing.assert_close(fused(*args), reference(*args), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(fused, args), gradients(reference, args), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("make", [fused_chain, reference_chain])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_chain_passes_gradcheck(make: Callable[[int], Chain], stride: int) -> None:
+    assert torch.autograd.gradcheck(lambda *args: make(stride)(*args)[0], inputs(c=2, size=(3, 3)))
+
+
+def test_depthwise_passes_gradcheck() -> None:
+    x, _, _, w, _, _ = inputs(c=2, k=5, size=(3, 4))
+    assert torch.autograd.gradcheck(lambda x, w: fused_depthwise(x, w, 2), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, 1), (x, w))
+
+
+def test_bn_swish_alone_takes_its_own_sums() -> None:
+    """Gradients through the batch statistics arrive without a depthwise op in front."""
+    x, gamma, beta, *_ = inputs(c=2, size=(3, 3))
+    assert torch.autograd.gradcheck(
+        lambda *a: fused_bn_swish(*a, running=None, sums=None, eps=EPS, group=None).output,
+        (x, gamma, beta),
+    )
+
+
+def test_sums_of_the_output_are_differentiable() -> None:
+    """A loss on the sums alone reaches every input."""
+    args = inputs(c=2, size=(3, 3))[:4]
+
+    def sums(*args: Tensor) -> Tensor:
+        h = fused_bn_swish_depthwise(*args, 1, running=None, sums=None, eps=EPS, group=None)
+        assert h.sums is not None
+        return h.sums
+
+    assert torch.autograd.gradcheck(sums, args)
+
+
+def test_only_the_raw_input_is_kept() -> None:
+    """The paper's memory saving: nothing of the input's size but the raw tensors themselves."""
+    args = inputs(torch.float32, c=8)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_chain(1)(*args)
+    large = [n for n in kept.values() if n >= args[0].numel()]
+    assert len(large) == 2  # x, and y, the raw input of the second layer
+
+
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [
+        (fused_chain, "aot_eager"),
+        (reference_chain, "aot_eager"),
+        pytest.param(fused_chain, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_without_graph_breaks(make: Callable[[int], Chain], backend: str) -> None:
+    args = inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(make(1), fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*args), make(1)(*args), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(compiled, args), gradients(make(1), args), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_public_ops_compile_without_graph_breaks() -> None:
+    x, gamma, beta, w, *_ = inputs(torch.float32)
+
+    def ops(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor) -> Tensor:
+        h = bn_swish_depthwise(x, gamma, beta, w)
+        return depthwise_conv2d(bn_swish(h.output, gamma, beta, sums=h.sums).output, w, 2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ops, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, gamma, beta, w), ops(x, gamma, beta, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype: torch.dtype) -> None:
+    """Storage in 16 bits, statistics and parameters wider."""
+    args = inputs(torch.float32)
+    x = args[0].detach().to(dtype).requires_grad_()
+    y = fused_chain(1)(x, *args[1:])[0]
+    assert y.dtype == dtype
+    want = reference_chain(1)(*args)[0]
+    assert float((y.float() - want).detach().abs().max()) < 0.05 * float(want.detach().abs().max())
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert all(a.grad is not None and a.grad.dtype == torch.float32 for a in args[1:])
+
+
+@pytest.mark.parametrize("op", ["plain", "fused"])
+def test_autocast_ops_have_their_fakes_types(op: str) -> None:
+    """Inside autocast the registered ops compute in the types they were given."""
+    x, gamma, beta, w, *_ = (t.detach() for t in inputs(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        if op == "plain":
+            assert fused_depthwise(x, w, 1).dtype == torch.float32
+            assert depthwise_conv2d(x, w).dtype == torch.bfloat16
+        else:
+            h = fused_bn_swish_depthwise(
+                x.bfloat16(), gamma, beta, w, 1, running=None, sums=None, eps=EPS, group=None
+            )
+            assert h.output.dtype == torch.bfloat16
+
+
+def opcheck_inputs() -> dict[str, tuple[object, ...]]:
+    x, gamma, beta, w, *_ = (t.detach() for t in inputs(torch.float32))
+    mean, rstd = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    bn, sums = (gamma, beta, mean, rstd), torch.ops.nvae.channel_sums(x)
+    n = torch.tensor(90.0, dtype=torch.float64)
+    return {
+        "channel_sums": (x,),
+        "fold": (x, x, sums),
+        "moments": (sums, None, 90.0, EPS),
+        "moments_backward": (sums, n, 90.0, EPS, mean, rstd),
+        "bn_swish": (x, *bn),
+        "bn_swish_backward": (x, x, *bn),
+        "depthwise": (x, w, 2),
+        "depthwise_backward": (x, x, w, 1, True, False),
+        "bn_swish_depthwise": (x, *bn, w, 1, True),
+        "bn_swish_depthwise_backward": (x, x, sums, x, *bn, w, 1),
+    }
+
+
+@pytest.mark.parametrize("name", opcheck_inputs())
+def test_opcheck(name: str) -> None:
+    """Schema, fake against real, tracing with dynamic shapes."""
+    torch.library.opcheck(getattr(torch.ops.nvae, name).default, opcheck_inputs()[name])
+
+
+def _rank(rank: int, folder: str, fused: bool) -> None:
+    """Two ranks with uneven batches: their chain against one process with the whole batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    make = fused_chain if fused else reference_chain
+    x, *rest = inputs()
+    part = x.detach()[:2] if rank == 0 else x.detach()[2:]
+    part.requires_grad_()
+    y, *statistics = make(1, group=dist.group.WORLD)(part, *rest)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(y)
+    grads = torch.autograd.grad((y * (dy[:2] if rank == 0 else dy[2:])).sum(), [part, *rest])
+    torch.save([y.detach(), *statistics, *grads], f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_synchronised_statistics_equal_one_large_batch(fused: bool, tmp_path: Path) -> None:
+    """As SyncBatchNorm, with an uneven batch: outputs, statistics, and gradients summed."""
+    mp.spawn(_rank, (str(tmp_path), fused), nprocs=2)
+    args = inputs()
+    want = [t.detach() for t in reference_chain(1)(*args)]
+    grads = gradients(reference_chain(1), args)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), want[0], **close)
+    for i in range(1, 5):
+        torch.testing.assert_close(first[i], want[i], **close)
+        torch.testing.assert_close(second[i], want[i], **close)
+    torch.testing.assert_close(torch.cat([first[5], second[5]]), grads[0], **close)
+    for i in range(6, 11):
+        torch.testing.assert_close(first[i] + second[i], grads[i - 5], **close)
