@@ -18,6 +18,7 @@ constexpr int LANES = CB / 2;         // threads side by side, two channels each
 constexpr int GROUPS = THREADS / LANES;
 constexpr int WEIGHT_PITCH = CB + 2;  // spreads the transposing stores over the banks
 constexpr int TILE_FLOATS = NB * IH * IW * CB;
+constexpr int WEIGHT_FLOATS = (K * K * WEIGHT_PITCH + 3) / 4 * 4;
 constexpr bool REGISTER_WEIGHTS = K <= 5;
 
 struct Args {
@@ -43,8 +44,21 @@ __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int
     }
 }
 
-__device__ __forceinline__ void stage_tile(const Args& a, float* tile, int c0, int b0, int h0,
-                                           int w0) {
+#if FUSED
+// mean, scale and shift in shared memory: as registers they would live through the whole kernel
+__device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
+    for (int i = threadIdx.x; i < CB; i += THREADS) {
+        const int c = c0 + i;
+        const bool ok = c < a.C;
+        bn[i] = ok ? static_cast<float>(a.mean[c]) : 0.f;
+        bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
+        bn[2 * CB + i] = ok ? a.beta[c] : 0.f;
+    }
+}
+#endif
+
+__device__ __forceinline__ void stage_tile(const Args& a, float* tile, const float* bn, int c0,
+                                           int b0, int h0, int w0) {
     constexpr int VECTORS = CB / VIO;  // a thread's channels stay the same
     constexpr int STEP = THREADS / VECTORS;
     constexpr int PIXELS = NB * IH * IW;
@@ -55,9 +69,9 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, int c0, i
     float mean[VIO], scale[VIO], shift[VIO];
 #pragma unroll
     for (int i = 0; i < VIO; ++i) {
-        mean[i] = channel_ok ? static_cast<float>(a.mean[c + i]) : 0.f;
-        scale[i] = channel_ok ? a.gamma[c + i] * static_cast<float>(a.rstd[c + i]) : 0.f;
-        shift[i] = channel_ok ? a.beta[c + i] : 0.f;
+        mean[i] = bn[c - c0 + i];
+        scale[i] = bn[CB + c - c0 + i];
+        shift[i] = bn[2 * CB + c - c0 + i];
     }
 #endif
     for (int first = threadIdx.x / VECTORS; first < PIXELS; first += STEP * BATCH) {
@@ -179,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     extern __shared__ float4 shared[];
     float* tile = reinterpret_cast<float*>(shared);
     float* weights = tile + TILE_FLOATS;
+    float* bn = weights + WEIGHT_FLOATS;
 
     const int channel_blocks = (a.C + CB - 1) / CB;
     const int c0 = blockIdx.x % channel_blocks * CB;
@@ -189,11 +204,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     float2 sum = make_float2(0.f, 0.f), square = make_float2(0.f, 0.f);
 
     stage_weights(a, weights, c0);
+#if FUSED
+    stage_bn(a, bn, c0);
+    __syncthreads();  // BN's vectors are staged
+#endif
     for (int unit = row; unit < a.units; unit += a.rows) {
         const int oh0 = unit / a.tiles_w % a.tiles_h * TH;
         const int ow0 = unit % a.tiles_w * TW;
         const int b0 = unit / (a.tiles_w * a.tiles_h) * NB;
-        stage_tile(a, tile, c0, b0, oh0 * S - PAD, ow0 * S - PAD);
+        stage_tile(a, tile, bn, c0, b0, oh0 * S - PAD, ow0 * S - PAD);
         __syncthreads();  // tile and weights are staged
 
         float2 w[REGISTER_WEIGHTS ? K * K : 1];

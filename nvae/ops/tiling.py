@@ -86,8 +86,8 @@ def forward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
 
     def shared(channels: int, images: int, th: int, tw: int) -> int:
         staged = images * ((th - 1) * shape.s + shape.k) * ((tw - 1) * shape.s + shape.k)
-        tile_bytes = 4 * staged * channels
-        return max(tile_bytes + 4 * shape.k**2 * (channels + 2), 16 * 4 * channels)
+        taps = -(-(shape.k**2) * (channels + 2) // 4) * 4
+        return 4 * (staged * channels + taps + 3 * channels)
 
     return _tiling(
         shape, shape.out, patch, limits, shared,

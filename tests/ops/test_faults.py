@@ -43,6 +43,7 @@ def bn_swish(case: Case) -> Callable[[HostLauncher], None]:
 
 FORWARD, BACKWARD = "depthwise_forward", "depthwise_backward"
 BARRIERS = [
+    (FORWARD, "BN's vectors are staged", ODD),
     (FORWARD, "tile and weights are staged", ODD),
     (FORWARD, "the tile may be overwritten", TILES),
     (FORWARD, "every group's sums are there", ODD),

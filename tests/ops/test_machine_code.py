@@ -1,0 +1,164 @@
+"""What the kernels compile to, per architecture: registers, spills, wide loads. No GPU needed."""
+
+import re
+import subprocess
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvae.ops import kernels
+from nvae.ops.compiler import CompileError, compile_kernel
+from nvae.ops.launcher import DeviceLimits, Launch
+
+LIMITS = {
+    80: DeviceLimits(80, 108, 166912, 167936),
+    90: DeviceLimits(90, 132, 232448, 233472),
+    100: DeviceLimits(100, 148, 232448, 233472),
+}
+REGISTERS_A_MULTIPROCESSOR = 65536
+
+
+def tool() -> Path:
+    """cuobjdump of Triton's wheel."""
+    try:
+        compile_kernel("vectors", (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256)), 90)
+    except CompileError as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        pytest.skip("Triton's wheel, which carries cuobjdump, is not installed")
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not path.exists():
+        pytest.skip(f"Triton's wheel has no {path.name}")
+    return path
+
+
+class Recorder:
+    """A launcher that only remembers: tensors on the meta device, whose addresses are 0."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.launches: list[Launch] = []
+
+    def limits(self, device: torch.device) -> DeviceLimits:
+        return LIMITS[self.arch]
+
+    def launch(self, device: torch.device, launch: Launch) -> None:
+        self.launches.append(launch)
+
+
+def images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def recorded(
+    arch: int, shape: tuple[int, ...], k: int, s: int, dtype: torch.dtype, fused: bool
+) -> list[Launch]:
+    """The launches of a forward and a backward pass."""
+    recorder = Recorder(arch)
+    c = shape[1]
+    x, weight = images(shape, dtype), torch.empty(c, 1, k, k, device="meta")
+    wide = torch.empty(c, dtype=torch.float64, device="meta")
+    bn = (torch.empty(c, device="meta"), torch.empty(c, device="meta"), wide, wide)
+    y, sums = kernels.depthwise_forward(x, weight, s, bn if fused else None, fused, recorder)
+    kernels.depthwise_backward(
+        y, x, weight, s, bn if fused else None, (y, sums) if fused else None, launcher=recorder
+    )
+    if fused:
+        kernels.bn_swish_forward(x, bn, recorder)
+        kernels.bn_swish_backward(x, x, bn, recorder)
+        kernels.channel_sums(x, recorder)
+        kernels.fold(x, x, sums, recorder)
+    return recorder.launches
+
+
+@cache
+def disassemble(
+    binary: Path, kernel: str, macros: tuple[tuple[str, int], ...], arch: int, folder: Path
+) -> tuple[int, int, int, list[str]]:
+    """Registers, stack bytes, local bytes and the opcodes."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(compile_kernel(kernel, macros, arch))
+
+    command = [str(binary), "-res-usage", "-sass", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert usage is not None
+    line = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+    opcodes = re.findall(line, text, re.MULTILINE)
+    registers, stack, local = (int(n) for n in usage.groups())
+    return registers, stack, local, opcodes
+
+
+BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
+CONFIGURATIONS = [
+    *((arch, (32, 1536, 16, 16), 5, 1, BFLOAT, 1) for arch in LIMITS),
+    *((arch, (200, 1536, 4, 4), 5, 1, FLOAT, 1) for arch in (80, 100)),
+    (90, (16, 768, 32, 32), 5, 1, BFLOAT, 0),
+    (90, (4, 90, 64, 64), 5, 1, BFLOAT, 1),
+    (100, (8, 90, 8, 8), 5, 1, HALF, 1),
+    (90, (16, 128, 32, 32), 5, 2, BFLOAT, 1),
+    (90, (16, 120, 32, 32), 3, 1, BFLOAT, 0),
+    (90, (16, 128, 16, 16), 11, 1, BFLOAT, 1),
+    (90, (16, 7, 16, 16), 5, 1, BFLOAT, 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: "-".join(map(str, c)))
+def test_machine_code(configuration: tuple, tmp_path: Path) -> None:
+    """Registers under the cap that residency needs, nothing in local memory, 16-byte loads."""
+    binary = tool()
+    arch, shape, k, s, dtype, fused = configuration
+    vector_bytes = 16
+    while shape[1] % (vector_bytes // dtype.itemsize):
+        vector_bytes //= 2
+    for launch in recorded(arch, shape, k, s, dtype, bool(fused)):
+        if launch.kernel == "vectors":
+            continue
+        macros = dict(launch.macros)
+        registers, stack, local, opcodes = disassemble(
+            binary, launch.kernel, launch.macros, arch, tmp_path
+        )
+        blocks = macros.get("MIN_BLOCKS", 2 if launch.threads == 256 else 1)
+        cap = min(255, REGISTERS_A_MULTIPROCESSOR // (launch.threads * blocks) // 8 * 8)
+        assert registers <= cap, launch
+        assert stack == local == 0, launch
+        assert not [o for o in opcodes if o.startswith(("LDL", "STL"))], launch
+        width = {16: ".128", 8: ".64", 4: "", 2: ".U16"}[vector_bytes]
+        loads = [o for o in opcodes if o.startswith("LDG.E") and f"{width}." in f"{o}."]
+        assert loads, (launch, vector_bytes)
+        if vector_bytes == 16 and launch.kernel.startswith("depthwise"):
+            assert "STS.128" in opcodes
+        if launch.kernel == "depthwise_forward" and arch == 100:
+            assert any(o.startswith("FFMA2") for o in opcodes), "two channels an instruction"
+
+
+@pytest.mark.slow
+def test_most_instructions_of_the_main_loop_are_the_convolution(tmp_path: Path) -> None:
+    """The tuned kernels stay near their multiply-adds: 25 an output forward, 50 backward.
+
+    Counted over the whole kernel, one patch of 16 outputs of one or two channels a thread.
+    """
+    binary = tool()
+    forward, backward = (
+        next(x for x in recorded(90, (32, 1536, 16, 16), 5, 1, BFLOAT, True) if x.kernel == name)
+        for name in ("depthwise_forward", "depthwise_backward")
+    )
+    for launch in (forward, backward):
+        opcodes = disassemble(binary, launch.kernel, launch.macros, 90, tmp_path)[3]
+        products = [o for o in opcodes if o.startswith("FFMA")]
+        assert len(products) >= 800
+        assert len(opcodes) < 3.5 * 800, launch.kernel
+
+
+def test_every_kernel_compiles_for_every_architecture() -> None:
+    """Also where the tools that read machine code are missing."""
+    tool()
+    for arch in LIMITS:
+        for launch in recorded(arch, (2, 24, 9, 9), 5, 1, FLOAT, True):
+            assert compile_kernel(launch.kernel, launch.macros, arch)
