@@ -132,6 +132,11 @@ class DataConfig:
         _one_of("crop", self.crop, CROPS)
         _one_of("resize", self.resize, RESIZES)
         _one_of("on_device", self.on_device, ON_DEVICE)
+        if self.on_device == "always" and self.crop == "random":
+            raise ValueError(
+                "data.on_device=always needs images of one size, which data.crop=random does not "
+                "make; allowed with it: auto, never"
+            )
         if self.torchvision is not None:
             _one_of("torchvision", self.torchvision, TORCHVISION_SETS)
         for name, least in (

@@ -12,6 +12,8 @@ import pytest
         ({"crop": "middle"}, "allowed: none, center, random"),
         ({"resize": "area"}, "allowed: nearest"),
         ({"on_device": "gpu"}, "allowed: auto, always, never"),
+        ({"on_device": "always", "crop": "random"}, "allowed with it: auto, never"),
+        ({"torchvision": "ImageNet"}, "allowed: MNIST"),
         ({"channels": 2}, "allowed: 1 (grey), 3 (colour)"),
         ({"bits": 0}, "allowed: 1 to 8"),
         ({"bits": 9}, "allowed: 1 to 8"),
