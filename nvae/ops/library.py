@@ -25,29 +25,36 @@ def warn_once(key: str, message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def kernel_or_formula(
+    name: str, kernel: Callable[..., Any], formula: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The kernel; where it does not compile, a warning (once) and the formula."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except CompileError as error:
+            warn_once(name, f"{name} runs without its CUDA kernel: {error}")
+            return formula(*args)
+
+    return run
+
+
 def _define(
     schema: str,
     kernel: Callable[..., Any],
     formula: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> None:
-    name = schema.partition("(")[0]
-
     def plain(*args: Any) -> Any:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
-    def kernel_or_formula(*args: Any) -> Any:
-        try:
-            return kernel(*args)
-        except CompileError as error:
-            warn_once(name, f"nvae::{name} runs without its CUDA kernel: {error}")
-            return plain(*args)
-
+    name = f"nvae::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel_or_formula, "CUDA")
+    LIBRARY.impl(name, kernel_or_formula(name, kernel, plain), "CUDA")
     LIBRARY.impl(name, plain, "CPU")
-    torch.library.register_fake(f"nvae::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(name, fake, lib=LIBRARY)
 
 
 def _nhwc(x: Tensor) -> Tensor:
