@@ -92,3 +92,14 @@ def check_split(split: str) -> None:
     """Raise a ValueError unless ``split`` is one."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+
+
+_CHANGES_NO_PIXEL = (
+    *("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit"),
+    *("root", "source", "download", "licence", "citation", "homepage", "urls", "files"),
+)
+
+
+def pixel_protocol(config: DataConfig) -> dict[str, Any]:
+    """The data settings that the images depend on."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _CHANGES_NO_PIXEL}

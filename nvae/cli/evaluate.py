@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,79 +17,24 @@ from omegaconf import DictConfig
 from nvae.atomic import write_json
 from nvae.checkpoint import load_checkpoint, load_model
 from nvae.cli.checkpoint_data import (
-    check_split,
     data_config,
     open_data,
+    pixel_protocol,
     split_off_data,
     with_data,
 )
 from nvae.cli.command import run_command
 from nvae.cli.device import open_device
+from nvae.cli.evaluate_config import EvaluateConfig
+from nvae.cli.evaluate_metrics import measure, metrics_protocol, open_extractor
 from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
 from nvae.data import DataConfig
 from nvae.data.module import ImageBatch, ImageDataModule
-from nvae.evaluation import BoundSettings, EvaluationResult, RecordStore, evaluate
+from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.models import NVAE
-
-
-@dataclass
-class EvaluateConfig:
-    """What to evaluate, and how.
-
-    Attributes:
-        checkpoint: of this project or in the published format.
-        split: ``train`` | ``valid`` | ``test``.
-        weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
-        importance_samples: values of K of the importance-weighted bound; [] for the ELBO alone.
-        elbo_samples: draws that the ELBO is averaged over.
-        seed: of the posterior's noise.
-        chunk: rows (images times draws) in one pass; bounds the memory, changes no number.
-        device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
-        tf32: faster and less exact arithmetic on NVIDIA GPUs.
-        recalibrate_bn: passes that BN statistics are taken anew over; 0 keeps the running ones.
-        bn_temperature: of those passes.
-        bn_batch_size: images in each.
-        bn_seed: of their noise.
-        output: the JSON file; null: beside the checkpoint, in `evaluation/`.
-        overwrite: begin anew, and replace a result made with other settings.
-    """
-
-    checkpoint: str
-    split: str = "test"
-    weights: str = "ema"
-    importance_samples: list[int] = field(default_factory=lambda: [1000])
-    elbo_samples: int = 1
-    seed: int = 0
-    chunk: int = 256
-    device: str = "auto"
-    tf32: bool = False
-    recalibrate_bn: int = 0
-    bn_temperature: float = 1.0
-    bn_batch_size: int = 64
-    bn_seed: int = 0
-    output: str | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_split(self.split)
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"weights={self.weights!r} is unknown; allowed: ema, raw")
-        if self.recalibrate_bn < 0:
-            raise ValueError(f"recalibrate_bn is {self.recalibrate_bn}; it must be at least 0")
-        if self.output is not None and not self.output.endswith(".json"):
-            raise ValueError(f"output={self.output} must end in .json")
-        _ = self.bounds
-
-    @property
-    def bounds(self) -> BoundSettings:
-        """Draws and seed; a ValueError where impossible."""
-        return BoundSettings(
-            tuple(self.importance_samples), self.elbo_samples, self.seed, self.chunk
-        )
-
 
 SCHEMA = with_data(EvaluateConfig)
 
@@ -110,38 +54,41 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
     checkpoint = load_checkpoint(config.checkpoint)
     model = load_model(config.checkpoint, config.weights)  # type: ignore[arg-type]
     data_settings = data_config(given, checkpoint)
-    path = Path(config.checkpoint)
-    protocol = _protocol(config, data_settings, "current_model_state" in checkpoint)
-    output = Path(config.output) if config.output else _default_output(config, protocol)
-    if _already_done(output, protocol, config.overwrite):
-        return
-    data = open_data(data_settings, model.config)
     with _process_group() as (rank, world):
         device = _device(config, rank, world)
+        extractor = open_extractor(config, device)
+        protocol = _protocol(config, data_settings, "current_model_state" in checkpoint)
+        if extractor is not None:
+            protocol["samples"] = metrics_protocol(config, extractor)
+        del checkpoint
+        output = Path(config.output) if config.output else _default_output(config, protocol)
+        if _already_done(output, protocol, config.overwrite):
+            return
+        data = open_data(data_settings, model.config)
         model = model.to(device)
-        with _statistics(config, model, path, shown=rank == 0):
-            partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
-            if config.overwrite and rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            if world > 1:
-                dist.barrier()
+        partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
+        if config.overwrite and rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if world > 1:
+            dist.barrier()
+        started = monotonic()
+        with _statistics(config, model, shown=rank == 0):
             store = RecordStore(partial, short_hash(protocol), rank)
-            started = monotonic()
             result = _bound(config, model, data, store, rank, world)
+            quality = None
+            if extractor is not None:
+                quality = measure(config, model, data, extractor, rank, world)
         if rank == 0:
-            print(result.table())
-            write_json(
-                output,
-                {
-                    "result": result.to_dict(),
-                    "protocol": protocol,
-                    "checkpoint": str(path),
-                    "seconds": round(monotonic() - started, 1),
-                    "chunk": config.chunk,
-                    "processes": world,
-                    "versions": versions(device),
-                },
-            )
+            print(result.table() if quality is None else result.table() + _quality_table(quality))
+            facts = {
+                "checkpoint": config.checkpoint,
+                "seconds": round(monotonic() - started, 1),
+                "chunk": config.chunk,
+                "processes": world,
+                "versions": versions(device),
+            }
+            results = {"result": result.to_dict(), "samples": quality}
+            write_json(output, {**results, "protocol": protocol, **facts})
             shutil.rmtree(partial, ignore_errors=True)
             print(f"\nwritten to {output}")
 
@@ -171,6 +118,14 @@ def _bound(
         )
 
 
+def _quality_table(quality: dict[str, Any]) -> str:
+    lines = [
+        f"\n\n{'samples':24}{quality['generated']:>12}   compared with {quality['real']} images"
+    ]
+    lines += [f"{k:24}{v:>12.4f}" for k, v in quality.items() if isinstance(v, float)]
+    return "\n".join(lines)
+
+
 def _share(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
     """Every ``world``-th image of the split."""
     for batch in batches:
@@ -179,15 +134,12 @@ def _share(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[Ima
 
 
 @contextmanager
-def _statistics(
-    config: EvaluateConfig, model: NVAE, checkpoint: Path, *, shown: bool
-) -> Iterator[None]:
+def _statistics(config: EvaluateConfig, model: NVAE, *, shown: bool) -> Iterator[None]:
     if not config.recalibrate_bn:
-        with nullcontext():
-            yield
+        yield
         return
     with recalibrated(
-        model, checkpoint, [config.bn_temperature] * len(model.groups),
+        model, Path(config.checkpoint), [config.statistics_temperature] * len(model.groups),
         batches=config.recalibrate_bn, batch_size=config.bn_batch_size, seed=config.bn_seed,
         shown=shown,
     ):  # fmt: skip
@@ -199,16 +151,14 @@ def _protocol(config: EvaluateConfig, data: DataConfig, has_average: bool) -> di
     averaged = has_average and config.weights == "ema"
     recalibration = {
         "batches": config.recalibrate_bn,
-        "temperature": config.bn_temperature,
+        "temperature": config.statistics_temperature,
         "batch_size": config.bn_batch_size,
         "seed": config.bn_seed,
     }
-    pipeline = ("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit",
-                "root", "source", "download")  # fmt: skip
     return {
         "checkpoint_sha256": file_sha256(Path(config.checkpoint)),
         "weights": "averaged" if averaged else "raw",
-        "data": {k: v for k, v in asdict(data).items() if k not in pipeline},
+        "data": pixel_protocol(data),
         "split": config.split,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,

@@ -113,8 +113,7 @@ class SampleConfig:
         if len(values) > 1 and self.mode != "prior":
             raise ValueError(f"mode={self.mode} takes one temperature, not {len(values)}")
         for value in [*values, *(self.scale_temperatures or ()), *(self.group_temperatures or ())]:
-            if not (isfinite(value) and value >= 0):
-                raise ValueError(f"temperature is {value:g}; it must be 0 or more")
+            check_temperature("temperature", value)
 
     @property
     def reads_images(self) -> bool:
@@ -137,13 +136,7 @@ class SampleConfig:
     @property
     def pixels(self) -> PixelTemperature:
         """``"mean"`` or a number."""
-        if self.pixel_temperature == "mean":
-            return "mean"
-        if isinstance(self.pixel_temperature, list):
-            raise ValueError(
-                f"pixel_temperature={self.pixel_temperature} is not one number or mean"
-            )
-        return _numbers("pixel_temperature", self.pixel_temperature)[0]
+        return pixel_setting(self.pixel_temperature)
 
     def temperatures(self, model: ModelConfig, groups: int) -> list[tuple[str, list[float]]]:
         """Label and one temperature a group, for every grid.
@@ -189,6 +182,25 @@ def integers(name: str, value: Any) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name} names a number twice")
     return numbers
+
+
+def pixel_setting(value: Any) -> PixelTemperature:
+    """``mean`` or a number, as a configuration holds it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value == "mean":
+        return "mean"
+    if isinstance(value, list):
+        raise ValueError(f"pixel_temperature={value} is not one number or mean")
+    return _numbers("pixel_temperature", value)[0]
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` is a number >= 0."""
+    if not (isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value:g}; it must be 0 or more")
 
 
 def _numbers(name: str, value: Any) -> list[float]:

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 
-from nvae.cli.evaluate import EvaluateConfig, main
+from nvae.cli.evaluate import main
+from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.evaluation import records
 
 from .checkpoints import write_checkpoint
@@ -120,6 +121,50 @@ def test_recalibrated_statistics_change_the_numbers_and_are_named(evaluate, chec
     assert len(list(tmp_path.glob("model.bn-t1-*.pt"))) == 1
 
 
+EXTRACTOR = "feature_extractor=tests.metrics.extractors:Rows"
+
+
+def test_metrics_compare_samples_with_data_and_say_how(evaluate, checkpoint, tmp_path):
+    common = (
+        *(f"checkpoint={checkpoint}", "importance_samples=[]", EXTRACTOR, "generated=30"),
+        *("kid_subset_size=20", "metrics=[fid,kid,prdc,is]", "reference_cache=cache"),
+    )
+    printed = evaluate(*common, "output=a.json", "temperature=0.7", "sample_batch_size=8")
+    found = json.loads((tmp_path / "a.json").read_text())
+    quality = found["samples"]
+    assert {"fid", "kid", "precision", "recall", "density", "coverage"} < quality.keys()
+    assert quality["inception_score"] >= 1
+    assert quality["generated"] == 30
+    assert quality["real"] == 24
+    assert f"{quality['fid']:.4f}" in printed
+    protocol = found["protocol"]["samples"]
+    assert protocol["temperature"] == 0.7
+    assert protocol["extractor"] == "tests.metrics.extractors:Rows"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    evaluate(*common, "output=b.json", "temperature=0.0", "sample_batch_size=7")
+    other = json.loads((tmp_path / "b.json").read_text())["samples"]
+    assert other["fid"] != quality["fid"]
+
+
+def test_metrics_fail_before_any_work_without_weights(evaluate, checkpoint, tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def offline(*_args, **_kwargs):
+        raise URLError("no route to host")
+
+    def worked(*_args, **_kwargs):
+        raise AssertionError("work began before the weights were there")
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("nvae.cli.evaluate.evaluate", worked)
+    error = evaluate.fails(f"checkpoint={checkpoint}", "metrics=[fid]")
+    assert "inception_weights=FILE" in error
+    assert "no Inception weights" in evaluate.fails(
+        f"checkpoint={checkpoint}", "metrics=[fid]", "inception_weights=missing.pth"
+    )
+
+
 def test_another_data_set_can_be_named_and_must_fit(evaluate, checkpoint, tmp_path):
     evaluate(
         f"checkpoint={checkpoint}", "importance_samples=[]", "data=digits", "output=digits.json"
@@ -162,6 +207,12 @@ def test_bad_checkpoints_are_one_line_and_nothing_runs(evaluate, checkpoint, tmp
         ({"elbo_samples": 0}, "at least 1"),
         ({"recalibrate_bn": -1}, "at least 0"),
         ({"output": "result.txt"}, ".json"),
+        ({"metrics": ["lpips"]}, "allowed: fid, kid, prdc, is"),
+        ({"metrics": ["kid"], "generated": 100}, "kid_subset_size"),
+        ({"temperature": -1.0}, "0 or more"),
+        ({"bn_temperature": -1.0}, "0 or more"),
+        ({"pixel_temperature": "mode"}, "mean"),
+        ({"generated": 1}, "at least 2"),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from nvae.evaluation import BoundSettings, RecordStore, evaluate
 from nvae.evaluation.bound import LogWeights, bound_images
@@ -155,6 +157,34 @@ def test_another_process_s_records_are_not_computed_again(images, tmp_path):
     assert model.encoded == 24
     assert _flat(resumed.to_dict()) == pytest.approx(_flat(whole), rel=1e-12)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["rank0.npz", "rank1.npz"]
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    x = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    index = torch.arange(5)[rank::3] if rank < 2 else torch.arange(0)
+    share = [SimpleNamespace(x=x[index], index=index)]
+    result = evaluate(
+        LinearGaussian(widening=1.5), share, importance_samples=(4,), distributed=True
+    )
+    torch.save(_flat(result.to_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_shares_or_none_get_what_one_process_gets(tmp_path):
+    """Ranks weigh by their images, and one without any must not hang the others."""
+    mp.spawn(_rank, (str(tmp_path),), nprocs=3)
+    x = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seen = torch.tensor([0, 3, 1, 4])  # the third rank's share was empty
+    alone = evaluate(
+        LinearGaussian(widening=1.5), [SimpleNamespace(x=x[seen], index=seen)],
+        importance_samples=(4,),
+    )  # fmt: skip
+    for rank in range(3):
+        pooled = torch.load(tmp_path / f"{rank}.pt")
+        assert pooled == pytest.approx(_flat(alone.to_dict()), rel=1e-12)
 
 
 def test_a_number_that_is_not_finite_is_named(images):

@@ -1,0 +1,152 @@
+"""From two sets of features to the numbers that papers print.
+
+FID, KID and the Inception score are torch-fidelity's own computations, so that they mean what
+they mean elsewhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from nvae.metrics.moments import FeatureMoments
+from nvae.metrics.prdc import prdc
+
+METRICS = ("fid", "kid", "prdc", "is")
+NEEDS_FEATURES = frozenset({"kid", "prdc"})
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What is known about a set of images; N images, D features.
+
+    Attributes:
+        moments: mean and covariance.
+        features: ``(N, D)`` float32, where kept.
+        logits: ``(N, classes)``, where the extractor has them and they were kept.
+    """
+
+    moments: FeatureMoments
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DistanceSettings:
+    """Choices that change the numbers.
+
+    Attributes:
+        neighbours: k of prdc.
+        kid_subsets: subsets that KID is averaged over.
+        kid_subset_size: images in each.
+        is_splits: parts that the Inception score is averaged over.
+        seed: of the subsets and of the order of the parts.
+    """
+
+    neighbours: int = 5
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    is_splits: int = 10
+    seed: int = 0
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise a ValueError if a name is unknown."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metrics names {name!r}; allowed: {', '.join(METRICS)}")
+
+
+def distances(
+    names: Sequence[str],
+    real: FeatureSet,
+    generated: FeatureSet,
+    settings: DistanceSettings | None = None,
+) -> dict[str, float]:
+    """The metrics asked for, by name.
+
+    Args:
+        names: of ``METRICS``.
+        real: features of data images.
+        generated: features of samples.
+        settings: None takes the customary values.
+
+    Returns:
+        ``fid``; ``kid`` and ``kid_std`` (over subsets); ``precision``, ``recall``, ``density``,
+        ``coverage``; ``inception_score`` and ``inception_score_std`` (over parts).
+
+    Raises:
+        ValueError: an unknown name, too few images, or an extractor without logits.
+    """
+    check_metrics(names)
+    settings = settings or DistanceSettings()
+    found: dict[str, float] = {}
+    for name in names:
+        if name == "fid":
+            found["fid"] = frechet_distance(real.moments, generated.moments)
+        elif name == "kid":
+            found |= _kernel_distance(_features(real), _features(generated), settings)
+        elif name == "prdc":
+            found |= asdict(prdc(_features(real), _features(generated), settings.neighbours))
+        else:
+            found |= _inception_score(generated, settings)
+    return found
+
+
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
+    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6)."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    statistics = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def _kernel_distance(
+    real: Tensor, generated: Tensor, settings: DistanceSettings
+) -> dict[str, float]:
+    from torch_fidelity.metric_kid import (
+        KEY_METRIC_KID_MEAN,
+        KEY_METRIC_KID_STD,
+        kid_features_to_metric,
+    )
+
+    least = min(len(real), len(generated))
+    if least < settings.kid_subset_size:
+        raise ValueError(
+            f"kid_subset_size is {settings.kid_subset_size}, but there are only {least} images of "
+            "a kind"
+        )
+    found = kid_features_to_metric(
+        generated, real, kid_subsets=settings.kid_subsets,
+        kid_subset_size=settings.kid_subset_size, rng_seed=settings.seed, verbose=False,
+    )  # fmt: skip
+    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+
+
+def _inception_score(generated: FeatureSet, settings: DistanceSettings) -> dict[str, float]:
+    from torch_fidelity.metric_isc import (
+        KEY_METRIC_ISC_MEAN,
+        KEY_METRIC_ISC_STD,
+        isc_features_to_metric,
+    )
+
+    if generated.logits is None:
+        raise ValueError("metrics=[is] needs a feature extractor that gives class logits too")
+    if len(generated.logits) < settings.is_splits:
+        raise ValueError(
+            f"is_splits is {settings.is_splits}, but there are {len(generated.logits)} images"
+        )
+    found = isc_features_to_metric(
+        generated.logits, splits=settings.is_splits, shuffle=True, rng_seed=settings.seed
+    )
+    return {
+        "inception_score": found[KEY_METRIC_ISC_MEAN],
+        "inception_score_std": found[KEY_METRIC_ISC_STD],
+    }
+
+
+def _features(images: FeatureSet) -> Tensor:
+    if images.features is None:
+        raise ValueError("kid and prdc need every image's features, not their moments alone")
+    return images.features.to(torch.float32)

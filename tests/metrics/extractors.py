@@ -1,0 +1,25 @@
+"""Feature extractors that tests name as `module:attribute`."""
+
+import torch
+from torch import Tensor, nn
+
+
+def mean_and_spread(images: Tensor) -> Tensor:
+    """Two numbers an image: (B, C, H, W) uint8 to (B, 2)."""
+    pixels = images.float().flatten(1) / 255
+    return torch.stack([pixels.mean(1), pixels.std(1)], dim=1)
+
+
+class Rows(nn.Module):
+    """Row means as features and as logits of eight classes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = images.float().mean((1, 3)) / 255
+        return rows, 5 * rows
+
+
+def shapeless(images: Tensor) -> Tensor:
+    return images.float()
+
+
+NOT_A_FUNCTION = 3
