@@ -1,0 +1,62 @@
+"""The paper's presets, from the shipped configuration files, at full size but without memory."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from nvae.cli.config import register, train_config
+from nvae.models import NVAE
+from nvae.models.topology import groups_per_scale
+from tests.test_borders import ROOT
+
+PARAMETERS = {
+    "mnist": 33_363_134,
+    "cifar10": 130_852_480,
+    "celeba64": 153_281_364,
+    "imagenet32": 268_509_444,
+    "celebahq256": 330_798_664,
+    "ffhq256": 330_798_664,
+}
+GROUPS = {
+    "mnist": (10, 5),
+    "cifar10": (30,),
+    "celeba64": (20, 10, 5),
+    "imagenet32": (28,),
+    "celebahq256": (16, 8, 4, 4, 4),
+    "ffhq256": (16, 8, 4, 4, 4),
+}
+BATCH_AND_GPUS = {
+    "mnist": (200, 2),
+    "cifar10": (32, 8),
+    "celeba64": (16, 8),
+    "imagenet32": (24, 24),
+    "celebahq256": (4, 24),
+    "ffhq256": (4, 24),
+}
+
+
+def composed(experiment: str):  # type: ignore[no-untyped-def]
+    register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return train_config(compose("train", overrides=[f"experiment={experiment}"]))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("variant", ["", "_1gpu"])
+def test_size_and_groups(name: str, variant: str) -> None:
+    """Parameter counts and groups of the paper, exactly; one GPU changes neither."""
+    config = composed(name + variant)
+    with torch.device("meta"):
+        model = NVAE(config.model)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert groups_per_scale(config.model) == GROUPS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_batch_of_the_paper(name: str) -> None:
+    """Images per optimiser step; the single-GPU variant keeps them by accumulation."""
+    batch, gpus = BATCH_AND_GPUS[name]
+    paper, single = composed(name), composed(f"{name}_1gpu")
+    assert paper.data.batch_size == batch
+    assert paper.trainer.devices * paper.trainer.num_nodes == gpus
+    assert single.trainer.devices * single.trainer.num_nodes == 1
