@@ -29,6 +29,9 @@ class TrainConfig:
         resume: ``auto`` goes on where the run's folder left off, ``never`` starts anew in a folder
             beside it, ``must`` refuses to start anew.
         compile: compile every residual cell; checkpoints keep their keys.
+        checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
+            a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
+            step's memory exceeds what the device has.
     """
 
     data: DataConfig

@@ -73,7 +73,7 @@ def train(composed: DictConfig) -> None:
             raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
         raise SystemExit(0) from None  # the launcher takes any other code for a crash
     if is_first:
-        report(console, config, folder, data)
+        report(console, config, folder)
 
 
 def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> bool:
@@ -147,8 +147,10 @@ def compile_cells(model: NVAE) -> None:
             module.compile()
 
 
-def report(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> None:
+def report(console: Console, config: TrainConfig, folder: RunFolder) -> None:
     """Likelihood and pictures of the best checkpoint, and what to run next."""
+    data = ImageDataModule(config.data)  # all images, not this rank's share
+    data.setup()
     best = folder.checkpoints / BEST
     model = load_model(best).to("cuda" if torch.cuda.is_available() else "cpu")
     console.print()

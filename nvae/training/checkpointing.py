@@ -113,7 +113,7 @@ class Checkpoints(pl.Callback):
         self.folder, self.config, self.guard = folder, config, guard
         self.best: float | None = None
         self.best_step = 0
-        self._saved_step = -1
+        self._saved_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run beats it or leaves it."""
@@ -123,12 +123,18 @@ class Checkpoints(pl.Callback):
         """Undo :meth:`state_dict`."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The step at hand is saved already, if it is not the first."""
+        self._saved_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Inside an epoch. After a whole optimiser step only: gradients are not saved."""
         every, step = self.config.every_steps, trainer.global_step
+        if is_last_batch(trainer):  # left to the end of the epoch
+            return
         if every is not None and step % every == 0 and step != self._saved_step:
             self._save_unless_bad(trainer)
 
@@ -142,8 +148,12 @@ class Checkpoints(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Between epochs, and at the end."""
-        epoch = trainer.current_epoch + 1
-        if epoch % self.config.every_epochs == 0 or epoch == trainer.max_epochs:
+        epoch, every = trainer.current_epoch + 1, self.config.every_steps
+        if (
+            epoch % self.config.every_epochs == 0
+            or epoch == trainer.max_epochs
+            or (every is not None and trainer.global_step % every == 0)
+        ):
             self._save_unless_bad(trainer)
 
     def _save_unless_bad(self, trainer: pl.Trainer) -> None:
@@ -158,6 +168,11 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero and not self.guard.read().streak:
             for path in step_checkpoints(self.folder)[: -self.config.keep_last]:
                 path.unlink()
+
+
+def is_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the batch at hand ends its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def checkpoint_step(checkpoint: dict[str, Any]) -> int:

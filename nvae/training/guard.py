@@ -110,6 +110,7 @@ class BadSteps(pl.Callback):
         assert isinstance(pl_module, NVAELightning)
         self._statistics = RunningStatistics(pl_module.model)
         self._step_begins = True
+        self._last_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from nvae.training.checkpointing import Checkpoints
+from nvae.training.checkpointing import Checkpoints, is_last_batch
 
 AGREE_EVERY = 10
 """Optimiser steps between two agreements of several ranks, each of which waits for the device."""
@@ -62,18 +62,21 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Save and stop, where a signal came and the optimiser step is whole.
-
-        Raises:
-            InterruptedRun: on every rank.
-        """
-        if trainer.fit_loop._should_accumulate():
+        """Save and stop, where a signal came and the optimiser step is whole."""
+        # Lightning's loops cannot be resumed from between an epoch's last batch and its validation
+        if trainer.fit_loop._should_accumulate() or is_last_batch(trainer):
             return
+        if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
+            self._stop_if_told(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same after an epoch's last batch and its validation."""
+        self._stop_if_told(trainer)
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
         received = self._received
         if trainer.world_size > 1:
-            if trainer.global_step % AGREE_EVERY:
-                return
-            flag = torch.full((), received, device=pl_module.device)
+            flag = torch.full((), received, device=trainer.strategy.root_device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             received = int(flag)
         if not received:

@@ -10,6 +10,7 @@ from nvae.models import NVAE, NVAEOutput
 from nvae.models.topology import groups_per_scale
 from nvae.objective import Elbo, balancing_alpha, elbo, kl_coefficient
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
+from nvae.training.distributed import mean_over_ranks
 
 
 @dataclass
@@ -113,7 +114,8 @@ class TrainingLoss(nn.Module):
 
     def elbo(self, output: NVAEOutput, log_likelihood: Tensor, beta: float) -> Elbo:
         """Annealed and balanced ELBO; ``log_likelihood`` ``(B,)`` in nats."""
-        return elbo(output, log_likelihood, beta, self.alpha if self.config.kl_balancing else None)
+        alpha = self.alpha if self.config.kl_balancing else None
+        return elbo(output, log_likelihood, beta, alpha, mean_over_ranks)
 
     def regularizers(self) -> Regularizers:
         """Both regularisers, in the weights' own precision; advances the spectral vectors."""

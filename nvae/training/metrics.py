@@ -25,7 +25,11 @@ class TrainingMetrics(pl.Callback):
         self.latest: dict[str, float] = {}
         self._images = 0
         self._since = time.perf_counter()
-        self._last_step = -1
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The step at hand has been read, by the run that is resumed."""
+        self._last_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation and checkpoints between epochs are no part of the speed."""

@@ -1,6 +1,7 @@
 """The training step, as Lightning wants it: batch, model, likelihood, ELBO, regularisers."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
@@ -117,8 +118,7 @@ class NVAELightning(pl.LightningModule):
             self.model.parameters(),
             fused=self.trainer.precision != "16-mixed",
         )
-        total_steps = self.total_steps  # this makes the Trainer count its batches
-        factor = learning_rate_factor(self.optimizer_config, self.steps_per_epoch, total_steps)
+        factor = learning_rate_factor(self.optimizer_config, self.steps_per_epoch, self.total_steps)
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_scale * factor(step))
         return {
             "optimizer": optimizer,
@@ -156,19 +156,32 @@ class NVAELightning(pl.LightningModule):
         if not self._scale_is_given:
             self.learning_rate_scale = checkpoint["learning_rate_scale"]
 
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run, T."""
-        return int(self.trainer.estimated_stepping_batches)
+    @cached_property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch on this rank.
+
+        Not Lightning's ``estimated_stepping_batches``: asked for while the optimiser is being
+        made, it sets the loaders up before their state has been read from the checkpoint, and a
+        resumed epoch starts over.
+        """
+        data, limit = self.trainer.datamodule, self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        batches = len(data.train_dataloader())
+        return min(batches, limit) if isinstance(limit, int) else batches
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
-        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        return -(-self.batches_per_epoch // self.trainer.accumulate_grad_batches)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, T."""
+        assert self.trainer.max_epochs is not None
+        return self.trainer.max_epochs * self.steps_per_epoch
 
     def _accumulation(self, batch_idx: int) -> tuple[int, bool]:
         """Micro-batches of the step that ``batch_idx`` belongs to, and whether it is the last."""
-        nominal, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        nominal = self.trainer.accumulate_grad_batches
         start = batch_idx - batch_idx % nominal
-        window = min(nominal, int(batches) - start)
+        window = min(nominal, self.batches_per_epoch - start)
         return window, batch_idx == start + window - 1

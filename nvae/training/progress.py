@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nvae.training.metrics import TrainingMetrics
+from nvae.training.module import NVAELightning
 
 PLAIN_SECONDS = 20.0
 """Seconds between two lines where the output is no terminal."""
@@ -59,6 +60,8 @@ class RunProgress(ProgressBar):
         """Open the bar where the run starts or resumes."""
         self._printed = time.monotonic()
         self._started, self._start_step = time.monotonic(), trainer.global_step
+        assert isinstance(pl_module, NVAELightning)
+        self._total = pl_module.total_steps
         if not (self._enabled and self._console.is_terminal):
             return
         self._progress = Progress(
@@ -70,7 +73,7 @@ class RunProgress(ProgressBar):
             console=self._console,
         )
         self._task = self._progress.add_task(
-            "train", total=int(trainer.estimated_stepping_batches), completed=trainer.global_step,
+            "train", total=self._total, completed=trainer.global_step,
             epoch=self._epoch(trainer), metrics="",
         )  # fmt: skip
         self._progress.start()
@@ -97,7 +100,7 @@ class RunProgress(ProgressBar):
             self.print(f"epoch {self._epoch(trainer)}  {self._position(trainer)}  {text}")
 
     def _position(self, trainer: pl.Trainer) -> str:
-        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, total = trainer.global_step, self._total
         elapsed = time.monotonic() - self._started
         left = elapsed / max(step - self._start_step, 1) * (total - step)
         return f"step {step}/{total}  {int(left) // 60}:{int(left) % 60:02d} left"

@@ -1,0 +1,58 @@
+"""Gradient checkpointing of residual cells: memory for time.
+
+A cell's activations are not kept for the backward pass but computed again. The second computation
+must not count: batch normalisation would move its running statistics twice a step.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nvae.models.cells import Cell
+from nvae.models.norm import BatchNorm
+
+
+@contextmanager
+def frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
+    """Inside, running statistics are written to copies that are thrown away."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    kept = [{name: norm._buffers[name] for name in names} for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, buffer in buffers.items():
+            assert buffer is not None
+            norm._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
+
+def _contexts(
+    norms: list[BatchNorm],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), frozen_statistics(norms)
+
+
+def _checkpointed(forward: Callable[[Tensor], Tensor], norms: list[BatchNorm], x: Tensor) -> Tensor:
+    y: Tensor = checkpoint(
+        forward, x, use_reentrant=False, preserve_rng_state=False,
+        context_fn=partial(_contexts, norms),
+    )  # fmt: skip
+    return y
+
+
+def checkpoint_cells(model: nn.Module) -> None:
+    """Let every cell of ``model`` recompute its activations in the backward pass.
+
+    Cells draw no random numbers, so no generator state is kept. Parameters keep their names;
+    without gradients (evaluation) nothing changes.
+    """
+    for cell in model.modules():
+        if isinstance(cell, Cell):
+            norms = [m for m in cell.modules() if isinstance(m, BatchNorm)]
+            # a partial of a bound method is copied with its cell (the weights' average does so)
+            cell.forward = partial(_checkpointed, cell.forward, norms)  # type: ignore[method-assign]

@@ -1,0 +1,115 @@
+"""Small runs for the tests: the real code path of `train.py`, without Hydra and the report."""
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from nvae.cli.config import TrainConfig
+from nvae.cli.train import build_module
+from nvae.data import DataConfig
+from nvae.data.module import ImageDataModule
+from nvae.models import ModelConfig
+from nvae.training.checkpointing import CheckpointConfig, step_checkpoints
+from nvae.training.interruption import InterruptedRun
+from nvae.training.loggers import LoggerConfig, build_loggers
+from nvae.training.module import NVAELightning
+from nvae.training.optimizer import OptimizerConfig
+from nvae.training.pictures import PicturesConfig
+from nvae.training.run_folder import open_run
+from nvae.training.trainer import CallbacksConfig, EMAConfig, TrainerConfig, build_trainer
+
+
+def small_config(root: Path, **changes: Any) -> TrainConfig:
+    """Sixteen batches of four an epoch, eight steps of two micro-batches, three epochs."""
+    settings: dict[str, Any] = {
+        "data": DataConfig(
+            name="random", format="random", image_size=8, channels=1, bits=4,
+            likelihood="logistic_mixture", train_size=66, valid_size=5, test_size=7,
+            batch_size=4, flip=True,
+        ),
+        "name": "run",
+        "runs_dir": str(root),
+        "model": ModelConfig(
+            image_size=8, bits=4, likelihood="logistic_mixture", num_mixtures=2, num_scales=2,
+            groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1, postprocess_cells=1,
+            encoder_channels=4, decoder_channels=4, latent_channels=2,
+            encoder_cells_per_group=1, decoder_cells_per_group=1,
+        ),
+        "optimizer": OptimizerConfig(warmup_epochs=1),
+        "trainer": TrainerConfig(accelerator="cpu", epochs=3, accumulate=2),
+        "callbacks": CallbacksConfig(
+            checkpoint=CheckpointConfig(keep_last=100),
+            ema=EMAConfig(decay=0.9),
+            pictures=PicturesConfig(every_epochs=0),
+            progress=False,
+        ),
+        "logger": LoggerConfig(tensorboard=False, csv=False, every_steps=1),
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changes})
+
+
+class StopAt(pl.Callback):
+    """Raise a signal in this process after an optimiser step, as a scheduler would."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step - 1:
+            signal.raise_signal(self.number)
+
+
+def run(
+    config: TrainConfig, *callbacks: pl.Callback, module: NVAELightning | None = None
+) -> tuple[Path, pl.Trainer]:
+    """Train until the end or until told to stop; resumes as the command does."""
+    folder, _ = open_run(Path(config.runs_dir) / config.name, config.resume, config.to_dict())
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(
+        config.trainer,
+        config.callbacks,
+        folder.path,
+        build_loggers(config.logger, folder.path, folder.step),
+        config.logger.every_steps,
+    )
+    # before ours, so that a signal is there when they look
+    trainer.callbacks[:0] = callbacks
+    with contextlib.suppress(InterruptedRun):
+        trainer.fit(
+            module or build_module(config), datamodule=ImageDataModule(config.data),
+            ckpt_path=folder.checkpoint, weights_only=True,
+        )  # fmt: skip
+    return folder.path, trainer
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(
+        step_checkpoints(folder / "checkpoints")[-1], weights_only=True
+    )
+    return checkpoint
+
+
+def assert_identical(a: Any, b: Any, path: str = "") -> int:
+    """Equal bit for bit, all the way down; returns the number of tensors compared."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{path}: {a.keys() ^ b.keys()}"
+        return sum(assert_identical(a[k], b[k], f"{path}.{k}") for k in a)
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        return sum(
+            assert_identical(x, y, f"{path}[{i}]")
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+        )
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), f"{path}: differs by {(a.double() - b.double()).abs().max()}"
+        return 1
+    assert a == b, f"{path}: {a} != {b}"
+    return 0

@@ -1,0 +1,74 @@
+"""Recomputing cells must change memory and nothing else."""
+
+import copy
+
+import torch
+
+from nvae.models import NVAE, ModelConfig
+from nvae.training.activation_checkpointing import checkpoint_cells
+from nvae.training.loss import ObjectiveConfig, TrainingLoss
+
+CONFIG = ModelConfig(
+    image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=2,
+    postprocess_cells=2, encoder_channels=8, decoder_channels=8, latent_channels=2,
+)  # fmt: skip
+
+
+def _step(model: NVAE) -> tuple[torch.Tensor, int]:
+    """A forward and backward pass in float64; its loss and the bytes kept between the two."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(4, 1, 8, 8, generator=generator, dtype=torch.float64).round()
+    noise = model.draw_noise(4, generator)
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x, noise)
+        loss = (
+            TrainingLoss(model, ObjectiveConfig())
+            .elbo(output, model.likelihood(output.logits).log_prob(x), 0.5)
+            .loss
+        )
+    held = sum(kept.values())
+    loss.backward()
+    return loss, held
+
+
+def test_equals_plain_training_pass() -> None:
+    """Loss, gradients, running statistics and names agree; less is held for backward."""
+    torch.manual_seed(0)
+    plain = NVAE(CONFIG).double()
+    recomputed = copy.deepcopy(plain)
+    checkpoint_cells(recomputed)
+    (loss_a, held_a), (loss_b, held_b) = _step(plain), _step(recomputed)
+    assert torch.equal(loss_a, loss_b)
+    assert held_b < 0.6 * held_a
+    for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert q.grad is not None
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
+    a, b = plain.state_dict(), recomputed.state_dict()
+    assert a.keys() == b.keys()
+    moved = 0
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=name)
+        moved += "running_mean" in name and bool(a[name].any())
+    assert moved > 10
+
+
+def test_copy_recomputes_its_own_weights() -> None:
+    """A deep copy (the weights' average) must not run the original's cells."""
+    torch.manual_seed(0)
+    model = NVAE(CONFIG).double()
+    checkpoint_cells(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    assert not copied(x).logits.any()
+    assert model(x).logits.any()

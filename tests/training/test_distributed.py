@@ -1,0 +1,135 @@
+"""Two real processes over gloo against one: statistics, gradients, noise, evaluation."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from nvae.data import DataConfig
+from nvae.data.module import ImageDataModule
+from nvae.evaluation import evaluate
+from nvae.models import NVAE, ModelConfig
+from nvae.training.distributed import synchronize_batchnorm
+from nvae.training.loss import ObjectiveConfig, TrainingLoss
+from nvae.training.noise import TrainingNoise
+from tests.training.ranks import run_ranks
+
+MODEL = ModelConfig(
+    image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1,
+    postprocess_cells=1, encoder_channels=6, decoder_channels=6, latent_channels=2,
+    encoder_cells_per_group=1, decoder_cells_per_group=1, bits=1,
+)  # fmt: skip
+BATCH = 3
+
+
+def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
+    """One float64 training pass over this rank's share of a global batch, gradients averaged."""
+    torch.manual_seed(0)
+    model = NVAE(MODEL).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(total, 1, 8, 8, generator=generator, dtype=torch.float64).round()
+    noise = model.draw_noise(total, generator)
+    if world > 1:
+        synchronize_batchnorm(model)
+    mine = slice(rank * total // world, (rank + 1) * total // world)
+    loss_of = TrainingLoss(model, ObjectiveConfig())
+    output = model(x[mine], [eps[mine] for eps in noise])
+    elbo = loss_of.elbo(output, model.likelihood(output.logits).log_prob(x[mine]), beta=0.3)
+    penalty = loss_of.regularizers()
+    (elbo.loss + 1e-2 * (penalty.spectral + penalty.batchnorm)).backward()
+    result = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        if world > 1:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        result[name] = p.grad.numpy()
+    result |= {name: b.numpy() for name, b in model.named_buffers() if "running" in name}
+    return result
+
+
+def test_two_ranks_equal_one_with_the_double_batch() -> None:
+    """Synchronised statistics, KL balancing and gradients: 2 x B equals 1 x 2B in float64."""
+    (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
+    for half in run_ranks(_gradients, 2, 2 * BATCH):
+        assert half.keys() == whole.keys()
+        scale = max(np.abs(v).max() for v in whole.values())
+        for name, value in whole.items():
+            np.testing.assert_allclose(
+                half[name], value, rtol=1e-8, atol=1e-12 * scale, err_msg=name
+            )
+
+
+def test_statistics_are_this_ranks_own_without_a_group() -> None:
+    """The comparison above would fail without synchronisation: it can fail."""
+    (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
+    (half,) = run_ranks(_gradients, 1, BATCH)
+    assert any(not np.allclose(half[name], whole[name]) for name in whole)
+
+
+def test_noise_differs_between_ranks_and_batches_and_repeats() -> None:
+    """Equal noise on all ranks would correlate their gradients."""
+    model = NVAE(MODEL)
+    draws = {
+        (seed, rank, batch): TrainingNoise(seed, rank)(model, 2, batch)[0]
+        for seed in (0, 1)
+        for rank in (0, 1)
+        for batch in (0, 1)
+    }
+    keys = list(draws)
+    for i, a in enumerate(keys):
+        assert torch.equal(draws[a], TrainingNoise(a[0], a[1])(model, 2, a[2])[0])
+        for b in keys[i + 1 :]:
+            assert not torch.equal(draws[a], draws[b]), (a, b)
+
+
+def test_noise_does_not_touch_the_global_generator() -> None:
+    """Nor depend on it: an extra draw elsewhere must not change training."""
+    model, noise = NVAE(MODEL), TrainingNoise(0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = noise(model, 2, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, noise(model, 2, 3), strict=True))
+
+
+def _evaluation(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = NVAE(MODEL).eval()
+    data = ImageDataModule(
+        DataConfig(
+            name="odd", format="random", image_size=8, channels=1, bits=1,
+            likelihood="bernoulli", train_size=4, test_size=13, valid_size=0,
+        )
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank,
+        world_size=world,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    batches = data.batches("test")
+    result = evaluate(model, batches, importance_samples=(5,), distributed=world > 1)
+    return result.to_dict()
+
+
+def test_evaluation_of_an_odd_set_is_the_same_on_one_and_two_ranks() -> None:
+    """13 images: no padding, no double counting, noise by image."""
+    (one,) = run_ranks(_evaluation, 1)
+    for two in run_ranks(_evaluation, 2):
+        assert two["images"] == one["images"] == 13
+        for path in (
+            ("negative_elbo", "mean"),
+            ("negative_elbo", "standard_error"),
+            ("importance_weighted", 0, "nll", "mean"),
+        ):
+            a: Any = one
+            b: Any = two
+            for key in path:
+                a, b = a[key], b[key]
+            assert b == pytest.approx(a, rel=1e-6), path

@@ -1,0 +1,130 @@
+"""Stopping and going on must equal never having stopped, bit for bit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from nvae.checkpoint import load_model
+from nvae.training.checkpointing import CheckpointConfig, step_checkpoints
+from nvae.training.run_folder import open_run
+from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
+
+# what says when, where and how far ahead, not what was computed
+VOLATILE = ("time", "images_per_second")
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four steps in one go."""
+    folder, _ = run(small_config(tmp_path_factory.mktemp("whole")))
+    return folder
+
+
+@pytest.mark.parametrize("stop", [(11,), (8,), (3, 13, 20), (16, 23)])
+def test_resume_is_exact(tmp_path: Path, whole: Path, stop: tuple[int, ...]) -> None:
+    """Weights, average, spectral vectors, optimiser, schedule, loops, logged metrics.
+
+    The steps are in mid-epoch (3, 11, 13, 20, 23) and at the end of an epoch (8, 16).
+    """
+    config = small_config(tmp_path)
+    for step in stop:
+        folder, trainer = run(config, StopAt(step))
+        assert trainer.global_step == step
+        assert step_checkpoints(folder / "checkpoints")[-1].name == f"step_{step:08d}.ckpt"
+    folder, trainer = run(config)
+    assert trainer.global_step == 24
+    a, b = last_checkpoint(whole), last_checkpoint(folder)
+    for checkpoint in (a, b):
+        del checkpoint["run_config"]["runs_dir"]
+        # counts starts and stops, not steps
+        del checkpoint["loops"]
+    assert assert_identical(a, b) > 300
+    assert _lines(folder) == _lines(whole)
+
+
+def test_checkpoint_is_readable_by_everyone(whole: Path) -> None:
+    """The averaged and the raw network load, and differ."""
+    path = step_checkpoints(whole / "checkpoints")[-1]
+    averaged, raw = load_model(path), load_model(path, weights="raw")
+    pairs = zip(averaged.parameters(), raw.parameters(), strict=True)
+    assert any(bool((p != q).any()) for p, q in pairs)
+
+
+def test_best_is_the_lowest_validation_elbo(whole: Path) -> None:
+    """And a resumed run keeps it: the value is in the checkpoint."""
+    values = {
+        line["step"]: line["valid/negative_elbo"]
+        for line in _lines(whole)
+        if "valid/negative_elbo" in line
+    }
+    assert len(values) == 3
+    state = last_checkpoint(whole)["callbacks"]["Checkpoints"]
+    assert state["best"] == pytest.approx(min(values.values()), rel=1e-6)
+    assert state["best_step"] == min(values, key=values.__getitem__)
+    assert (whole / "checkpoints" / "best.ckpt").exists()
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config.callbacks.checkpoint = CheckpointConfig(every_steps=1, keep_last=3)
+    folder, _ = run(config)
+    names = [path.name for path in step_checkpoints(folder / "checkpoints")]
+    assert names == [f"step_{step:08d}.ckpt" for step in (22, 23, 24)]
+
+
+def test_changed_hyper_parameters_are_listed_and_taken(tmp_path: Path) -> None:
+    """A lower learning rate on resume must reach the optimiser, not only the list."""
+    config = small_config(tmp_path)
+    run(config, StopAt(9))
+    changed = small_config(tmp_path)
+    changed.optimizer.learning_rate = 5e-3
+    changed.optimizer.weight_decay = 0.0
+    _, notes = open_run(tmp_path / "run", "auto", changed.to_dict())
+    assert notes == [
+        "optimizer.learning_rate: 0.01 -> 0.005",
+        "optimizer.weight_decay: 0.0003 -> 0.0",
+    ]
+    path, _ = run(changed, StopAt(10))
+    group = last_checkpoint(path)["optimizer_states"][0]["param_groups"][0]
+    assert group["initial_lr"] == 5e-3
+    assert group["weight_decay"] == 0.0
+    assert 1e-3 < group["lr"] <= 5e-3
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    run(config, StopAt(2))
+    other = small_config(
+        tmp_path, model=dataclasses.replace(config.model, latent_channels=3, num_flows=1)
+    )
+    with pytest.raises(ValueError, match=r"latent_channels: 2 -> 3; model.num_flows: 0 -> 1"):
+        open_run(tmp_path / "run", "auto", other.to_dict())
+
+
+def test_never_starts_beside_and_must_needs_something(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    run(config, StopAt(1))
+    values = config.to_dict()
+    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "x").touch()
+    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-3"
+    assert open_run(tmp_path / "run", "must", values)[0].step == 1
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        open_run(tmp_path / "other", "must", values)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """A file cut short is not resumed from; the one before it is."""
+    config = small_config(tmp_path)
+    folder, _ = run(config, StopAt(10))
+    newest = step_checkpoints(folder / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert open_run(folder, "auto", config.to_dict())[0].step == 8
