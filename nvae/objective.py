@@ -5,6 +5,7 @@ appendix A). Everything is in nats.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,9 @@ def balancing_alpha(groups_per_scale: tuple[int, ...]) -> Tensor:
     return alpha / alpha.min()
 
 
-def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
+def balancing_weights(
+    kl_per_group: Tensor, alpha: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Coefficients of the groups' KL, ``(G,)``, mean 1, without gradient (paper, appendix A).
 
     A group's coefficient grows with the KL it carries, so that groups that carry little are
@@ -91,13 +94,21 @@ def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
     Args:
         kl_per_group: ``(B, G)``, in nats, over the whole batch on this device.
         alpha: from :func:`balancing_alpha`.
+        over_ranks: averages a tensor over the devices that share the batch.
     """
-    share = (kl_per_group.detach().abs().mean(0) + 0.01) / alpha.to(kl_per_group)
+    mean = kl_per_group.detach().abs().mean(0)
+    if over_ranks is not None:
+        mean = over_ranks(mean)
+    share = (mean + 0.01) / alpha.to(kl_per_group)
     return share / share.mean()
 
 
 def elbo(
-    output: NVAEOutput, log_likelihood: Tensor, beta: float = 1.0, alpha: Tensor | None = None
+    output: NVAEOutput,
+    log_likelihood: Tensor,
+    beta: float = 1.0,
+    alpha: Tensor | None = None,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Elbo:
     """Assemble the negative ELBO.
 
@@ -106,11 +117,12 @@ def elbo(
         log_likelihood: log p(x | z), ``(B,)``, in nats.
         beta: KL coefficient in [0, 1].
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
+        over_ranks: see :func:`balancing_weights`.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
     if alpha is not None and beta < 1:
-        weights = balancing_weights(kl_per_group, alpha)
+        weights = balancing_weights(kl_per_group, alpha, over_ranks)
     return Elbo(
         reconstruction=-log_likelihood,
         kl=kl_per_group.sum(1),
