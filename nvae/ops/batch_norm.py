@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae.ops import formulas
-from nvae.ops.statistics import Statistics, count_elements, fused_moments, with_channel_sums
+from nvae.ops.statistics import Statistics, count_elements, synchronise
 
 
 class Normalised(NamedTuple):
@@ -55,7 +55,9 @@ def batch_norm(
         mean, var = gamma.new_zeros(gamma.shape), gamma.new_ones(gamma.shape)
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
         return Normalised(y, Statistics(mean, var * ((n - 1) / n), n))
-    x, sums = with_channel_sums(x)
-    moments = fused_moments(sums, n, eps, group, gamma.dtype)
-    y = formulas.normalise(x, gamma, beta, moments.mean, moments.rstd)
-    return Normalised(y.to(x.dtype), moments.statistics)
+    sums, elements = synchronise(formulas.channel_sums(x), n, group)
+    assert elements is not None
+    mean, rstd, var = formulas.moments(sums, elements, n, eps)
+    y = formulas.normalise(x, gamma, beta, mean, rstd)
+    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), elements)
+    return Normalised(y.to(x.dtype), statistics)
