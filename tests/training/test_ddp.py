@@ -1,0 +1,63 @@
+"""Whole training jobs of two processes, started the way `train.py` starts them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _job(folder: Path, mode: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests/training/ddp_job.py"), str(folder), mode],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_ranks_stay_equal_and_share_bad_steps(tmp_path: Path) -> None:
+    """One rank's NaN: no hang, both leave the step out, parameters stay bit-equal."""
+    job = _job(tmp_path, "spoil", 240)
+    assert job.returncode == 0, job.stderr[-3000:]
+    a, b = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert a["initial"] == b["initial"] != a["final"]
+    assert a["final"] == b["final"]
+    assert a["finite"]
+    assert a["steps"] == b["steps"] == 16
+    assert a["noise"] != b["noise"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x) for x in lines if "skipped" in x][-1]["train/skipped_steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_job(tmp_path: Path, rank: int) -> None:
+    """Within a minute of its death, with a code that is not 0, and no process left behind."""
+    begin = time.monotonic()
+    job = _job(tmp_path, f"die{rank}", 240)
+    assert job.returncode != 0
+    last_write = max(p.stat().st_mtime for p in (tmp_path / "run").rglob("*"))
+    assert time.time() - last_write < 60, time.monotonic() - begin
+    for _ in range(60):
+        if not _left_behind(tmp_path):
+            return
+        time.sleep(1)
+    pytest.fail("a rank goes on without the other")
+
+
+def _left_behind(folder: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if str(folder) in command and "ddp_job" in command:
+            found.append(command)
+    return found

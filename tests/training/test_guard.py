@@ -1,0 +1,184 @@
+"""Bad steps: left out whole, counted, named; too many end the run or take it back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+
+from nvae.cli.errors import UserError
+from nvae.cli.train import build_module, fit
+from nvae.data.module import ImageDataModule
+from nvae.training.guard import BadSteps, DivergenceError, GuardConfig
+from nvae.training.module import NVAELightning
+from nvae.training.run_folder import open_run
+from tests.training.runs import assert_identical, run, small_config
+
+
+class Spoil(pl.Callback):
+    """Turn the input of some steps into something that spoils the loss."""
+
+    def __init__(self, steps: range, value: float = float("nan")) -> None:
+        self.steps, self.value = steps, value
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in self.steps:
+            batch.x[0, 0, 0, 0] = self.value
+
+
+class Record(pl.Callback):
+    """Copies of everything a step may change, after each optimiser step."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            states = {
+                "model": pl_module.model.state_dict(),
+                "optimizer": trainer.optimizers[0].state_dict()["state"],
+            }
+            self.states.append(
+                {k: {n: _clone(t) for n, t in v.items()} for k, v in states.items()}
+            )
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: v.clone() for k, v in value.items()}
+    return value.clone()
+
+
+def _without_counters(state: dict[str, Any]) -> dict[str, Any]:
+    model = {k: v for k, v in state["model"].items() if not k.endswith("num_batches_tracked")}
+    return {**state, "model": model}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_step_changes_nothing_and_training_goes_on(tmp_path: Path, value: float) -> None:
+    """Weights, optimiser state and running statistics are those of the step before."""
+    record = Record()
+    folder, _ = run(small_config(tmp_path), Spoil(range(3, 5), value), record)
+    good, bad = record.states[2], record.states[4]
+    assert assert_identical(_without_counters(good), _without_counters(bad)) > 100
+    last = record.states[-1]["model"]
+    assert all(t.isfinite().all() for t in last.values())
+    name = "encoder.stem.weight"
+    assert not torch.equal(last[name], bad["model"][name])
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    skipped = {x["step"]: x["train/skipped_steps"] for x in lines if "train/skipped_steps" in x}
+    assert (skipped[3], skipped[4], skipped[5], skipped[24]) == (0, 1, 2, 2)
+
+
+def test_norm_beyond_the_threshold_is_skipped(tmp_path: Path) -> None:
+    """A finite but huge gradient: with a tiny threshold every step is one."""
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(skip_threshold=1e-6, max_consecutive_skips=100)
+    module = build_module(config)
+    before = {k: v.clone() for k, v in module.model.state_dict().items() if "num_b" not in k}
+    run(config, module=module)
+    assert_identical(
+        before, {k: v for k, v in module.model.state_dict().items() if "num_b" not in k}
+    )
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    norms = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, *arguments: Any) -> None:
+            module = arguments[1]
+            gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(gradient_clip=0.5)
+    config.trainer.epochs = 1
+    folder, trainer = run(config)
+    guard = next(c for c in trainer.callbacks if isinstance(c, BadSteps))
+    assert guard.read().norm > 0.5
+    look = Look()
+    config = small_config(tmp_path, name="again")
+    config.trainer.guard, config.trainer.epochs = GuardConfig(gradient_clip=0.5), 1
+    module = build_module(config)
+    original = BadSteps.on_before_optimizer_step
+
+    def both(self: BadSteps, *arguments: Any) -> None:
+        original(self, *arguments)
+        look.on_before_optimizer_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BadSteps, "on_before_optimizer_step", both)
+        run(config, module=module)
+    assert len(norms) == 8
+    assert all(n == pytest.approx(0.5, rel=1e-4) for n in norms)
+
+
+def test_long_streak_stops_and_names_the_culprit(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(max_consecutive_skips=4)
+    with pytest.raises(DivergenceError) as caught:
+        run(config, Spoil(range(9, 99)))
+    message = str(caught.value)
+    assert "diverged at step 16: 7 steps" in message or "diverged at step 13: 4" in message
+    assert "the KL of latent group 0 was not finite" in message
+    assert "worst gradient was that of" in message
+
+
+def test_streak_of_non_finite_weights_names_the_weight(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(max_consecutive_skips=2)
+    module = build_module(config)
+    with torch.no_grad():
+        module.model.groups[1].merge_latent.weight[0] = float("nan")  # type: ignore[union-attr, index, operator]
+    with pytest.raises(DivergenceError, match=r"weight groups.1.merge_latent.weight is not finite"):
+        run(config, module=module)
+
+
+def test_rollback_goes_back_with_a_lower_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One divergence after the first epoch; the second try, at half the rate, ends well."""
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(max_consecutive_skips=2, on_divergence="rollback")
+    folder, _ = open_run(tmp_path / "run", "auto", config.to_dict())
+    folder.checkpoints.mkdir(parents=True)
+    tries = []
+    original = NVAELightning.training_step
+
+    def spoiled(self: NVAELightning, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not tries or tries[-1] is not self:
+            tries.append(self)
+        if len(tries) == 1 and self.global_step >= 9:
+            batch.x[0, 0, 0, 0] = float("nan")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(NVAELightning, "training_step", spoiled)
+    data = ImageDataModule(config.data)
+    assert fit(Console(quiet=True), config, folder, data)
+    assert [m.learning_rate_scale for m in tries] == [1.0, 0.5]
+    again, _ = open_run(tmp_path / "run", "auto", config.to_dict())
+    assert again.step == 24
+    assert again.checkpoint is not None
+    saved = torch.load(again.checkpoint, weights_only=True)
+    assert saved["learning_rate_scale"] == 0.5
+
+
+def test_stop_says_where_and_how_to_go_on(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config.trainer.guard = GuardConfig(max_consecutive_skips=1, skip_threshold=1e-9)
+    folder, _ = open_run(tmp_path / "run", "auto", config.to_dict())
+    folder.checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        fit(Console(quiet=True), config, folder, ImageDataModule(config.data))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "optimizer.learning_rate=0.005" in message
+    assert "there is no checkpoint yet" in message
