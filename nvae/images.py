@@ -12,7 +12,8 @@ from nvae.atomic import replacing
 
 _GAP = 2
 _LEAST_SIDE = 48
-_BACKGROUND = 255
+_PAPER = 255
+_LINE = 128  # grey: neither black nor white pixels at an edge melt into it
 _FONT_SIZE = 14
 
 
@@ -137,7 +138,8 @@ def grid(
     left = _label_width(row_labels)
     top = _FONT_SIZE + 2 * _GAP if column_labels else 0
     shape = (top + rows * cell_height + _GAP, left + columns * cell_width + _GAP, channels)
-    canvas = np.full(shape, _BACKGROUND, np.uint8)
+    canvas = np.full(shape, _PAPER, np.uint8)
+    canvas[top:, left:] = _LINE
     for i, image in enumerate(pixels):
         y = top + (i // columns) * cell_height + _GAP
         x = left + (i % columns) * cell_width + _GAP

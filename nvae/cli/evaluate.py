@@ -65,7 +65,7 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         if _already_done(output, protocol, config.overwrite):
             return
         data = open_data(data_settings, model.config)
-        model = model.to(device)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
         if config.overwrite and rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -64,7 +64,8 @@ def _run(composed: DictConfig) -> None:
     folder = SampleFolder(_folder(config, request), request, overwrite=config.overwrite)
     data = open_data(data_settings, model.config) if data_settings is not None else None
     del checkpoint
-    _Sampler(config, model.to(device), data, folder).draw()
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _Sampler(config, model, data, folder).draw()
     folder.manifest(
         {
             "checkpoint": config.checkpoint,

@@ -54,6 +54,14 @@ class FeatureExtractor:
         return features.float(), logits
 
 
+def pixels(images: Tensor) -> Tensor:
+    """The image itself as its features, ``(B, C * H * W)`` in [0, 1].
+
+    For images too small for Inception: `feature_extractor=nvae.metrics.extractors:pixels`.
+    """
+    return images.float().flatten(1) / 255
+
+
 def load_extractor(
     attribute: str | None = None,
     *,
