@@ -34,9 +34,7 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
         return False
     reason = _not_applicable(x, kernel_size)
     if reason is None:
-        reason = _unavailable(x.device.index)
-        if reason is not None and impl == "auto":
-            warn_once("unavailable", f"CUDA kernels are off: {reason}")
+        reason = _unavailable(x.device.index, impl == "auto")
     if impl == "cuda":
         if reason is not None:
             raise ValueError(f"impl='cuda' does not apply: {reason}")
@@ -65,13 +63,17 @@ def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _unavailable(device: int) -> str | None:
-    """Why a device has no kernels, or None; tried with the smallest one, once a process."""
-    return _try(*torch.cuda.get_device_capability(device))
+def _unavailable(device: int, warn: bool) -> str | None:
+    """Why a device has no kernels, or None. torch.compile runs it while tracing."""
+    reason = _try(*torch.cuda.get_device_capability(device))
+    if reason is not None and warn:
+        warn_once("unavailable", f"CUDA kernels are off: {reason}")
+    return reason
 
 
 @cache
 def _try(major: int, minor: int) -> str | None:
+    """Compile the smallest kernel, once a process."""
     arch = 10 * major + minor
     if arch < OLDEST_ARCH:
         return f"compute capability {major}.{minor} is below {OLDEST_ARCH / 10}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae.ops import compiler, dispatch, library
+from nvae.ops import compiler, depthwise_conv2d, dispatch, library
 from nvae.ops.compiler import CompileError, compile_kernel
 
 MACROS = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
@@ -125,7 +125,7 @@ class FakeCuda:
 
 def test_auto_takes_the_kernel_only_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(dispatch, "_unavailable", lambda _: None)
+    monkeypatch.setattr(dispatch, "_unavailable", lambda *_: None)
     use = dispatch.use_kernel
     assert use("auto", FakeCuda())  # type: ignore[arg-type]
     assert not use("reference", FakeCuda())  # type: ignore[arg-type]
@@ -139,17 +139,59 @@ def test_auto_takes_the_kernel_only_where_it_applies(monkeypatch: pytest.MonkeyP
         use("cuda", FakeCuda(torch.float64))  # type: ignore[arg-type]
 
 
-def test_no_compiler_warns_once_and_uses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(dispatch, "_unavailable", lambda _: "NVRTC is not installed")
+@pytest.fixture
+def gpu_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU passes for an H100 whose NVRTC is missing."""
+
+    def refuse(*_: object) -> bytes:
+        raise CompileError("NVRTC is not installed")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_not_applicable", lambda *_: None)
+    monkeypatch.setattr(dispatch, "compile_kernel", refuse)
+    monkeypatch.setattr(dispatch, "_try", dispatch._try.__wrapped__)
     monkeypatch.setattr(library, "_warned", set())
+
+
+@pytest.mark.usefixtures("gpu_without_compiler")
+def test_no_compiler_warns_once_and_uses_the_reference() -> None:
+    x, w = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
     with pytest.warns(RuntimeWarning, match="CUDA kernels are off: NVRTC is not installed"):
-        assert not dispatch.use_kernel("auto", FakeCuda())  # type: ignore[arg-type]
+        depthwise_conv2d(x, w)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not dispatch.use_kernel("auto", FakeCuda())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="NVRTC is not installed"):
-        dispatch.use_kernel("cuda", FakeCuda())  # type: ignore[arg-type]
+        depthwise_conv2d(x, w)
+    with pytest.raises(ValueError, match="impl='cuda' does not apply: NVRTC is not installed"):
+        depthwise_conv2d(x, w, impl="cuda")
+
+
+@pytest.mark.usefixtures("gpu_without_compiler")
+def test_no_compiler_does_not_break_the_graph() -> None:
+    x, w = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(depthwise_conv2d, fullgraph=True, backend="eager")
+    with pytest.warns(RuntimeWarning, match="CUDA kernels are off"):
+        torch.testing.assert_close(compiled(x, w), depthwise_conv2d(x, w, impl="reference"))
+
+
+def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "_not_applicable", lambda *_: None)
+    monkeypatch.setattr(dispatch, "compile_kernel", lambda *_: b"")
+    monkeypatch.setattr(dispatch, "_try", dispatch._try.__wrapped__)
+    x = torch.randn(1, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(3, 1, 3, 3)
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x, w: depthwise_conv2d(x, w, impl="cuda"), fullgraph=True, backend=keep)(
+        x, w
+    )
+    assert "nvae.depthwise" in graphs[0].code
 
 
 def test_old_gpu_has_no_kernels() -> None:
