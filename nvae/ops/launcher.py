@@ -87,6 +87,7 @@ class CudaLauncher:
         from cuda.bindings import driver
 
         with torch.cuda.device(device):
+            _ensure_context(device.index)
             function = _load(
                 device.index, launch.kernel, launch.macros, self.limits(device).arch, launch.shared
             )
@@ -100,6 +101,17 @@ class CudaLauncher:
                 function, *grid, *block, launch.shared, stream, pointer, 0
             )
         _check(result)
+
+
+def _ensure_context(index: int) -> None:
+    """Make the device's context current. In a thread of autograd that has not called the CUDA
+    runtime yet, PyTorch has chosen a device, but the driver knows of no context.
+    """
+    from cuda.bindings import driver
+
+    if int(_check(driver.cuCtxGetCurrent())) == 0:
+        context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(index))))
+        _check(driver.cuCtxSetCurrent(context))
 
 
 @cache

@@ -8,6 +8,7 @@ computes). The kernels' register needs, hence threads and blocks, were read off 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from nvae.ops.launcher import DeviceLimits
 
@@ -77,6 +78,7 @@ def channel_blocks(c: int, channels: int) -> int:
     return -(-c // channels)
 
 
+@cache
 def forward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
     """Tiling of ``depthwise_forward.cu``, in pixels of the output.
 
@@ -95,6 +97,7 @@ def forward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
     )  # fmt: skip
 
 
+@cache
 def backward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
     """Tiling of ``depthwise_backward.cu``, in pixels of the input.
 
@@ -177,7 +180,8 @@ def _tiling(
         and shared(channels, 2 * images, *tile) <= budget
     ):
         images *= 2
-    threads = max(channels, min(most_threads, images * patches * lanes))
+    wanted_threads = min(most_threads, images * patches * lanes)
+    threads = -(-wanted_threads // channels) * channels  # so that a thread's channels stay
     down, across = -(-extent[0] // tile[0]), -(-extent[1] // tile[1])
     units = -(-shape.b // images) * down * across
     return Tiling(

@@ -29,6 +29,7 @@ CASES = [
     Case(1, 6, 9, 9, k=9, dtype=HALF, fused=False),
     Case(1, 5, 11, 6, k=11),
     Case(2, 8, 8, 7, k=11, s=2),
+    Case(1, 20, 4, 9, k=3),  # three patches across: threads that are no power of two
     Case(1, 1, 1, 1),
 ]
 
