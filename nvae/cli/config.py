@@ -40,6 +40,7 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"
     compile: bool = False
+    checkpoint_cells: bool | str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -51,6 +52,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.resume not in RESUME:
             raise ValueError(f"resume={self.resume} is unknown; allowed: {', '.join(RESUME)}")
+        if self.checkpoint_cells not in (True, False, "auto"):
+            raise ValueError(
+                f"checkpoint_cells={self.checkpoint_cells} is unknown; allowed: true, false, auto"
+            )
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} is no folder name; use letters, digits, - and _")
         self._check_model_reads_data()

@@ -19,15 +19,21 @@ from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
 from nvae.cli.report import likelihood_lines, reconstruction_grid, sample_grid, test_likelihood
 from nvae.data.module import ImageDataModule
+from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
 from nvae.models.cells import Cell
+from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import BEST, step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers
+from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
 from nvae.training.trainer import build_trainer
+
+USABLE_MEMORY = 0.8
+"""Share of a GPU's memory that an estimate may fill; workspaces and fragmentation take the rest."""
 
 
 @contextmanager
@@ -55,6 +61,8 @@ def train(composed: DictConfig) -> None:
     _quieten()
     with checked():
         config = train_config(composed)
+        if config.trainer.resolved_accelerator() == "cpu":
+            keep_freed_memory()
         folder, changed = open_run(
             Path(config.runs_dir) / config.name, config.resume, config.to_dict()
         )
@@ -130,6 +138,8 @@ def build_module(config: TrainConfig, learning_rate_scale: float | None = None) 
     model = NVAE(config.model)
     if config.compile:
         compile_cells(model)
+    if should_checkpoint_cells(config):
+        checkpoint_cells(model)
     return NVAELightning(
         model,
         config.objective,
@@ -144,7 +154,25 @@ def compile_cells(model: NVAE) -> None:
     """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
     for module in model.modules():
         if isinstance(module, Cell):
-            module.compile()
+            # the method and not the module, so that a checkpointed cell is compiled inside
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+
+
+def should_checkpoint_cells(config: TrainConfig) -> bool:
+    """Whether cells are recomputed in the backward pass; ``auto`` asks the memory estimate."""
+    if isinstance(config.checkpoint_cells, bool):
+        return config.checkpoint_cells
+    if config.trainer.resolved_accelerator() == "cpu":
+        return False
+    estimate = estimate_memory(
+        config.model,
+        config.data.batch_size,
+        precision=config.trainer.precision,
+        average_on_device=config.callbacks.ema.decay is not None
+        and config.callbacks.ema.device is None,
+    )
+    available = torch.cuda.get_device_properties(0).total_memory
+    return estimate.total > USABLE_MEMORY * available
 
 
 def report(console: Console, config: TrainConfig, folder: RunFolder) -> None:

@@ -45,6 +45,7 @@ class TrainerConfig:
         validate_every_epochs: epochs between two validations.
         limit_train_batches: batches an epoch; null: all.
         limit_valid_batches: batches a validation; null: all.
+        overfit_batches: train and validate on this many training batches alone; 0: on all data.
         deterministic: insist on deterministic kernels.
         detect_anomaly: let autograd name the operation that made a NaN; slow.
         guard: gradient clipping, and what happens to steps that go bad.
@@ -62,6 +63,7 @@ class TrainerConfig:
     validate_every_epochs: int = 1
     limit_train_batches: int | None = None
     limit_valid_batches: int | None = None
+    overfit_batches: int = 0
     deterministic: bool = False
     detect_anomaly: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -83,6 +85,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name} is {value}; it must be at least 1, or null")
+        if self.overfit_batches < 0:
+            raise ValueError(
+                f"trainer.overfit_batches is {self.overfit_batches}; it must be at least 0"
+            )
         if self.timeout <= 0:
             raise ValueError(f"trainer.timeout is {self.timeout}; it must be above 0 seconds")
         if self.launcher == "slurm" and "SLURM_NTASKS" not in os.environ:
@@ -188,6 +194,7 @@ def build_trainer(
         check_val_every_n_epoch=config.validate_every_epochs,
         limit_train_batches=config.limit_train_batches,
         limit_val_batches=config.limit_valid_batches,
+        overfit_batches=config.overfit_batches,
         deterministic=config.deterministic,
         detect_anomaly=config.detect_anomaly,
         default_root_dir=folder,

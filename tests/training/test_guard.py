@@ -101,7 +101,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     config.trainer.guard = GuardConfig(gradient_clip=0.5)
     config.trainer.epochs = 1
-    folder, trainer = run(config)
+    _, trainer = run(config)
     guard = next(c for c in trainer.callbacks if isinstance(c, BadSteps))
     assert guard.read().norm > 0.5
     look = Look()
