@@ -24,7 +24,8 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    index = int(name.partition(":")[2] or 0)  # torch.device keeps eight bits of it
+    if device.type == "cuda" and index >= torch.cuda.device_count():
         raise ValueError(
             f"device={name} is not here: torch sees {torch.cuda.device_count()} CUDA device(s); "
             "device=cpu works everywhere"

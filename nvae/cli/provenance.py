@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("nvae", "torch", "numpy")
+_PACKAGES = ("nvae", "numpy")
 
 
 def file_sha256(path: Path) -> str:
@@ -25,7 +25,7 @@ def short_hash(value: Any) -> str:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Software and device, for a manifest."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
