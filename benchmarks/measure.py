@@ -1,0 +1,81 @@
+"""What the benchmarks share: arguments, timing, peak memory."""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nvae.host_memory import keep_freed_memory
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median, fastest and slowest run, in ms, and the peak memory in MiB."""
+
+    median: float
+    fastest: float
+    slowest: float
+    peak_memory: float
+
+    def row(self, what: str, images: int) -> str:
+        """One line: ms, images/s, memory."""
+        return (
+            f"{what:<28} {self.median:9.1f} ms  ({self.fastest:.1f} to {self.slowest:.1f})  "
+            f"{1000 * images / self.median:9.1f} images/s  peak {self.peak_memory:,.0f} MiB"
+        )
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that both model benchmarks take."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "overrides", nargs="*", default=["experiment=mnist"],
+        help="as for train.py; default: experiment=mnist",
+    )  # fmt: skip
+    arguments.add_argument("--batch", type=int, default=16)
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--precision", choices=PRECISIONS, default="32")
+    arguments.add_argument("--compile", action="store_true", help="compile every residual cell")
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--warmup", type=int, default=3)
+    arguments.add_argument("--runs", type=int, default=10)
+    return arguments
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """Apply thread count and allocator settings, as the commands do."""
+    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def measure(call: Callable[[], object], device: str, warmup: int, runs: int) -> Timing:
+    """Time ``call`` after ``warmup`` calls that are not counted."""
+    cuda = device.startswith("cuda")
+    for _ in range(warmup):
+        call()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return Timing(statistics.median(times), min(times), max(times), peak)

@@ -1,0 +1,79 @@
+"""Time of a whole training step: forward, objective, regularisers, backward, optimiser.
+
+    python -m benchmarks.train_step experiment=mnist --batch 16
+    python -m benchmarks.train_step experiment=cifar10 --batch 32 --device cuda --precision bf16
+
+Any override of train.py goes before the options. The images are random; time does not depend on
+them.
+"""
+
+import contextlib
+
+import torch
+
+from benchmarks.measure import PRECISIONS, measure, parser, set_up
+from nvae.cli.compose import compose_train
+from nvae.cli.train import compile_cells
+from nvae.models import NVAE
+from nvae.training.loss import TrainingLoss, spectral_weight
+from nvae.training.optimizer import build_optimizer
+
+BETA = 0.5
+"""In the middle of annealing, where balancing is on: the dearest phase."""
+
+
+def main() -> None:
+    """Print the parts of a step and the whole."""
+    options = parser(__doc__).parse_args()
+    set_up(options)
+    config = compose_train(options.overrides)
+    torch.manual_seed(0)
+    model = NVAE(config.model).to(options.device).to(memory_format=torch.channels_last)
+    if options.compile:
+        compile_cells(model)
+    loss = TrainingLoss(model, config.objective).to(options.device)
+    optimizer = build_optimizer(config.optimizer, model.parameters())
+    side, channels = config.model.image_size, config.model.image_channels
+    levels = 1 if config.model.likelihood == "bernoulli" else 2**config.model.bits - 1
+    x = torch.randint(levels + 1, (options.batch, channels, side, side), device=options.device)
+    x = (x / levels).to(memory_format=torch.channels_last)
+    dtype = PRECISIONS[options.precision]
+    scaler = torch.amp.GradScaler(options.device, enabled=options.precision == "fp16")
+    weight = spectral_weight(config.objective, BETA)
+
+    def autocast() -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
+
+    def forward() -> torch.Tensor:
+        with autocast():
+            output = model(x)
+            log_likelihood = model.likelihood(output.logits).log_prob(x)
+        return loss.elbo(output, log_likelihood, BETA).loss
+
+    def regularizers() -> torch.Tensor:
+        values = loss.regularizers()
+        return weight * (values.spectral + values.batchnorm)
+
+    def step() -> None:
+        total = forward()
+        if weight > 0:
+            total = total + regularizers()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"{' '.join(options.overrides)}: {size:,} parameters, batch {options.batch}, "
+        f"{options.device}, precision {options.precision}, "
+        f"{'compiled' if options.compile else 'not compiled'}, {options.threads} threads, "
+        f"torch {torch.__version__}"
+    )
+    for what, call in (("step", step), ("forward alone", forward), ("regularisers", regularizers)):
+        timing = measure(call, options.device, options.warmup, options.runs)
+        print(timing.row(what, options.batch), flush=True)
+
+
+if __name__ == "__main__":
+    main()
