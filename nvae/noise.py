@@ -45,7 +45,10 @@ def fold_in(keys: Tensor, word: Tensor | int) -> Tensor:
 
 
 def _as_tensor(word: Tensor | int, like: Tensor) -> Tensor:
-    return torch.as_tensor(word, dtype=torch.int64, device=like.device)
+    if isinstance(word, Tensor):
+        return word.to(like.device)
+    # filled on the device: a copy from the host would make a GPU wait
+    return torch.full((), word, dtype=torch.int64, device=like.device)
 
 
 def _words(keys: Tensor, count: int) -> Tensor:
