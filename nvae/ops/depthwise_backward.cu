@@ -15,10 +15,16 @@
 // dw is summed in a fixed order: registers over a thread's pixels, the thread groups in ascending
 // order, then the rows of `partial_weight` (sum_rows in vectors.cu). No atomics.
 //
-// Macros: K, S, CB, NB, TH, TW, PH, PW (all in pixels of x), THREADS, MIN_BLOCKS, FUSED, DSUMS,
-// NEED_DX, NEED_DW. K above 5 has too many weights for the registers: such kernels compute either
+// Macros: C, H, W (of x), K, S, CB, NB, TH, TW, PH, PW (all in pixels of x), THREADS, MIN_BLOCKS,
+// FUSED, DSUMS, NEED_DX, NEED_DW. K above 5 has too many weights for the registers: such kernels compute either
 // dx or dw, the latter one row of taps a block.
 
+constexpr int OH = (H + S - 1) / S;
+constexpr int OW = (W + S - 1) / S;
+constexpr int TILES_H = (H + TH - 1) / TH;
+constexpr int TILES_W = (W + TW - 1) / TW;
+constexpr int CHANNEL_BLOCKS = (C + CB - 1) / CB;
+constexpr bool WHOLE_TILES = H % TH == 0 && W % TW == 0;
 constexpr int IH = TH + K - 1;  // staged tile of dy, in pixels of x
 constexpr int IW = TW + K - 1;
 constexpr int PAD = K / 2;
@@ -44,14 +50,13 @@ struct Args {
     elem* dx;               // (B, H, W, C) with NEED_DX
     float* partial_weight;  // (rows, C, K, K) with NEED_DW
     float* partial_sums;    // (rows, 2, C) with FUSED and NEED_DX
-    int B, H, W, C, OH, OW;
-    int tiles_h, tiles_w;  // tiles of an image
-    int units;             // ceil(B / NB) * tiles_h * tiles_w
-    int rows;              // blocks that share the units of one channel block
+    int B;
+    int units;  // ceil(B / NB) * TILES_H * TILES_W
+    int rows;   // blocks that share the units of one channel block
 };
 
 __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int c0) {
-    const int live = min(CB, a.C - c0) * K * K;
+    const int live = min(CB, C - c0) * K * K;
     for (int i = threadIdx.x; i < CB * K * K; i += THREADS) {
         const float w = i < live ? a.weight[static_cast<long long>(c0) * (K * K) + i] : 0.f;
         weights[i % (K * K) * WEIGHT_PITCH + i / (K * K)] = w;
@@ -62,9 +67,9 @@ __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int
 // dS1 and 2 dS2 in shared memory: as registers they would live through the whole kernel
 __device__ __forceinline__ void stage_dsums(const Args& a, float* dsums, int c0) {
     for (int i = threadIdx.x; i < CB; i += THREADS) {
-        const bool ok = c0 + i < a.C;
+        const bool ok = c0 + i < C;
         dsums[i] = ok ? static_cast<float>(a.dsums[c0 + i]) : 0.f;
-        dsums[CB + i] = ok ? static_cast<float>(2 * a.dsums[a.C + c0 + i]) : 0.f;
+        dsums[CB + i] = ok ? static_cast<float>(2 * a.dsums[C + c0 + i]) : 0.f;
     }
 }
 #endif
@@ -77,7 +82,8 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, const flo
     constexpr int PIXELS = NB * IH * IW;
     constexpr int BATCH = DSUMS ? 2 : 4;  // pixels in flight
     const int c = c0 + threadIdx.x % VECTORS * VIO;
-    const bool channel_ok = c < a.C;
+    const bool channel_ok = c < C;
+    const long long image = static_cast<long long>(b0) * (static_cast<long long>(OH) * OW * C) + c;
 #if DSUMS
     float constant[VIO], slope[VIO];
 #pragma unroll
@@ -92,16 +98,17 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, const flo
 #pragma unroll
         for (int u = 0; u < BATCH; ++u) {
             const int p = first + u * STEP;
-            const int b = b0 + p / (IH * IW);
-            const int h = h0 + p % (IH * IW) / IW;
+            const int n = NB == 1 ? 0 : p / (IH * IW);
+            const int h = h0 + (p - n * (IH * IW)) / IW;
             const int w = w0 + p % IW;
-            inside[u] = channel_ok && p < PIXELS && b < a.B && h >= 0 && w >= 0 && h % S == 0 &&
-                        w % S == 0 && h / S < a.OH && w / S < a.OW;
+            inside[u] = channel_ok && p < PIXELS && (NB == 1 || b0 + n < a.B) && h % S == 0 &&
+                        w % S == 0 && static_cast<unsigned>(h) < OH * S &&
+                        static_cast<unsigned>(w) < OW * S;
             raw[u] = Raw();
             raw_y[u] = Raw();
             if (inside[u]) {
-                const long long at = (static_cast<long long>(b) * a.OH * a.OW +
-                                      static_cast<long long>(h / S) * a.OW + w / S) * a.C + c;
+                const long long at =
+                    image + (static_cast<long long>(n) * (OH * OW) + h / S * OW + w / S) * C;
                 raw[u] = load_raw(a.dy + at);
 #if DSUMS
                 raw_y[u] = load_raw(a.y + at);
@@ -198,14 +205,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     float* weights = tile + TILE_FLOATS;
     float* dsums = weights + WEIGHT_FLOATS;
 
-    const int channel_blocks = (a.C + CB - 1) / CB;
-    const int c0 = blockIdx.x % channel_blocks * CB;
-    const int row = blockIdx.x / channel_blocks / SLICES;
-    const int first_row = blockIdx.x / channel_blocks % SLICES * TAP_ROWS;
+    const int c0 = blockIdx.x % CHANNEL_BLOCKS * CB;
+    const int row = blockIdx.x / CHANNEL_BLOCKS / SLICES;
+    const int first_row = blockIdx.x / CHANNEL_BLOCKS % SLICES * TAP_ROWS;
     const int lane = threadIdx.x % CB;
     const int group = threadIdx.x / CB;
     const int c = c0 + lane;
-    const bool channel_ok = c < a.C;
+    const bool channel_ok = c < C;
 #if FUSED
     const float mean = channel_ok ? static_cast<float>(a.mean[c]) : 0.f;
     const float scale = channel_ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
@@ -222,9 +228,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     __syncthreads();  // dsums are staged
 #endif
     for (int unit = row; unit < a.units; unit += a.rows) {
-        const int h0 = unit / a.tiles_w % a.tiles_h * TH;
-        const int w0 = unit % a.tiles_w * TW;
-        const int b0 = unit / (a.tiles_w * a.tiles_h) * NB;
+        const int h0 = unit / TILES_W % TILES_H * TH;
+        const int w0 = unit % TILES_W * TW;
+        const int b0 = unit / (TILES_W * TILES_H) * NB;
         stage_tile(a, tile, dsums, c0, b0, h0 - PAD, w0 - PAD);
         __syncthreads();  // tile and weights are staged
 
@@ -241,8 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             const int pw = patch % ACROSS * PW;
             const int b = b0 + n, h = h0 + ph, w_ = w0 + pw;
             if (b >= a.B || !channel_ok) continue;
-            const long long at = ((static_cast<long long>(b) * a.H + h) * a.W + w_) * a.C + c;
-            const long long pitch = static_cast<long long>(a.W) * a.C;
+            const long long at = ((static_cast<long long>(b) * H + h) * W + w_) * C + c;
 
             float act[PH][PW];  // Swish(BN(x)), or x; zero outside the image
             float x[PH][PW];    // kept for what FUSED needs after the sums
@@ -251,15 +256,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
 #pragma unroll
                 for (int q = 0; q < PW; ++q) {
                     x[o][q] = 0.f;
-                    if ((FUSED || NEED_DW) && h + o < a.H && w_ + q < a.W)
-                        x[o][q] = load_one(a.x + at + o * pitch + q * a.C);
+                    if ((FUSED || NEED_DW) && (WHOLE_TILES || (h + o < H && w_ + q < W)))
+                        x[o][q] = load_one(a.x + at + static_cast<long long>(o * W + q) * C);
                 }
 #pragma unroll
             for (int o = 0; o < PH; ++o)
 #pragma unroll
                 for (int q = 0; q < PW; ++q) {
 #if FUSED
-                    const bool inside = h + o < a.H && w_ + q < a.W;
+                    const bool inside = WHOLE_TILES || (h + o < H && w_ + q < W);
                     const float v = fmaf(x[o][q] - mean, scale, shift);
                     act[o][q] = inside ? v * sigmoid(v) : 0.f;
 #else
@@ -274,8 +279,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             for (int o = 0; o < PH; ++o)
 #pragma unroll
                 for (int q = 0; q < PW; ++q) {
-                    if (h + o >= a.H || w_ + q >= a.W) continue;
-                    elem* to = a.dx + at + o * pitch + q * a.C;
+                    if (!WHOLE_TILES && (h + o >= H || w_ + q >= W)) continue;
+                    elem* to = a.dx + at + static_cast<long long>(o * W + q) * C;
 #if FUSED
                     const float centred = x[o][q] - mean;
                     const float v = fmaf(centred, scale, shift);
@@ -314,17 +319,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
         __syncthreads();  // the next group adds to it
     }
 #if NEED_DW
-    float* to = a.partial_weight + (static_cast<long long>(row) * a.C + c0) * (K * K);
-    const int live = min(CB, a.C - c0) * TAPS;
+    float* to = a.partial_weight + (static_cast<long long>(row) * C + c0) * (K * K);
+    const int live = min(CB, C - c0) * TAPS;
     for (int i = threadIdx.x; i < live; i += THREADS)
         to[i / TAPS * (K * K) + first_row * K + i % TAPS] =
             total[i % TAPS * WEIGHT_PITCH + i / TAPS];
 #endif
 #if FUSED && NEED_DX
     if (group == 0 && channel_ok) {
-        float* sums = a.partial_sums + static_cast<long long>(row) * 2 * a.C + c;
+        float* sums = a.partial_sums + static_cast<long long>(row) * 2 * C + c;
         sums[0] = total[TAPS * WEIGHT_PITCH + lane];
-        sums[a.C] = total[TAPS * WEIGHT_PITCH + CB + lane];
+        sums[C] = total[TAPS * WEIGHT_PITCH + CB + lane];
     }
 #endif
 }

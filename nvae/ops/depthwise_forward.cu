@@ -3,14 +3,21 @@
 // A block takes CB channels of NB images' TH x TW output tile. It stages the input tile with its
 // halo in shared memory as float (16-byte loads; BN and Swish once per staged pixel; padding is
 // zero after them, so it is written here and never loaded). Then every thread keeps the weights of
-// two channels in registers and computes PH x PW patches of outputs: each value read from shared
-// memory serves up to K * PH * PW / ... taps, which leaves the kernel close to its K * K
-// multiply-adds. Adjacent lanes hold adjacent channels, so shared memory has no bank conflicts and
+// two channels in registers and computes PH x PW patches of outputs: a value read from shared memory
+// serves all taps of the patch that meet it, which leaves the kernel close to its K * K
+// multiply-adds an output. Adjacent lanes hold adjacent channels, so shared memory has no bank conflicts and
 // stores are whole lines.
 //
-// Macros: K, S (stride), CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, FUSED (BN + Swish on load),
+// Macros: C, H, W (of x; constants, so that offsets within a patch are immediate), K, S (stride),
+// CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, FUSED (BN + Swish on load),
 // SUMS (per-channel sum and sum of squares of y).
 
+constexpr int OH = (H + S - 1) / S;
+constexpr int OW = (W + S - 1) / S;
+constexpr int TILES_H = (OH + TH - 1) / TH;
+constexpr int TILES_W = (OW + TW - 1) / TW;
+constexpr int CHANNEL_BLOCKS = (C + CB - 1) / CB;
+constexpr bool WHOLE_TILES = OH % TH == 0 && OW % TW == 0;
 constexpr int IH = (TH - 1) * S + K;  // staged tile
 constexpr int IW = (TW - 1) * S + K;
 constexpr int PAD = K / 2;
@@ -30,14 +37,13 @@ struct Args {
     const double* rstd;
     elem* y;         // (B, OH, OW, C)
     float* partial;  // (rows, 2, C) with SUMS
-    int B, H, W, C, OH, OW;
-    int tiles_h, tiles_w;  // tiles of an image
-    int units;             // ceil(B / NB) * tiles_h * tiles_w
-    int rows;              // blocks that share the units of one channel block
+    int B;
+    int units;  // ceil(B / NB) * TILES_H * TILES_W
+    int rows;   // blocks that share the units of one channel block
 };
 
 __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int c0) {
-    const int live = min(CB, a.C - c0) * K * K;
+    const int live = min(CB, C - c0) * K * K;
     for (int i = threadIdx.x; i < CB * K * K; i += THREADS) {
         const float w = i < live ? a.weight[static_cast<long long>(c0) * (K * K) + i] : 0.f;
         weights[i % (K * K) * WEIGHT_PITCH + i / (K * K)] = w;
@@ -49,7 +55,7 @@ __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int
 __device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
     for (int i = threadIdx.x; i < CB; i += THREADS) {
         const int c = c0 + i;
-        const bool ok = c < a.C;
+        const bool ok = c < C;
         bn[i] = ok ? static_cast<float>(a.mean[c]) : 0.f;
         bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
         bn[2 * CB + i] = ok ? a.beta[c] : 0.f;
@@ -64,7 +70,8 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, const flo
     constexpr int PIXELS = NB * IH * IW;
     constexpr int BATCH = 4;  // loads in flight
     const int c = c0 + threadIdx.x % VECTORS * VIO;
-    const bool channel_ok = c < a.C;
+    const bool channel_ok = c < C;
+    const elem* image = a.x + static_cast<long long>(b0) * (static_cast<long long>(H) * W * C) + c;
 #if FUSED
     float mean[VIO], scale[VIO], shift[VIO];
 #pragma unroll
@@ -80,15 +87,15 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, const flo
 #pragma unroll
         for (int u = 0; u < BATCH; ++u) {
             const int p = first + u * STEP;
-            const int b = b0 + p / (IH * IW);
-            const int h = h0 + p % (IH * IW) / IW;
+            const int n = NB == 1 ? 0 : p / (IH * IW);
+            const int h = h0 + (p - n * (IH * IW)) / IW;
             const int w = w0 + p % IW;
-            inside[u] = channel_ok && p < PIXELS && b < a.B && static_cast<unsigned>(h) < a.H &&
-                        static_cast<unsigned>(w) < a.W;
+            inside[u] = channel_ok && p < PIXELS && (NB == 1 || b0 + n < a.B) &&
+                        static_cast<unsigned>(h) < H && static_cast<unsigned>(w) < W;
             raw[u] = Raw();
             if (inside[u]) {
-                raw[u] = load_raw(a.x + (static_cast<long long>(b) * a.H * a.W +
-                                         static_cast<long long>(h) * a.W + w) * a.C + c);
+                const long long pixel = static_cast<long long>(n) * (H * W) + h * W + w;
+                raw[u] = load_raw(image + pixel * C);
             }
         }
 #pragma unroll
@@ -195,9 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     float* weights = tile + TILE_FLOATS;
     float* bn = weights + WEIGHT_FLOATS;
 
-    const int channel_blocks = (a.C + CB - 1) / CB;
-    const int c0 = blockIdx.x % channel_blocks * CB;
-    const int row = blockIdx.x / channel_blocks;
+    const int c0 = blockIdx.x % CHANNEL_BLOCKS * CB;
+    const int row = blockIdx.x / CHANNEL_BLOCKS;
     const int lane = threadIdx.x % LANES;
     const int group = threadIdx.x / LANES;
     const int c = c0 + lane * 2;
@@ -209,9 +215,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     __syncthreads();  // BN's vectors are staged
 #endif
     for (int unit = row; unit < a.units; unit += a.rows) {
-        const int oh0 = unit / a.tiles_w % a.tiles_h * TH;
-        const int ow0 = unit % a.tiles_w * TW;
-        const int b0 = unit / (a.tiles_w * a.tiles_h) * NB;
+        const int oh0 = unit / TILES_W % TILES_H * TH;
+        const int ow0 = unit % TILES_W * TW;
+        const int b0 = unit / (TILES_W * TILES_H) * NB;
         stage_tile(a, tile, bn, c0, b0, oh0 * S - PAD, ow0 * S - PAD);
         __syncthreads();  // tile and weights are staged
 
@@ -230,15 +236,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             convolve(tile + ((n * IH + ph * S) * IW + pw * S) * CB + lane * 2, weights + lane * 2,
                      w, acc);
             const int b = b0 + n, oh = oh0 + ph, ow = ow0 + pw;
-            if (b >= a.B || c >= a.C) continue;
-            elem* to = a.y + ((static_cast<long long>(b) * a.OH + oh) * a.OW + ow) * a.C + c;
+            if (b >= a.B || c >= C) continue;
+            elem* to = a.y + ((static_cast<long long>(b) * OH + oh) * OW + ow) * C + c;
 #pragma unroll
             for (int o = 0; o < PH; ++o) {
-                elem* at = to + static_cast<long long>(o) * a.OW * a.C;
 #pragma unroll
                 for (int q = 0; q < PW; ++q) {
-                    if (oh + o < a.OH && ow + q < a.OW) {
-                        const float2 y = store_pair(at, acc[o][q], c + 1 < a.C);
+                    if (WHOLE_TILES || (oh + o < OH && ow + q < OW)) {
+                        const float2 y = store_pair(
+                            to + static_cast<long long>(o * OW + q) * C, acc[o][q], c + 1 < C);
 #if SUMS
                         sum.x += y.x;
                         sum.y += y.y;
@@ -246,7 +252,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
                         square.y = fmaf(y.y, y.y, square.y);
 #endif
                     }
-                    at += a.C;
                 }
             }
         }
@@ -258,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     float4* partial = shared;
     partial[threadIdx.x] = make_float4(sum.x, sum.y, square.x, square.y);
     __syncthreads();  // every group's sums are there
-    if (group == 0 && c < a.C) {
+    if (group == 0 && c < C) {
         float4 total = partial[lane];
         for (int g = 1; g < GROUPS; ++g) {
             const float4 more = partial[g * LANES + lane];
@@ -267,12 +272,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             total.z += more.z;
             total.w += more.w;
         }
-        float* to = a.partial + static_cast<long long>(row) * 2 * a.C + c;
+        float* to = a.partial + static_cast<long long>(row) * 2 * C + c;
         to[0] = total.x;
-        to[a.C] = total.z;
-        if (c + 1 < a.C) {
+        to[C] = total.z;
+        if (c + 1 < C) {
             to[1] = total.y;
-            to[a.C + 1] = total.w;
+            to[C + 1] = total.w;
         }
     }
 #endif

@@ -212,15 +212,14 @@ def _launch_depthwise(
     slices: int,
     launcher: Launcher,
 ) -> None:
-    down, across, units, rows = tiling.grid
+    _, _, units, rows = tiling.grid
     device, dtype = images[0].device, images[0].dtype  # type: ignore[union-attr]
     macros = {
-        "ELEM": DTYPES[dtype], "VIO": _vector_width(shape.c, images), "K": shape.k, "S": shape.s,
+        "ELEM": DTYPES[dtype], "VIO": _vector_width(shape.c, images),
+        "C": shape.c, "H": shape.h, "W": shape.w, "K": shape.k, "S": shape.s,
         **tiling.macros(), **flags,
     }  # fmt: skip
-    scalars = struct.pack(
-        "10i", shape.b, shape.h, shape.w, shape.c, *shape.out, down, across, units, rows
-    )
+    scalars = struct.pack("3i4x", shape.b, units, rows)
     blocks = channel_blocks(shape.c, tiling.channels) * rows * slices
     assert blocks <= MAX_BLOCKS
     launch = Launch(
