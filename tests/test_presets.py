@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from nvae.cli.config import register, train_config
+from nvae.cli.compose import compose_train
 from nvae.models import NVAE
 from nvae.models.topology import groups_per_scale
-from tests.test_borders import ROOT
 
 PARAMETERS = {
     "mnist": 33_363_134,
@@ -35,17 +33,11 @@ BATCH_AND_GPUS = {
 }
 
 
-def composed(experiment: str):  # type: ignore[no-untyped-def]
-    register()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return train_config(compose("train", overrides=[f"experiment={experiment}"]))
-
-
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("variant", ["", "_1gpu"])
 def test_size_and_groups(name: str, variant: str) -> None:
     """Parameter counts and groups of the paper, exactly; one GPU changes neither."""
-    config = composed(name + variant)
+    config = compose_train([f"experiment={name}{variant}"])
     with torch.device("meta"):
         model = NVAE(config.model)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
@@ -56,7 +48,9 @@ def test_size_and_groups(name: str, variant: str) -> None:
 def test_batch_of_the_paper(name: str) -> None:
     """Images per optimiser step; the single-GPU variant keeps them by accumulation."""
     batch, gpus = BATCH_AND_GPUS[name]
-    paper, single = composed(name), composed(f"{name}_1gpu")
+    paper = compose_train([f"experiment={name}"])
+    single = compose_train([f"experiment={name}_1gpu"])
     assert paper.data.batch_size == batch
     assert paper.trainer.devices * paper.trainer.num_nodes == gpus
     assert single.trainer.devices * single.trainer.num_nodes == 1
+    assert single.data.batch_size * single.trainer.accumulate == batch * gpus
