@@ -67,10 +67,6 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         data = open_data(data_settings, model.config)
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
-        if config.overwrite and rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        if world > 1:
-            dist.barrier()
         started = monotonic()
         with _statistics(config, model, shown=rank == 0):
             store = RecordStore(partial, short_hash(protocol), rank)

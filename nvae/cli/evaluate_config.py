@@ -44,7 +44,7 @@ class EvaluateConfig:
         kid_subsets: subsets that KID is averaged over.
         kid_subset_size: images in each.
         output: the JSON file; null: beside the checkpoint, in `evaluation/`.
-        overwrite: begin anew, and replace a result made with other settings.
+        overwrite: replace a result that is there, made with these settings or others.
     """
 
     checkpoint: str
