@@ -9,18 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_ELEMENTS = range(1 << 17, 1 << 20)
-"""Where the overlap sums won on two cores: below, the calls cost more; above, the cache is lost."""
+_CACHE = 1 << 20
+"""Elements above which the overlap sums lose the cache."""
 
 
 def small_map_applies(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether :func:`depthwise_conv2d_small_map` is the faster path for these tensors."""
+    """Whether :func:`depthwise_conv2d_small_map` is the faster path for these tensors.
+
+    On one core, forward and backward under a 5x5 kernel: 16x512x4x4 1.8 ms against 2.7 ms, but
+    16x256x8x8 5.3 ms against 4.6 ms and 16x512x8x8 5.7 ms against 8.4 ms: with more overlap the
+    gain needs more channels, and below it the calls cost more than they save.
+    """
+    kernel_size, side = weight.shape[2], max(x.shape[2:])
     return (
         stride == 1
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and max(x.shape[2:]) < 2 * weight.shape[2]
-        and x.numel() in _ELEMENTS
+        and side < 2 * kernel_size
+        and (1 << 17 if side < kernel_size else 1 << 19) <= x.numel() < _CACHE
     )
 
 

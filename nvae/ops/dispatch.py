@@ -12,6 +12,7 @@ from nvae.ops.library import warn_once
 from nvae.ops.tiling import MAX_KERNEL
 
 Impl = Literal["auto", "reference", "cuda"]
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 OLDEST_ARCH = 80
 
@@ -28,8 +29,8 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
     Raises:
         ValueError: an unknown ``impl``, or ``cuda`` where no kernel applies.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "reference":
         return False
     reason = _not_applicable(x, kernel_size)

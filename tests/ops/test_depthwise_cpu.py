@@ -41,6 +41,8 @@ def test_where_it_applies() -> None:
     """Small maps of middling volume, float32, CPU: what was measured to win."""
     w = torch.zeros(1536, 1, 5, 5)
     assert small_map_applies(torch.zeros(16, 1536, 4, 4), w, 1)
+    assert small_map_applies(torch.zeros(16, 512, 8, 8), w, 1)
+    assert not small_map_applies(torch.zeros(16, 256, 8, 8), w, 1)
     assert not small_map_applies(torch.zeros(16, 1536, 4, 4), w, 2)
     assert not small_map_applies(torch.zeros(16, 1536, 4, 4).double(), w, 1)
     assert not small_map_applies(torch.zeros(1, 96, 16, 16), torch.zeros(96, 1, 5, 5), 1)
