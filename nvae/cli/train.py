@@ -80,6 +80,8 @@ def train(composed: DictConfig) -> None:
             console.print(f"stopped by {stop}; run the same command again to go on")
             raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
         raise SystemExit(0) from None  # the launcher takes any other code for a crash
+    except OSError as error:  # a full disk
+        raise UserError(f"{error}; make room, then run the same command again") from error
     if is_first:
         report(console, config, folder)
 

@@ -58,8 +58,13 @@ class AtomicCheckpointIO(CheckpointIO):
             OSError: nothing could be written; what was there before is still there.
             CheckpointError: what was written cannot be read back.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(checkpoint, path)
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # torch turns some write errors into the latter
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise OSError(f"cannot write {path}: {reason}; older checkpoints are intact") from error
         load_checkpoint(path)
 
     def load_checkpoint(
@@ -126,6 +131,9 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step at hand is saved already, if it is not the first."""
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for leftover in self.folder.glob(".*.part"):  # of a process that was killed
+                leftover.unlink()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,

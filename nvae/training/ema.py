@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
@@ -21,7 +22,7 @@ def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor 
     return update
 
 
-def weight_averaging(decay: float, device: str | None) -> WeightAveraging:
+class MovingAverage(WeightAveraging):
     """Averages parameters and running statistics after every optimiser step.
 
     Validation, pictures and `best.ckpt` use the average.
@@ -30,4 +31,12 @@ def weight_averaging(decay: float, device: str | None) -> WeightAveraging:
         decay: of the average, a step.
         device: where the average lives; None: beside the model.
     """
-    return WeightAveraging(device=device, multi_avg_fn=ema_of_floats(decay))
+
+    def __init__(self, decay: float, device: str | None = None) -> None:
+        super().__init__(device=device, multi_avg_fn=ema_of_floats(decay))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average; its counter stays on the host, which looks at it at every update."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nvae.training.adamax import Adamax
+from nvae.training.apex import APEX_OPTIMIZERS, apex_optimizer, check_apex
+from nvae.training.host_switch import HostSwitch
 
-OPTIMIZERS = ("adamax", "adamw")
+OPTIMIZERS = ("adamax", "adamw", *APEX_OPTIMIZERS)
 
 
 @dataclass
@@ -19,7 +19,7 @@ class OptimizerConfig:
     """Which optimiser, and its learning rate over time.
 
     Attributes:
-        name: ``adamax`` (the paper's) | ``adamw``.
+        name: ``adamax`` (the paper's) | ``adamw`` | ``apex_fused_adam`` | ``apex_fused_lamb``.
         learning_rate: after warm-up.
         min_learning_rate: at the end.
         warmup_epochs: epochs of linear warm-up, step by step.
@@ -43,6 +43,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name={self.name} is unknown; allowed: {_list(OPTIMIZERS)}")
+        if self.name in APEX_OPTIMIZERS:
+            check_apex(self.name)
         if self.decay_every not in ("step", "epoch"):
             raise ValueError(
                 f"optimizer.decay_every={self.decay_every} is unknown; allowed: step, epoch"
@@ -71,22 +73,6 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-class HostSwitch(Optimizer):
-    """Mixed into optimisers that the device cannot switch off: here the host asks it, and waits."""
-
-    found_inf: Tensor | None = None
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure, then the step unless ``found_inf`` is set."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.found_inf is None or not bool(self.found_inf):
-            super().step()
-        return loss
-
-
 class HostSwitchedAdamW(HostSwitch, AdamW):
     """AdamW for float16, whose loss scaler has to see the gradients before a fused step could."""
 
@@ -111,6 +97,14 @@ def build_optimizer(
             parameters, config.learning_rate, betas, config.epsilon, config.weight_decay,
             fused=fused,
         )  # fmt: skip
+    if config.name in APEX_OPTIMIZERS:
+        return apex_optimizer(config.name)(
+            parameters,
+            lr=config.learning_rate,  # type: ignore[call-arg]
+            betas=betas,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
     return Adamax(parameters, config.learning_rate, betas, config.epsilon, config.weight_decay)
 
 

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, Checkpoints
 from nvae.training.distributed import ddp_strategy
-from nvae.training.ema import weight_averaging
+from nvae.training.ema import MovingAverage
 from nvae.training.guard import BadSteps, GuardConfig
 from nvae.training.interruption import StopOnSignal
 from nvae.training.metrics import TrainingMetrics
@@ -164,7 +164,7 @@ def build_trainer(
     built: list[pl.Callback] = [metrics, Pictures(folder / "pictures", callbacks.pictures)]
     if callbacks.ema.decay is not None:
         # after the pictures: at the end of validation it puts the raw weights back
-        built.append(weight_averaging(callbacks.ema.decay, callbacks.ema.device))
+        built.append(MovingAverage(callbacks.ema.decay, callbacks.ema.device))
     guard = BadSteps(config.guard, log_every_steps)
     checkpoints = Checkpoints(folder / "checkpoints", callbacks.checkpoint, guard)
     built += [guard, checkpoints, StopOnSignal(checkpoints, config.requeue)]

@@ -45,9 +45,7 @@ class Record(pl.Callback):
                 "model": pl_module.model.state_dict(),
                 "optimizer": trainer.optimizers[0].state_dict()["state"],
             }
-            self.states.append(
-                {k: {n: _clone(t) for n, t in v.items()} for k, v in states.items()}
-            )
+            self.states.append({k: {n: _clone(t) for n, t in v.items()} for k, v in states.items()})
 
 
 def _clone(value: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Optimisers by name, the learning rate over time, and apex's absence."""
+
+import sys
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+
+from nvae.training.host_switch import HostSwitch
+from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+
+
+def test_learning_rate_warms_up_then_falls_to_the_minimum() -> None:
+    """Linear over two epochs of ten steps, half a cosine over eight more; last step at 1e-4."""
+    config = OptimizerConfig(warmup_epochs=2)
+    factor = learning_rate_factor(config, 10, 100)
+    rates = [config.learning_rate * factor(s) for s in range(101)]
+    assert rates[0] == pytest.approx(1e-2 / 20)
+    assert rates[19] == rates[20] == pytest.approx(1e-2)
+    assert rates[60] == pytest.approx((1e-2 + 1e-4) / 2)
+    assert rates[100] == pytest.approx(1e-4)
+    assert all(a < b for a, b in pairwise(rates[:20]))
+    assert all(a > b for a, b in pairwise(rates[20:]))
+
+
+def test_cosine_by_the_epoch_is_constant_within_one() -> None:
+    factor = learning_rate_factor(OptimizerConfig(warmup_epochs=1, decay_every="epoch"), 10, 50)
+    assert len({factor(s) for s in range(20, 30)}) == 1
+    assert factor(19) > factor(20)
+    assert factor(3) == pytest.approx(0.4)  # warm-up goes step by step all the same
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["adamax", "adamw"])
+def test_found_inf_leaves_the_step_out(name: str, fused: bool) -> None:
+    """Every optimiser must honour the guard's flag, and step where it is 0."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(OptimizerConfig(name=name), [weight], fused=fused)
+    for flag, moves in ((1.0, False), (0.0, True)):
+        weight.grad = torch.full((3,), float("nan") if flag else 1.0)
+        optimizer.found_inf = torch.tensor(flag)  # type: ignore[attr-defined]
+        before = weight.detach().clone()
+        optimizer.step()
+        assert torch.equal(before, weight) != moves
+        assert weight.isfinite().all()
+
+
+class _Apex:
+    """Stands in for an installed package of that name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fused: type | None, extension: bool) -> None:
+        import importlib.machinery
+
+        apex = ModuleType("apex")
+        apex.__spec__ = importlib.machinery.ModuleSpec("apex", None)
+        apex.__path__ = []
+        patch.setitem(sys.modules, "apex", apex)
+        if fused is not None:
+            optimizers = ModuleType("apex.optimizers")
+            optimizers.FusedAdam = fused  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, "apex.optimizers", optimizers)
+        if extension:
+            amp = ModuleType("amp_C")
+            amp.__spec__ = importlib.machinery.ModuleSpec("amp_C", None)
+            patch.setitem(sys.modules, "amp_C", amp)
+
+
+def test_missing_apex_is_named() -> None:
+    with pytest.raises(ValueError, match="which is not installed; build NVIDIA's"):
+        OptimizerConfig(name="apex_fused_adam")
+
+
+def test_the_unrelated_apex_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Apex(monkeypatch, None, extension=False)
+    with pytest.raises(ValueError, match=r"PyPI's is unrelated\): pip uninstall apex"):
+        OptimizerConfig(name="apex_fused_lamb")
+
+
+def test_apex_without_its_extension_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Apex(monkeypatch, torch.optim.AdamW, extension=False)
+    with pytest.raises(ValueError, match="amp_C"):
+        OptimizerConfig(name="apex_fused_adam")
+    _Apex(monkeypatch, torch.optim.AdamW, extension=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        OptimizerConfig(name="apex_fused_adam")
+
+
+def test_apex_optimiser_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for apex: built by name, and a bad step is left out."""
+    _Apex(monkeypatch, torch.optim.AdamW, extension=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(OptimizerConfig(name="apex_fused_adam"), [weight])
+    assert isinstance(optimizer, HostSwitch)
+    weight.grad = torch.ones(2)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2))
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(2))
