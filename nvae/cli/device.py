@@ -2,6 +2,8 @@
 
 import torch
 
+from nvae.host_memory import keep_freed_memory
+
 
 def open_device(name: str, *, tf32: bool) -> torch.device:
     """The device called ``name``; ``auto`` takes a GPU where there is one.
@@ -14,6 +16,7 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if name == "auto":

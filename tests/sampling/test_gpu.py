@@ -1,0 +1,43 @@
+"""A seed's picture and an image's likelihood must not depend on the device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nvae.evaluation import evaluate
+from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
+from nvae.sampling import sample_images
+
+from .models import small_nvae
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_noise_is_the_same_on_both_devices():
+    index = torch.arange(50)
+    on_cpu = latent_noise(keys_of(index, seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
+    on_gpu = latent_noise(keys_of(index.cuda(), seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
+    assert torch.allclose(on_cpu, on_gpu.cpu(), atol=1e-5)
+
+
+def test_samples_are_the_same_on_both_devices():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    model = small_nvae("normal").double()
+    on_cpu = sample_images(model, range(6), temperature=0.7, pixel_temperature=0.5)
+    on_gpu = sample_images(model.cuda(), range(6), temperature=0.7, pixel_temperature=0.5)
+    assert torch.allclose(on_cpu, on_gpu, atol=1e-6)
+
+
+def test_likelihood_is_the_same_on_both_devices():
+    x = torch.rand(5, 1, 8, 8, dtype=torch.float64).round()
+    batch = SimpleNamespace(x=x, index=torch.arange(5))
+    model = small_nvae().double()
+    on_cpu = evaluate(model, [batch], importance_samples=(6,))
+    on_gpu = evaluate(model.cuda(), [batch], importance_samples=(6,))
+    assert on_gpu.negative_elbo.mean == pytest.approx(on_cpu.negative_elbo.mean, rel=1e-7)
+    bounds = [result.importance_weighted[0].nll.mean for result in (on_cpu, on_gpu)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-7)
