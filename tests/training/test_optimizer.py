@@ -89,7 +89,11 @@ def test_apex_without_its_extension_or_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_apex_optimiser_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for apex: built by name, and a bad step is left out."""
-    _Apex(monkeypatch, torch.optim.AdamW, extension=True)
+    class Fused(torch.optim.SGD):
+        def __init__(self, parameters, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
+            super().__init__(parameters, lr, weight_decay=weight_decay)
+
+    _Apex(monkeypatch, Fused, extension=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(OptimizerConfig(name="apex_fused_adam"), [weight])
