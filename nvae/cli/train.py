@@ -152,12 +152,12 @@ def build_module(config: TrainConfig, learning_rate_scale: float | None = None) 
     )
 
 
-def compile_cells(model: NVAE) -> None:
+def compile_cells(model: NVAE, backend: str = "inductor") -> None:
     """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
     for module in model.modules():
         if isinstance(module, Cell):
             # the method and not the module, so that a checkpointed cell is compiled inside
-            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.compile(module.forward, backend=backend)  # type: ignore[method-assign]
 
 
 def should_checkpoint_cells(config: TrainConfig) -> bool:

@@ -1,0 +1,84 @@
+"""`train.py` from end to end, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+from nvae.checkpoint import load_model
+from nvae.cli.train import compile_cells
+from nvae.models import NVAE, ModelConfig
+from nvae.training.activation_checkpointing import checkpoint_cells
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_short_run_leaves_everything_a_run_should(tmp_path: Path) -> None:
+    """Likelihoods, pictures, checkpoints, logs, configuration, versions; then it says what next."""
+    job = subprocess.run(
+        [
+            sys.executable, str(ROOT / "train.py"), "debug=fast_run", f"runs_dir={tmp_path}",
+            "name=r", "resume=auto", "callbacks.ema.decay=0.9", "callbacks.pictures.every_epochs=1",
+            "checkpoint_cells=true",
+        ],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-3000:]
+    run = tmp_path / "r"
+    for text in ("test negative ELBO", "bits/dim", "importance-weighted", "python sample.py"):
+        assert text in job.stdout
+    result = json.loads((run / "test_likelihood.json").read_text())
+    assert result["images"] == 300
+    for name in ("samples.png", "reconstructions.png"):
+        assert str(run / name) in job.stdout
+        with Image.open(run / name) as picture:
+            assert min(picture.size) > 30
+    model = load_model(run / "checkpoints" / "best.ckpt")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"] == model.config.to_dict()
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert start["step"] == 0
+    keys = set().union(*(json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()))
+    assert keys >= {
+        "step", "time", "train/loss", "train/reconstruction", "train/kl", "train/kl_balanced",
+        "train/spectral", "train/batchnorm", "train/learning_rate", "train/images_per_second",
+        "train/beta", "train/lambda", "train/gradient_norm", "train/skipped_steps",
+        "train_kl_group/00", "valid/negative_elbo", "valid/bits_per_dim", "valid_kl_group/00",
+        "valid_active_units/00",
+    }  # fmt: skip
+    assert list((run / "tensorboard").glob("events*"))
+    assert list(run.glob("csv/*/metrics.csv"))
+    assert len(list((run / "pictures").glob("*.png"))) == 2
+
+
+def test_compiled_cells_keep_their_names_and_numbers() -> None:
+    """Also where they are recomputed in the backward pass; Dynamo traces, nothing is generated."""
+    config = ModelConfig(
+        image_size=8, num_scales=1, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1,
+        postprocess_cells=1, encoder_channels=4, decoder_channels=4, latent_channels=2,
+        encoder_cells_per_group=1, decoder_cells_per_group=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = NVAE(config)
+    compiled = NVAE(config)
+    compiled.load_state_dict(plain.state_dict())
+    compile_cells(compiled, backend="aot_eager")
+    checkpoint_cells(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    x = torch.rand(2, 1, 8, 8).round()
+    noise = plain.draw_noise(2)
+    for model in (plain, compiled):
+        output = model(x, noise)
+        (output.logits.sum() + output.kl_per_group.sum()).backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        if p.grad is not None:
+            assert q.grad is not None
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, p), q in zip(plain.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
