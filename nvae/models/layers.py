@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.ops import depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
 NORM_INIT_EPS = 1e-2
@@ -55,12 +56,23 @@ class PlainConv2d(nn.Conv2d, SpectralConv):
     """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
         groups: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, 1, groups, bias=False
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
+        if self.groups == self.in_channels == self.out_channels > 1:
+            return depthwise_conv2d(x, self.weight, self.stride[0])
+        return super().forward(x)
 
 
 class WeightNormConv2d(SpectralConv):
@@ -114,10 +126,10 @@ class WeightNormConv2d(SpectralConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
-        return F.conv2d(
-            x, self.normalized_weight(), self.bias, self.stride, self.padding, self.dilation,
-            self.groups,
-        )  # fmt: skip
+        weight = self.normalized_weight()
+        if self.groups == len(weight) > 1 and self.bias is None:  # the flows' spatial step
+            return depthwise_conv2d(x, weight, self.stride)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The masked weight with its gain."""
