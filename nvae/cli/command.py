@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from nvae.cli.errors import UserError, run
 
+_BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
 _CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -16,7 +18,8 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
 
     Args:
         name: of the root configuration.
-        work: what to do; its ValueErrors and OSErrors are the input's fault.
+        work: what to do; its ValueErrors and OSErrors are the input's fault, and running out of
+            memory is told with what to lower.
         schema: of the configuration.
     """
 
@@ -28,5 +31,9 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
             work(config)
         except (ValueError, OSError, FloatingPointError) as error:
             raise UserError(" ".join(str(error).split())) from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
+            ) from error
 
     run(compose, checked, schema)

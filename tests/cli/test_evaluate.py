@@ -236,6 +236,14 @@ def test_mistakes_are_one_line_and_leave_nothing(evaluate, checkpoint, tmp_path,
     assert [f.name for f in tmp_path.iterdir()] == ["model.ckpt"]
 
 
+def test_out_of_memory_says_what_to_lower(evaluate, checkpoint, monkeypatch):
+    def too_much(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate everything")
+
+    monkeypatch.setattr("nvae.cli.evaluate.evaluate", too_much)
+    assert "lower chunk" in evaluate.fails(f"checkpoint={checkpoint}")
+
+
 def test_other_results_are_not_overwritten(evaluate, checkpoint, tmp_path):
     file = tmp_path / "notes.json"
     file.write_text('{"mine": true}')
