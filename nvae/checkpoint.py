@@ -13,16 +13,15 @@ beside whatever the trainer needs to resume. The published format is read too.
 """
 
 import argparse
-import os
 import pickle
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from nvae.atomic import replacing
 from nvae.models import NVAE, ModelConfig
 from nvae.published import is_published, load_published
 
@@ -56,18 +55,8 @@ def save_model(model: NVAE, path: str | Path, run_config: dict[str, Any] | None 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint dictionary atomically; see :func:`save_model`."""
-    path = Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

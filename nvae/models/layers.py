@@ -5,6 +5,7 @@ A convolution here knows the matrices that spectral regularisation looks at
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,16 +147,8 @@ class DataInitConv2d(WeightNormConv2d):
 
     initialized: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.register_buffer("initialized", torch.tensor(False))
         self._checked = False
 

@@ -132,7 +132,7 @@ class Checkpoints(pl.Callback):
         """The step at hand is saved already, if it is not the first."""
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
-            for leftover in self.folder.glob(".*.part"):  # of a process that was killed
+            for leftover in self.folder.glob(".*.ckpt"):  # of a process that was killed
                 leftover.unlink()
 
     def on_train_batch_end(

@@ -87,7 +87,7 @@ def test_kill_while_training_loses_at_most_a_step(tmp_path: Path) -> None:
         reached = checkpoint["global_step"]
         # a kill may come between writing one and dropping another
         assert len(step_checkpoints(checkpoints)) <= 5
-        assert len(list(checkpoints.glob(".*.part"))) <= 1
+        assert len(list(checkpoints.glob(".*.ckpt"))) <= 1
 
 
 def _train_on_a_full_disk(folder: Path, queue: Any) -> None:
