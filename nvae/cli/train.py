@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
 from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
-from nvae.training.checkpointing import BEST, step_checkpoints
+from nvae.training.checkpointing import BEST, CheckpointWriteError, step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers
@@ -80,7 +81,7 @@ def train(composed: DictConfig) -> None:
             console.print(f"stopped by {stop}; run the same command again to go on")
             raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
         raise SystemExit(0) from None  # the launcher takes any other code for a crash
-    except OSError as error:  # a full disk
+    except CheckpointWriteError as error:  # a full disk
         raise UserError(f"{error}; make room, then run the same command again") from error
     if is_first:
         report(console, config, folder)
@@ -116,15 +117,30 @@ def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDat
                     f"{scale:g} times the learning rate"
                 )
             continue
+        except (InterruptedRun, CheckpointWriteError):
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            print(
+                f"crashed at step {trainer.global_step}, epoch {trainer.current_epoch + 1}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}\n"
+                f"run folder: {folder.path}; {_last_good(folder)}\n"
+                "once the cause is gone, the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
         return trainer.is_global_zero
 
 
-def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
+def _last_good(folder: RunFolder) -> str:
     last = step_checkpoints(folder.checkpoints)
-    where = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+    return f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+
+
+def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
     rate = config.optimizer.learning_rate / 2
     return (
-        f"{where}; go on with the same command and optimizer.learning_rate={rate:g}, "
+        f"{_last_good(folder)}; go on with the same command and optimizer.learning_rate={rate:g}, "
         "or trainer.guard.on_divergence=rollback"
     )
 

@@ -46,6 +46,10 @@ class CheckpointConfig:
             )
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; older ones are intact."""
+
+
 class AtomicCheckpointIO(CheckpointIO):
     """Writes through a temporary file and reads the result back; loads plain types only."""
 
@@ -55,7 +59,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write, then verify that the file can be read.
 
         Raises:
-            OSError: nothing could be written; what was there before is still there.
+            CheckpointWriteError: nothing could be written; what was there before still is.
             CheckpointError: what was written cannot be read back.
         """
         path = Path(path)
@@ -64,7 +68,9 @@ class AtomicCheckpointIO(CheckpointIO):
             save_checkpoint(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch turns some write errors into the latter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise OSError(f"cannot write {path}: {reason}; older checkpoints are intact") from error
+            raise CheckpointWriteError(
+                f"cannot write {path}: {reason}; older checkpoints are intact"
+            ) from error
         load_checkpoint(path)
 
     def load_checkpoint(

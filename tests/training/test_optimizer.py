@@ -89,6 +89,7 @@ def test_apex_without_its_extension_or_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_apex_optimiser_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for apex: built by name, and a bad step is left out."""
+
     class Fused(torch.optim.SGD):
         def __init__(self, parameters, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
             super().__init__(parameters, lr, weight_decay=weight_decay)

@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from nvae.checkpoint import load_checkpoint, load_model, save_checkpoint
+from nvae.cli.train import fit
+from nvae.data.module import ImageDataModule
 from nvae.training.checkpointing import CheckpointConfig, latest_checkpoint, step_checkpoints
+from nvae.training.module import NVAELightning
+from nvae.training.run_folder import open_run
 from tests.training.runs import StopAt, run, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +119,30 @@ def test_full_disk_stops_and_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert "cannot write" in message
     after = {p.name: p.read_bytes() for p in (folder / "checkpoints").iterdir()}
     assert after == before
+
+
+def test_crash_ends_with_what_where_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The traceback first, then the three things one needs, last of all."""
+    config = small_config(tmp_path)
+    run(config, StopAt(5))
+    folder, _ = open_run(tmp_path / "run", "auto", config.to_dict())
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the cat\nsat on the keyboard")
+
+    monkeypatch.setattr(NVAELightning, "training_step", broken)
+    with pytest.raises(SystemExit) as caught:
+        fit(Console(quiet=True), config, folder, ImageDataModule(config.data))
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    what, where, how = err.strip().splitlines()[-3:]
+    assert what == "crashed at step 5, epoch 1: RuntimeError: the cat sat on the keyboard"
+    assert str(tmp_path / "run") in where
+    assert "step_00000005.ckpt" in where
+    assert "the same command" in how
 
 
 @pytest.mark.slow
