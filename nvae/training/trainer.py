@@ -196,6 +196,7 @@ def build_trainer(
         limit_val_batches=config.limit_valid_batches,
         overfit_batches=config.overfit_batches,
         deterministic=config.deterministic,
+        benchmark=accelerator == "gpu" and not config.deterministic,
         detect_anomaly=config.detect_anomaly,
         default_root_dir=folder,
         logger=loggers,

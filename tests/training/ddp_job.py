@@ -1,7 +1,7 @@
 """A two-process training job for test_ddp.py; starts its second rank itself, as train.py does.
 
 Usage: ddp_job.py FOLDER MODE, where MODE is ``spoil`` (rank 1 meets two bad steps), ``die0`` or
-``die1`` (that rank is killed in the middle).
+``die1`` (that rank is killed in the middle), or ``plain``.
 """
 
 import hashlib

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.runs import StopAt, run, small_config
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +35,22 @@ def test_ranks_stay_equal_and_share_bad_steps(tmp_path: Path) -> None:
     assert a["noise"] != b["noise"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines if "skipped" in x][-1]["train/skipped_steps"] == 2
+
+
+@pytest.mark.slow
+def test_resumes_on_another_number_of_devices(tmp_path: Path) -> None:
+    """From one process, in mid-epoch, to two: not bit-equal, but it goes on and ends."""
+    folder, trainer = run(small_config(tmp_path), StopAt(3))
+    assert trainer.world_size == 1
+    job = _job(tmp_path, "plain", 240)
+    assert job.returncode == 0, job.stderr[-3000:]
+    a, b = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert a["final"] == b["final"]
+    assert a["finite"]
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[0] == 1
+    assert steps[-1] == a["steps"] > 8
 
 
 @pytest.mark.slow
