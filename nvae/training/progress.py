@@ -2,12 +2,14 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from nvae.training.metrics import TrainingMetrics
 from nvae.training.module import NVAELightning
@@ -29,6 +31,16 @@ def describe_metrics(metrics: dict[str, float]) -> str:
     if "train/spectral" in metrics:
         parts.append(f"SR {metrics['train/spectral']:.0f}")
     return "  ".join([*parts, f"{metrics['train/images_per_second']:.0f} images/s"])
+
+
+class _TwoLines(Progress):
+    """The bar, and below it the metrics: together they are wider than a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["metrics"]:
+                yield Text(task.fields["metrics"], style="dim")
 
 
 class RunProgress(ProgressBar):
@@ -64,12 +76,13 @@ class RunProgress(ProgressBar):
         self._total = pl_module.total_steps
         if not (self._enabled and self._console.is_terminal):
             return
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("steps"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
         )
         self._task = self._progress.add_task(
