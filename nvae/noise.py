@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nvae.data.counter_rng import image_keys, mix
+from nvae.counter_rng import image_keys, mix
 
 # Streams: one purpose, one stream. Those below 100 belong to the data pipeline.
 STREAM_PRIOR = 101

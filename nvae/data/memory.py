@@ -5,8 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from nvae.counter_rng import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 from nvae.data.config import DataConfig
-from nvae.data.counter_rng import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 from nvae.data.images import fit_array
 from nvae.data.splits import draw_splits, split_counts
 from nvae.data.tables import TRAIN, DenseTable, ImageTable

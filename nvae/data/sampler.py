@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvae.data.counter_rng import STREAM_ORDER, permutation
+from nvae.counter_rng import STREAM_ORDER, permutation
 
 
 @dataclass(frozen=True)

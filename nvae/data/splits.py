@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nvae.data.counter_rng import STREAM_SPLIT, permutation
+from nvae.counter_rng import STREAM_SPLIT, permutation
 from nvae.data.tables import SPLITS, TEST, TRAIN, VALID
 
 

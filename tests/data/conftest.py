@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from nvae.data.config import DataConfig
 
@@ -30,11 +29,3 @@ def make_config() -> Callable[..., DataConfig]:
         return DataConfig(**(values | overrides))
 
     return make
-
-
-@pytest.fixture
-def cuda() -> torch.device:
-    """The GPU, for tests marked `gpu`; they are skipped without one."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda")

@@ -9,8 +9,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from nvae.counter_rng import STREAM_CONTENT, image_keys
 from nvae.data.config import DataConfig
-from nvae.data.counter_rng import STREAM_CONTENT, image_keys
 from nvae.data.manifest import DataError
 from nvae.data.readers.source import Item, Part, Pixels, array_part, constant, find_files
 from nvae.data.tables import TEST, TRAIN

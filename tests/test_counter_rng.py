@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvae.data.counter_rng import (
+from nvae.counter_rng import (
     STREAM_FLIP,
     STREAM_ORDER,
     image_keys,
