@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models.derived import Derived, frozen
 from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
-from nvae.models.folding import FoldedCache, FoldedConv, fold_after, fold_around
+from nvae.models.folding import FoldedConv, fold_after, fold_around
 from nvae.models.layers import (
     DataInitConv2d,
     FactorizedSkip,
@@ -72,11 +73,11 @@ class MobileConv(nn.Module):
         self.norm_spatial = BatchNorm(hidden, "swish")
         self.project = PlainConv2d(hidden, out_channels, 1)
         self.norm_out = BatchNorm(out_channels)
-        self._folded = FoldedCache()
+        self._folded = Derived[tuple[FoldedConv, ...]]()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if frozen(self.training):
             return self._forward_folded(x)
         x = self.expand(self.norm_in(x))
         if self.depthwise and not self.upsample:

@@ -1,11 +1,9 @@
 """Batch normalisation folded into convolutions, for evaluation without gradients.
 
 With running statistics a BN is an affine map per channel, so a mobile convolution needs none of
-its four: the maps go into the neighbouring weights. The folded weights are derived, never stored:
-they are made anew whenever a parameter or statistic has changed.
+its four: the maps go into the neighbouring weights.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,25 +23,6 @@ class FoldedConv:
 
     weight: Tensor
     bias: Tensor
-
-
-class FoldedCache:
-    """Holds what was folded last, together with what it was folded from."""
-
-    def __init__(self) -> None:
-        self._key: tuple[tuple[int, int], ...] | None = None
-        self._folded: tuple[FoldedConv, ...] = ()
-
-    def get(
-        self, sources: list[Tensor], fold: Callable[[], tuple[FoldedConv, ...]]
-    ) -> tuple[FoldedConv, ...]:
-        """``fold()``, or its last result if no source was written to or replaced since."""
-        if any(source.is_inference() for source in sources):
-            return fold()  # tensors made in inference mode do not count their versions
-        key = tuple((source.data_ptr(), source._version) for source in sources)
-        if key != self._key:
-            self._key, self._folded = key, fold()
-        return self._folded
 
 
 def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:

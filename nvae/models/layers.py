@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models.derived import Derived, frozen
 from nvae.ops import depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
@@ -114,6 +115,7 @@ class WeightNormConv2d(SpectralConv):
         self.weight = conv.weight
         self.bias = conv.bias
         self.register_buffer("mask", mask, persistent=False)
+        self._derived = Derived[Tensor]()
         with torch.no_grad():
             norm = row_norm(self._masked_weight())
             self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log() + log_gain_shift)
@@ -123,6 +125,11 @@ class WeightNormConv2d(SpectralConv):
 
     def normalized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
+        if frozen(self.training):
+            return self._derived.get((self.weight, self.log_gain), self._normalize)
+        return self._normalize()
+
+    def _normalize(self) -> Tensor:
         return weight_norm(self._masked_weight(), self.log_gain)
 
     def forward(self, x: Tensor) -> Tensor:

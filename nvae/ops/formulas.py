@@ -69,7 +69,7 @@ def bn_gradients(sums: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Ten
 def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Depthwise convolution, "same" padding."""
     weight = weight.to(x.dtype)
-    if small_map_applies(x, weight, stride):
+    if weight.requires_grad and small_map_applies(x, weight, stride):
         return depthwise_conv2d_small_map(x, weight)
     return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, weight.shape[0])
 
