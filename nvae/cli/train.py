@@ -170,6 +170,9 @@ def build_module(config: TrainConfig, learning_rate_scale: float | None = None) 
 
 def compile_cells(model: NVAE, backend: str = "inductor") -> None:
     """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
+    # all cells share one forward, and each kind, width and mode is a graph of its own; at the
+    # default of eight graphs the rest would silently stay uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for module in model.modules():
         if isinstance(module, Cell):
             # the method and not the module, so that a checkpointed cell is compiled inside

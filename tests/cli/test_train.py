@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import yaml
 from PIL import Image
 
@@ -82,3 +83,29 @@ def test_compiled_cells_keep_their_names_and_numbers() -> None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=name)
     for (name, p), q in zip(plain.named_buffers(), compiled.buffers(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_every_kind_of_cell_is_compiled() -> None:
+    """More kinds, widths and modes than Dynamo's default limit of graphs for one function.
+
+    Beyond it cells would run uncompiled, and nothing but a warning would say so.
+    """
+    config = ModelConfig(
+        image_size=16, num_scales=3, groups_per_scale=2, adaptive_groups=False,
+        preprocess_blocks=1, preprocess_cells=2, postprocess_cells=2, encoder_channels=4,
+        decoder_channels=4, latent_channels=2, encoder_cells_per_group=1,
+        decoder_cells_per_group=1,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = NVAE(config)
+    compile_cells(model, backend="eager")
+    x = torch.rand(2, 1, 16, 16).round()
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 8
+    assert not counters["graph_break"]
+    assert not counters["unimplemented"]
