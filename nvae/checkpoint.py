@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from nvae.atomic import replacing
+from nvae.export.weights import is_weights_folder, read_weights
 from nvae.models import NVAE, ModelConfig
 from nvae.published import is_published, load_published
 
@@ -92,17 +93,23 @@ def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
     """The network of a checkpoint, in evaluation mode, float32, on the CPU.
 
     Args:
-        path: a training checkpoint, exported weights, or a checkpoint in the published format.
-        weights: ``ema`` takes the averaged weights where there are any, ``raw`` never.
+        path: a training checkpoint, exported weights, a checkpoint in the published format, or a
+            folder that :mod:`nvae.export` wrote.
+        weights: ``ema`` takes the averaged weights where there are any, ``raw`` never; published
+            files and folders hold one set.
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format, would run code, or
             if its weights do not fit its configuration.
+        ModuleNotFoundError: a folder, and safetensors is not installed.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: ema, raw")
-    checkpoint = load_checkpoint(path)
+    exported = is_weights_folder(path)
+    checkpoint = {} if exported else load_checkpoint(path)
     try:
+        if exported:
+            return read_weights(path).eval()
         if is_published(checkpoint):
             return load_published(checkpoint).eval()
         model = NVAE(ModelConfig.from_dict(checkpoint["model_config"]))

@@ -1,0 +1,90 @@
+"""The model card: what the weights are, what they were trained on, how to use them."""
+
+from typing import Any
+
+from nvae.models import NVAE
+from nvae.models.topology import groups_per_scale
+
+_LIKELIHOODS = {
+    "bernoulli": "Bernoulli",
+    "logistic_mixture": "mixture of discretised logistics",
+    "normal": "Normal",
+}
+
+
+def model_card(model: NVAE, run_config: dict[str, Any] | None = None) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        model: the weights' network.
+        run_config: of the run that trained it, where that is known.
+    """
+    front = "---\nlibrary_name: nvae\npipeline_tag: unconditional-image-generation\n"
+    front += "tags:\n- nvae\n- variational-autoencoder\n---\n"
+    parts = [front, *_network(model), *_training(run_config or {}), _USE]
+    return "\n".join(parts)
+
+
+def _network(model: NVAE) -> list[str]:
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    size = f"{config.image_size} x {config.image_size}"
+    colour = {1: "grey", 3: "colour"}.get(config.image_channels, f"{config.image_channels}-channel")
+    groups = ", ".join(str(n) for n in groups_per_scale(config))
+    facts = {
+        "images": f"{size}, {colour}, {config.bits} bits",
+        "parameters": f"{parameters:,}",
+        "latent groups, fine to coarse": groups,
+        "latent channels of a group": str(config.latent_channels),
+        "likelihood": _LIKELIHOODS[config.likelihood],
+    }
+    return [
+        "# Deep hierarchical VAE (NVAE)\n",
+        "A deep hierarchical variational autoencoder after [Vahdat & Kautz, NeurIPS 2020]"
+        "(https://arxiv.org/abs/2007.03898), trained with the `nvae` package.\n",
+        _table(facts),
+        "`config.json` has every setting of the network.\n",
+    ]
+
+
+def _training(run: dict[str, Any]) -> list[str]:
+    data = run.get("data") or {}
+    trainer = run.get("trainer") or {}
+    facts = {
+        "run": run.get("name"),
+        "data set": data.get("name"),
+        "its licence": data.get("licence"),
+        "its source": data.get("citation") or data.get("homepage"),
+        "training images": data.get("train_size"),
+        "epochs": trainer.get("epochs"),
+        "batch": data.get("batch_size"),
+        "seed": run.get("seed"),
+    }
+    known = {name: _cell(value) for name, value in facts.items() if value not in (None, "")}
+    if not known:
+        return ["## Training\n", "The checkpoint does not say what it was trained on.\n"]
+    return ["## Training\n", _table(known)]
+
+
+def _cell(value: Any) -> str:
+    """Text of a configuration must not end the table."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(facts: dict[str, str]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows, ""])
+
+
+_USE = """## Use
+
+```python
+from nvae.checkpoint import load_model
+
+model = load_model("FOLDER")  # this folder
+images = model.sample(16, temperature=0.7)  # (16, C, H, W) in [0, 1]
+```
+
+`nvae.hub.HubNVAE.from_pretrained` reads it too. `sampler.pt2`, where present, needs torch alone;
+`sampler.json` says what it takes.
+"""

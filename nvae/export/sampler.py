@@ -1,0 +1,180 @@
+"""The sampler as a `torch.export` program: noise and temperature in, images out.
+
+The program needs torch and nothing of this package. Randomness stays outside: it is a pure
+function of its inputs, so the caller decides where noise comes from.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from nvae.models import NVAE
+from nvae.models.latent_group import LatentGroup
+from nvae.modes import eval_mode
+from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+
+TOLERANCE = 1e-5
+MOST_FLIPPED = 1e-4
+"""Share of drawn pixels that may differ: rounding can turn a coin that lands on its edge."""
+
+_EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
+_LARGEST_BATCH = 1 << 16
+
+
+@dataclass(frozen=True)
+class PixelInput:
+    """One tensor of pixel noise.
+
+    Attributes:
+        distribution: ``uniform`` in (0, 1], or standard ``normal``.
+        shape: ``(C', H, W)`` for one image.
+    """
+
+    distribution: Literal["uniform", "normal"]
+    shape: tuple[int, ...]
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for ``batch`` images, ``(B, C', H, W)``."""
+        make = torch.rand if self.distribution == "uniform" else torch.randn
+        return make(batch, *self.shape, generator=generator)
+
+
+class _Recorder:
+    """Pixel randomness that notes what a likelihood asks for."""
+
+    def __init__(self) -> None:
+        self.inputs: list[PixelInput] = []
+
+    def uniform(self, like: Tensor) -> Tensor:
+        self.inputs.append(PixelInput("uniform", tuple(like.shape[1:])))
+        return torch.full_like(like, 0.5)
+
+    def normal(self, like: Tensor) -> Tensor:
+        self.inputs.append(PixelInput("normal", tuple(like.shape[1:])))
+        return torch.zeros_like(like)
+
+
+class _Given:
+    """Pixel randomness that hands out given tensors in order."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = iter(tensors)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return next(self._tensors)
+
+    normal = uniform
+
+
+class Sampler(nn.Module):
+    """The half of a model that makes images, as a function of noise.
+
+    Args:
+        model: copied without its encoder.
+        pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise.
+    """
+
+    def __init__(self, model: NVAE, pixel_temperature: PixelTemperature = "mean") -> None:
+        super().__init__()
+        check_pixel_temperature(pixel_temperature)
+        self.pixel_temperature = pixel_temperature
+        self.model = _without_encoder(model)
+        self.pixel_inputs = self._record_pixel_inputs()
+
+    def forward(
+        self, noise: Sequence[Tensor], temperature: Tensor, pixel_noise: Sequence[Tensor]
+    ) -> Tensor:
+        """Images in [0, 1], ``(B, C, H, W)``.
+
+        Args:
+            noise: standard normal, one ``(B, L, h, w)`` a group, coarsest first.
+            temperature: ``(G,)``, factor on every group's sigma, >= 0.
+            pixel_noise: as ``pixel_inputs`` says; empty for the mean.
+        """
+        # sigma * (t * eps) is (t * sigma) * eps; the walk's own temperatures are numbers
+        scaled = [eps * t for eps, t in zip(noise, temperature.unbind(), strict=True)]
+        state, _ = self.model.top_down(scaled)
+        likelihood = self.model.likelihood(self.model.decode_state(state))
+        if self.pixel_temperature == "mean":
+            return likelihood.mean
+        return likelihood.sample(float(self.pixel_temperature), _Given(pixel_noise))
+
+    def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Arguments of :meth:`forward` for ``batch`` images."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = self.model.draw_noise(batch, generator)
+        temperature = torch.linspace(0.5, 1.0, len(noise))
+        return noise, temperature, [each.draw(batch, generator) for each in self.pixel_inputs]
+
+    @torch.no_grad()
+    def _record_pixel_inputs(self) -> tuple[PixelInput, ...]:
+        if self.pixel_temperature == "mean":
+            return ()
+        recorder = _Recorder()
+        with eval_mode(self.model):
+            logits = self.model.sample_logits(1)
+        self.model.likelihood(logits).sample(1.0, recorder)
+        return tuple(recorder.inputs)
+
+
+def _without_encoder(model: NVAE) -> NVAE:
+    half = copy.deepcopy(model).eval().requires_grad_(False)
+    del half.encoder
+    for index, group in enumerate(half.groups):
+        assert isinstance(group, LatentGroup)
+        group.merge_encoder = group.flow = None
+        if index:  # the first group's tells how many latent channels there are
+            del group.posterior
+    return half
+
+
+def export_sampler(sampler: Sampler) -> ExportedProgram:
+    """Trace the sampler for batches of any size.
+
+    The result's ``module()`` takes what :meth:`Sampler.forward` takes.
+    """
+    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    arguments = sampler.example(_EXAMPLE_BATCH)
+    noise, _, pixel_noise = arguments
+    shapes = ([{0: batch}] * len(noise), None, [{0: batch}] * len(pixel_noise))
+    with torch.no_grad():
+        program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names files of the machine that exported
+    return program
+
+
+@torch.no_grad()
+def largest_difference(sampler: Sampler, program: ExportedProgram) -> float:
+    """Largest difference of a pixel between program and eager model, at several batch sizes.
+
+    With drawn pixels, of all but the share ``MOST_FLIPPED``.
+    """
+    run = program.module()
+    worst = 0.0
+    for batch in (1, 3):
+        arguments = sampler.example(batch, seed=batch)
+        difference = (run(*arguments) - sampler(*arguments)).abs().flatten()
+        flipped = int(MOST_FLIPPED * len(difference)) if sampler.pixel_inputs else 0
+        worst = max(worst, float(difference.sort(descending=True).values[flipped]))
+    return worst
+
+
+def describe_sampler(sampler: Sampler) -> dict[str, Any]:
+    """The program's inputs and output, for JSON; ``B`` is any batch size."""
+    config = sampler.model.config
+    return {
+        "noise": [["B", *shape] for shape in sampler.model.latent_shapes],
+        "temperature": [len(sampler.model.groups)],
+        "pixel_temperature": sampler.pixel_temperature,
+        "pixel_noise": [
+            {"distribution": each.distribution, "shape": ["B", *each.shape]}
+            for each in sampler.pixel_inputs
+        ],
+        "image": ["B", config.image_channels, config.image_size, config.image_size],
+    }
