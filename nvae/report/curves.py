@@ -36,6 +36,7 @@ class _Axes:
         values = [value for line in lines for _, value in line.points]
         self.log = log and min(values) > 0
         self.first, self.last = min(steps), max(steps)
+        self.constant = values[0] if min(values) == max(values) else None
         if self.log:
             self.low, self.high = min(values) / 1.1, max(values) * 1.1
         else:
@@ -54,6 +55,8 @@ class _Axes:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def value_ticks(self) -> list[float]:
+        if self.constant is not None:
+            return [self.constant]
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
 
 

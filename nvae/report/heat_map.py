@@ -8,7 +8,7 @@ from nvae.report.record import Point
 from nvae.report.scales import thin, ticks
 
 _COLUMNS = 120
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 820, 64, 64, 18, 26
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 1000, 52, 52, 18, 26
 _ANCHORS = ((247, 249, 252), (158, 199, 230), (59, 130, 190), (17, 76, 140), (9, 29, 66))
 
 
@@ -67,18 +67,20 @@ def heat_map(
     caption = element(
         "figcaption", element("strong", title), " ", element("small", unit), _scale(top)
     )
-    return element("figure", caption, element("div", chart, class_="wide"), class_="map")
+    return element(
+        "figure", caption, element("div", chart, class_="wide", tabindex=0), class_="map"
+    )
 
 
 def _steps(row: Sequence[Point], first: float, last: float, bottom: float) -> list[Markup]:
-    """Step labels under the columns, which hold as many readings each."""
+    """Step labels under the columns."""
     if last <= first:
         return [_text(f"step {number(row[0][0])}", _LEFT, bottom + 16)]
     span = _WIDTH - _LEFT - _RIGHT
     marks = []
     for step in ticks(first, last, about=6):
-        # readings come at even steps, but a column's place is its number
-        place = sum(1 for s, _ in row if s < step) / max(len(row) - 1, 1)
+        # a column stands for equally many readings, whatever their distance in steps
+        place = (sum(1 for s, _ in row if s < step) + 0.5) / len(row)
         marks.append(_text(number(step), _LEFT + min(place, 1.0) * span, bottom + 16, "middle"))
     return marks
 
@@ -86,7 +88,7 @@ def _steps(row: Sequence[Point], first: float, last: float, bottom: float) -> li
 def _scale(top: float) -> Markup:
     stops = ", ".join(f"{colour(math.sqrt(i / 16))} {100 * i / 16:.0f}%" for i in range(17))
     bar = element("i", class_="ramp", style=f"background:linear-gradient(90deg, {stops})")
-    return element("div", "0 ", bar, f" {number(top)}", class_="legend")
+    return element("div", "0 ", bar, f" {number(top)}", class_="legend scale")
 
 
 def _text(content: str, x: float, y: float, anchor: str = "start", dy: str | None = None) -> Markup:

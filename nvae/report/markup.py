@@ -49,7 +49,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
     ]
     top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head)))
     whole = element("table", top if any(head) else "", element("tbody", *body))
-    return element("div", whole, class_="wide")
+    return element("div", whole, class_="wide", tabindex=0)
 
 
 def picture(path: Path, alternative: str) -> Markup:

@@ -12,6 +12,8 @@ import yaml
 
 Point = tuple[int, float]
 
+_ESTIMATES = ("negative_elbo", "reconstruction", "kl", "negative_elbo_bits_per_dim")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -56,10 +58,12 @@ class RunRecord:
     reconstructions: list[tuple[int, Path]]
     notes: list[str]
 
-    def last(self, name: str) -> float | None:
-        """The last reading of a metric."""
-        points = self.series.get(name)
-        return points[-1][1] if points else None
+    def settings(self, *names: str) -> dict[str, Any]:
+        """A group of settings, from the outermost name inwards; empty where there is none."""
+        found: Any = self.config
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
 
     def groups(self, prefix: str) -> list[list[Point]]:
         """Readings of a metric that every latent group has, coarsest first."""
@@ -163,13 +167,22 @@ def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
             content = json.loads(file.read_text(encoding="utf-8"))
             result = content.get("result", content)
             protocol = content.get("protocol", {})
-            for name in ("negative_elbo", "reconstruction", "kl", "negative_elbo_bits_per_dim"):
-                result[name]["mean"]
+            _check_numbers(result)
             split = str(protocol.get("split", "test"))
             found.append(Evaluation(file.name, split, result, content.get("samples") or {}))
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{file.name} is no evaluation that can be read")
     return found
+
+
+def _check_numbers(result: dict[str, Any]) -> None:
+    """Raise unless everything that a table needs is there and a number."""
+    estimates = [result[name] for name in _ESTIMATES]
+    for bound in result.get("importance_weighted", ()):
+        estimates += [bound["nll"], bound["bits_per_dim"]]
+        float(bound["samples"])
+    for estimate in estimates:
+        float(estimate["mean"])
 
 
 def _pictures(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -35,10 +35,10 @@ _COLOURS = {"train": "c0", "valid": "c1"}
 
 def head(run: RunRecord) -> Markup:
     """Name, one line of facts, and the figures that matter."""
-    data = run.config.get("data") or {}
+    data = run.settings("data")
     steps = max((points[-1][0] for points in run.series.values()), default=None)
     facts = [
-        f"{data['name']}" if data.get("name") else "",
+        f"data set {data['name']}" if data.get("name") else "",
         f"{steps:,} steps" if steps is not None else "",
         duration(run.seconds) if run.seconds else "",
         str(run.starts[-1].get("device") or "") if run.starts else "",
@@ -113,7 +113,7 @@ def latent_groups(run: RunRecord) -> Markup:
     if not kl:
         kl, where = run.groups("train_kl_group"), "training"
     active = run.groups("valid_active_units")
-    channels = (run.config.get("model") or {}).get("latent_channels")
+    channels = run.settings("model").get("latent_channels")
     maps = []
     if kl:
         maps.append(heat_map(f"KL per group, {where}", "nats, coarsest group first", kl))
@@ -128,8 +128,10 @@ def latent_groups(run: RunRecord) -> Markup:
 
 def pictures(run: RunRecord) -> Markup:
     """Samples and reconstructions as training went on, and those of the end."""
-    temperatures = ((run.config.get("callbacks") or {}).get("pictures") or {}).get("temperatures")
-    rows = f" Rows: temperature {', '.join(map(str, temperatures))}." if temperatures else ""
+    temperatures = run.settings("callbacks", "pictures").get("temperatures")
+    rows = ""
+    if isinstance(temperatures, list) and temperatures:
+        rows = f" Rows: temperature {', '.join(map(str, temperatures))}."
     parts = [
         element("h3", "Samples over time"),
         _over_time(run.samples, f"The likelihood's means from the same noise every time.{rows}"),
@@ -141,7 +143,11 @@ def pictures(run: RunRecord) -> Markup:
         ("Test images and reconstructions, at the end", "reconstructions.png"),
     ):
         file = run.file(name)
-        shown = _strip(file, title) if file else _missing(f"No {name}: the run has not ended.")
+        shown = (
+            _strip(file, title)
+            if file
+            else _missing(f"No {name}: training writes it when it ends.")
+        )
         parts += [element("h3", title), shown]
     return _section("Pictures", *parts)
 
@@ -164,7 +170,7 @@ def _over_time(files: Sequence[tuple[int, Path]], caption: str) -> Markup:
 
 
 def _strip(file: Path, title: str) -> Markup:
-    return element("div", picture(file, title), class_="wide")
+    return element("div", picture(file, title), class_="wide", tabindex=0)
 
 
 def evaluations(run: RunRecord) -> Markup:
@@ -183,7 +189,8 @@ def _evaluation(evaluation: Evaluation) -> Markup:
     ]
     for bound in result.get("importance_weighted", ()):
         row = _estimate(f"NLL, K = {bound['samples']}", bound["nll"], bound["bits_per_dim"])
-        rows.append((*row[:-1], f"{bound['effective_samples']:.1f}"))
+        effective = bound.get("effective_samples")
+        rows.append((*row[:-1], "" if effective is None else f"{effective:.1f}"))
     head = ("", "nats", "± standard error", "bits/dim", "effective samples")
     parts = [
         element("h3", f"{evaluation.split}, {result.get('images', '?')} images ",
@@ -225,15 +232,16 @@ def provenance(run: RunRecord) -> Markup:
         return _section("Starts and versions", _missing("The run kept no starts.jsonl."))
     parts = []
     for start in run.starts:
-        versions = start.get("versions") or {}
-        command = start.get("command") or []
+        versions, command = start.get("versions"), start.get("command")
         facts = {
-            "command": element("code", " ".join(map(str, command))) if command else None,
+            "command": element("code", " ".join(map(str, command)))
+            if isinstance(command, list)
+            else command,
             "resumed from": start.get("resumed_from"),
             "code": start.get("git"),
             "machine": ", ".join(str(start[k]) for k in ("machine", "device") if start.get(k)),
             "python": start.get("python"),
-            **versions,
+            **(versions if isinstance(versions, dict) else {}),
         }
         rows = [(name, value) for name, value in facts.items() if value]
         parts += [

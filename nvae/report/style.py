@@ -17,8 +17,8 @@ h3 { font-size: 15px; margin: 22px 0 8px; }
 p { margin: 0 0 10px; max-width: 75ch; }
 small, .soft, .missing { color: var(--soft); }
 .missing { font-style: italic; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
-  margin-top: 22px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 290px)); gap: 12px;
+  margin: 22px 0 12px; }
 .tile { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .tile b { display: block; font-size: 23px; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; display: block; }
@@ -31,6 +31,7 @@ figcaption { margin-bottom: 4px; }
 .key i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
   vertical-align: middle; }
 .key b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.scale { gap: 0; }
 .ramp { display: inline-block; width: 140px; height: 10px; border-radius: 2px; margin: 0 7px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -42,13 +43,15 @@ i.c0, .band.c0, .dot.c0 { background: var(--c0); fill: var(--c0); } .line.c0 { s
 i.c1, .band.c1, .dot.c1 { background: var(--c1); fill: var(--c1); } .line.c1 { stroke: var(--c1); }
 i.c2, .band.c2, .dot.c2 { background: var(--c2); fill: var(--c2); } .line.c2 { stroke: var(--c2); }
 i.c3, .band.c3, .dot.c3 { background: var(--c3); fill: var(--c3); } .line.c3 { stroke: var(--c3); }
-.map + .map { margin-top: 26px; } .map svg { min-width: 640px; }
+.map + .map { margin-top: 26px; } .map svg { min-width: 760px; }
+.map rect { shape-rendering: crispEdges; } .map svg text { font-size: 12px; }
 .wide { overflow-x: auto; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr));
   gap: 18px; }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
   border-radius: 3px; }
-.pictures img { width: 100%; } .wide img { width: 100%; min-width: 720px; max-width: none; }
+.pictures img { width: 100%; }
+.wide img { min-width: 720px; image-rendering: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 5px 0 5px 28px; border-bottom: 1px solid var(--rule);
   vertical-align: top; white-space: nowrap; }
@@ -60,6 +63,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: 13px; }
 .config section { break-inside: avoid; margin-bottom: 18px; } .config h3 { margin-top: 0; }
 .config td, .facts td { padding-left: 18px; } .config table { font-size: 13px; }
 .config th, .config td { padding-top: 3px; padding-bottom: 3px; }
+table + details, .wide + details { margin-top: 10px; }
 details summary { cursor: pointer; color: var(--soft); }
 details[open] summary { margin-bottom: 14px; }
 code { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
