@@ -1,16 +1,15 @@
 """What `sample.py` and `evaluate.py` share: compose with Hydra, work, one line for an error."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
+from nvae.cli.compose import CONFIGS
 from nvae.cli.errors import UserError, run
 
 _BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
-_CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> None:
@@ -24,7 +23,7 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
     """
 
     def compose(collect: Callable[[DictConfig], None]) -> None:
-        hydra.main(version_base="1.3", config_path=str(_CONFIGS), config_name=name)(collect)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(collect)()
 
     def checked(config: DictConfig) -> None:
         try:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from nvae.checkpoint import load_model
+from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
 from nvae.cli.report import likelihood_lines, reconstruction_grid, sample_grid, test_likelihood
@@ -49,10 +50,9 @@ def checked() -> Iterator[None]:
 def main() -> None:
     """The command."""
     register()
-    configs = Path(__file__).parents[2] / "configs"
 
     def compose(collect: Callable[[DictConfig], None]) -> None:
-        hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(collect)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(collect)()
 
     run(compose, train, TrainConfig)
 

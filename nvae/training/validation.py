@@ -4,13 +4,11 @@ import torch
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
+from nvae.evaluation.result import ACTIVE_UNIT_NATS
 from nvae.models import NVAE, ModelConfig, NVAEOutput
 from nvae.models.topology import latent_shapes
 from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
 from nvae.objective import bits_per_dim
-
-ACTIVE_KL = 0.1
-"""A latent channel is active where its KL, summed over space, exceeds this many nats on average."""
 
 
 def group_metrics(prefix: str, values: list[float]) -> dict[str, float]:
@@ -73,5 +71,5 @@ class ValidationSums:
             "valid/reconstruction": reconstruction,
             "valid/kl": kl,
             **group_metrics("valid_kl_group", channels.sum(1).tolist()),
-            **group_metrics("valid_active_units", (channels > ACTIVE_KL).sum(1).tolist()),
+            **group_metrics("valid_active_units", (channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
         }
