@@ -54,6 +54,8 @@ def test_links_and_named_files_exist(page: Path) -> None:
     for name in links:
         assert (page.parent / name).exists(), name
     for name in named:
+        if re.search(r"[A-Z]+-[A-Z]+", name):  # a placeholder, such as DEVICE-DATE
+            continue
         assert (ROOT / name).exists(), name
 
 
