@@ -75,7 +75,10 @@ def _write_sampler(model: NVAE, folder: Path, pixel_temperature: PixelTemperatur
             f"than {TOLERANCE:.0e}; nothing was written"
         )
     with replacing(folder / PROGRAM_FILE) as temporary:
-        torch.export.save(program, temporary)
+        try:
+            torch.export.save(program, temporary)
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise OSError(f"{PROGRAM_FILE} cannot be written: {error}") from error
     description = {
         **describe_sampler(sampler),
         "torch": torch.__version__,
@@ -152,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with_sampler=not given.no_sampler,
         )
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = (
+            f"{given.to} cannot be written: {error}" if isinstance(error, OSError) else str(error)
+        )
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"written: {', '.join(sorted(file.name for file in given.to.iterdir()))} in {given.to}")
     if difference is not None:

@@ -28,7 +28,10 @@ def write_weights(model: NVAE, folder: Path) -> None:
     # safetensors takes neither channels_last nor two names for one memory
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        safetensors.save_file(state, temporary, metadata={"format": "pt"})
+        try:
+            safetensors.save_file(state, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk, and no OSError
+            raise OSError(f"{WEIGHTS_FILE} cannot be written: {error}") from None
     write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, **model.config.to_dict()})
 
 
@@ -53,7 +56,7 @@ def read_weights(folder: str | Path) -> NVAE:
     safetensors = _safetensors()
     try:
         state = safetensors.load_file(folder / WEIGHTS_FILE)
-    except Exception as error:  # safetensors' own error has no public base class
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
     model.load_state_dict(state)
     return model

@@ -1,5 +1,7 @@
 """Two real processes over gloo against one: statistics, gradients, noise, evaluation."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
-from nvae.evaluation import evaluate
+from nvae.evaluation import RecordStore, evaluate
 from nvae.models import NVAE, ModelConfig
 from nvae.training.distributed import synchronize_batchnorm
 from nvae.training.loss import ObjectiveConfig, TrainingLoss
@@ -113,15 +115,34 @@ def _evaluation(rank: int, world: int) -> dict[str, Any]:
         world_size=world,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
-    batches = data.batches("test")
-    result = evaluate(model, batches, importance_samples=(5,), distributed=world > 1)
-    return result.to_dict()
+    with TemporaryDirectory() as folder:
+        store = RecordStore(Path(folder), "test", rank)
+        result = evaluate(
+            model,
+            data.batches("test"),
+            importance_samples=(5,),
+            store=store,
+            distributed=world > 1,
+        )
+        own = store.records
+    assert own is not None
+    by_image = np.column_stack(
+        [own.reconstruction, own.kl_per_channel.sum((1, 2)), own.log_evidence]
+    )
+    return {**result.to_dict(), "by_image": dict(zip(own.index.tolist(), by_image, strict=True))}
 
 
 def test_evaluation_of_an_odd_set_is_the_same_on_one_and_two_ranks() -> None:
     """13 images: no padding, no double counting, noise by image."""
     (one,) = run_ranks(_evaluation, 1)
-    for two in run_ranks(_evaluation, 2):
+    both = run_ranks(_evaluation, 2)
+    shares = [two["by_image"] for two in both]
+    assert not shares[0].keys() & shares[1].keys()
+    assert shares[0].keys() | shares[1].keys() == one["by_image"].keys() == set(range(13))
+    for share in shares:
+        for index, values in share.items():
+            np.testing.assert_allclose(values, one["by_image"][index], rtol=1e-6)
+    for two in both:
         assert two["images"] == one["images"] == 13
         for path in (
             ("negative_elbo", "mean"),
