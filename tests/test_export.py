@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,15 @@ def test_a_failed_export_leaves_nothing(
     with pytest.raises(ValueError, match="differs from the model"):
         export(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(checkpoint), "--to", str(tmp_path / "file" / "out")])
+    assert re.fullmatch(r"error: .*out cannot be written: .*\n", capsys.readouterr().err)
 
 
 def test_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`python -m nvae.export CHECKPOINT --to DIR`: weights, configuration, model card, sampler."""
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -74,11 +75,10 @@ def _write_sampler(model: NVAE, folder: Path, pixel_temperature: PixelTemperatur
             f"the exported sampler differs from the model by {difference:.1e} in a pixel, more "
             f"than {TOLERANCE:.0e}; nothing was written"
         )
+    packed = io.BytesIO()  # torch's own writer does not survive a full disk
+    torch.export.save(program, packed)
     with replacing(folder / PROGRAM_FILE) as temporary:
-        try:
-            torch.export.save(program, temporary)
-        except RuntimeError as error:  # torch's writer reports a full disk so
-            raise OSError(f"{PROGRAM_FILE} cannot be written: {error}") from error
+        temporary.write_bytes(packed.getbuffer())
     description = {
         **describe_sampler(sampler),
         "torch": torch.__version__,

@@ -29,9 +29,9 @@ def write_weights(model: NVAE, folder: Path) -> None:
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as temporary:
         try:
-            safetensors.save_file(state, temporary, metadata={"format": "pt"})
+            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk, and no OSError
-            raise OSError(f"{WEIGHTS_FILE} cannot be written: {error}") from None
+            raise OSError(f"{WEIGHTS_FILE}: {error}") from None
     write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, **model.config.to_dict()})
 
 
@@ -55,7 +55,7 @@ def read_weights(folder: str | Path) -> NVAE:
     model = NVAE(_read_config(folder / CONFIG_FILE))
     safetensors = _safetensors()
     try:
-        state = safetensors.load_file(folder / WEIGHTS_FILE)
+        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
     model.load_state_dict(state)
@@ -84,4 +84,4 @@ def _safetensors() -> ModuleType:
         raise ModuleNotFoundError(
             "exported folders need the safetensors package: pip install 'nvae[hub]'"
         ) from None
-    return safetensors.torch
+    return safetensors
