@@ -64,6 +64,8 @@ def train(composed: DictConfig) -> None:
         config = train_config(composed)
         if config.trainer.resolved_accelerator() == "cpu":
             keep_freed_memory()
+        if config.trainer.cpu_threads is not None:
+            torch.set_num_threads(config.trainer.cpu_threads)
         folder, changed = open_run(
             Path(config.runs_dir) / config.name, config.resume, config.to_dict()
         )

@@ -38,6 +38,8 @@ class TrainerConfig:
         launcher: ``auto`` (torchrun's or SLURM's environment where there is one, else processes of
             our own) | ``slurm``.
         requeue: on SLURM, go back to the queue after SIGUSR1 or SIGTERM.
+        cpu_threads: of torch, in each process; null: one for every core. A small network on a
+            machine that does other work too is fastest with 1.
         timeout: seconds after which a rank that waits for another gives up.
         precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
         epochs: of the whole run.
@@ -56,6 +58,7 @@ class TrainerConfig:
     num_nodes: int = 1
     launcher: str = "auto"
     requeue: bool = False
+    cpu_threads: int | None = None
     timeout: float = 1800.0
     precision: str = "32"
     epochs: int = 400
@@ -81,7 +84,7 @@ class TrainerConfig:
         for name in ("devices", "num_nodes", "epochs", "accumulate", "validate_every_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("limit_train_batches", "limit_valid_batches"):
+        for name in ("cpu_threads", "limit_train_batches", "limit_valid_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name} is {value}; it must be at least 1, or null")
