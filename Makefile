@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: help setup train test test-quick lint format clean
 
 help:
-	@echo "make train       train on real digits (CPU, about five minutes), print the likelihood, draw samples"
+	@echo "make train       train on real digits (CPU, five to seven minutes), print the likelihood, draw samples"
 	@echo "make test        run all tests that need no GPU"
 	@echo "make test-quick  leave out the slow ones"
 	@echo "make lint        linter, formatter, type checker"
