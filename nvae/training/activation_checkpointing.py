@@ -17,18 +17,14 @@ from nvae.models.norm import BatchNorm
 
 @contextmanager
 def frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
-    """Inside, running statistics are written to copies that are thrown away."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    kept = [{name: norm._buffers[name] for name in names} for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        for name, buffer in buffers.items():
-            assert buffer is not None
-            norm._buffers[name] = buffer.clone()
+    """Inside, running statistics stay as they are."""
+    for norm in norms:
+        norm.frozen = True
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+        for norm in norms:
+            norm.frozen = False
 
 
 def _contexts(
