@@ -90,7 +90,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
-    """The network of a checkpoint, in evaluation mode, float32, on the CPU.
+    """The network of a checkpoint, in evaluation mode, float32, on the CPU, channels_last.
 
     Args:
         path: a training checkpoint, exported weights, a checkpoint in the published format, or a
@@ -109,15 +109,17 @@ def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
     checkpoint = {} if exported else load_checkpoint(path)
     try:
         if exported:
-            return read_weights(path).eval()
-        if is_published(checkpoint):
-            return load_published(checkpoint).eval()
-        model = NVAE(ModelConfig.from_dict(checkpoint["model_config"]))
-        model.load_state_dict(_network_state(checkpoint, weights))
+            model = read_weights(path)
+        elif is_published(checkpoint):
+            model = load_published(checkpoint)
+        else:
+            model = NVAE(ModelConfig.from_dict(checkpoint["model_config"]))
+            model.load_state_dict(_network_state(checkpoint, weights))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a usable model: {detail}") from None
-    return model.eval()
+    # convolutions hand this layout on, whatever the input's; their kernels are faster in it
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, torch.Tensor]:

@@ -197,8 +197,11 @@ def test_hub_round_trip(model: NVAE, exported: Path, tmp_path: Path) -> None:
     again = load_model(tmp_path)
     noise = model.draw_noise(2)
     expected = model.sample_logits(2, 0.7, noise)
-    assert torch.equal(hub_model.sample_logits(2, 0.7, noise), expected)
-    assert torch.equal(again.sample_logits(2, 0.7, noise), expected)
+    for loaded in (hub_model, again):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        # the memory format differs, and with it the rounding
+        torch.testing.assert_close(loaded.sample_logits(2, 0.7, noise), expected)
     assert (tmp_path / "README.md").read_text() == model_card(model)
 
 

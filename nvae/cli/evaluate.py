@@ -65,7 +65,7 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         if _already_done(output, protocol, config.overwrite):
             return
         data = open_data(data_settings, model.config)
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(device)
         partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
         started = monotonic()
         with _statistics(config, model, shown=rank == 0):

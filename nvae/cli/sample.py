@@ -64,7 +64,7 @@ def _run(composed: DictConfig) -> None:
     folder = SampleFolder(_folder(config, request), request, overwrite=config.overwrite)
     data = open_data(data_settings, model.config) if data_settings is not None else None
     del checkpoint
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device)
     _Sampler(config, model, data, folder).draw()
     folder.manifest(
         {
