@@ -200,8 +200,9 @@ def test_hub_round_trip(model: NVAE, exported: Path, tmp_path: Path) -> None:
     for loaded in (hub_model, again):
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
-        # the memory format differs, and with it the rounding
-        torch.testing.assert_close(loaded.sample_logits(2, 0.7, noise), expected)
+        # load_model's are channels_last, where rounding differs
+        loaded.to(memory_format=torch.contiguous_format)
+        assert torch.equal(loaded.sample_logits(2, 0.7, noise), expected)
     assert (tmp_path / "README.md").read_text() == model_card(model)
 
 

@@ -1,12 +1,12 @@
 """What a finished run says about itself: test likelihood, sample and reconstruction grids."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from nvae.atomic import write_json
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.images import save_grids_side_by_side, save_rows
@@ -61,9 +61,7 @@ def test_likelihood(
             chunk=config.chunk,
             progress=lambda rows: progress.advance(task, rows),
         )
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    part.replace(file)
+    write_json(file, result.to_dict())
     return result
 
 

@@ -192,7 +192,7 @@ def skip_splits(out_channels: int) -> list[int]:
     return [quarter, quarter, quarter, out_channels - 3 * quarter]
 
 
-class FactorizedSkip(SpectralConv):
+class FactorizedSkip(WeightNormConv2d):
     """The stride-2 skip: Swish, then four 1x1 convolutions, each on another pixel of a 2x2 block.
 
     The four are one 2x2 convolution of stride 2 whose output channels see a single tap each: a
@@ -205,12 +205,7 @@ class FactorizedSkip(SpectralConv):
     taps: Tensor
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        conv = nn.Conv2d(in_channels, out_channels, 1)
-        self.weight, self.bias = conv.weight, conv.bias
-        with torch.no_grad():
-            norm = row_norm(self.weight)
-            self.log_gain = nn.Parameter((norm + NORM_INIT_EPS).log())
+        super().__init__(in_channels, out_channels, 1)
         self.splits = skip_splits(out_channels)
         taps = torch.zeros(out_channels, 1, 2, 2)
         for rows, (i, j) in zip(
@@ -223,8 +218,7 @@ class FactorizedSkip(SpectralConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / 2, W / 2)``."""
-        weight = weight_norm(self.weight, self.log_gain) * self.taps
-        return F.conv2d(F.silu(x), weight, self.bias, stride=2)
+        return F.conv2d(F.silu(x), self.normalized_weight() * self.taps, self.bias, stride=2)
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """Four matrices, as in the published model."""

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from nvae.atomic import replacing
 
 
 @dataclass
@@ -87,9 +88,8 @@ class JsonLinesLogger(Logger):
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if self._is_earlier(line)]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
-        os.replace(part, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
     def _is_earlier(self, line: str) -> bool:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from nvae.atomic import replacing
 from nvae.training.checkpointing import checkpoint_step, latest_checkpoint
 
 _PACKAGES = ("nvae", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
@@ -95,9 +96,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def describe_start(folder: RunFolder, config: dict[str, Any], command: list[str]) -> None:
     """Write `config.yaml`, and append this start to `starts.jsonl`: when, what, with which code."""
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    part = folder.path / ".config.yaml.part"
-    part.write_text(yaml.safe_dump(config, sort_keys=False))
-    part.replace(folder.path / "config.yaml")
+    with replacing(folder.path / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
     start = {
         "step": folder.step,
         "resumed_from": None if folder.checkpoint is None else folder.checkpoint.name,
