@@ -24,10 +24,10 @@ class Timing:
     peak_memory: float
 
     def row(self, what: str, images: int) -> str:
-        """One line: ms, images/s, memory."""
+        """One line: ms, images/s."""
         return (
             f"{what:<28} {self.median:9.1f} ms  ({self.fastest:.1f} to {self.slowest:.1f})  "
-            f"{1000 * images / self.median:9.1f} images/s  peak {self.peak_memory:,.0f} MiB"
+            f"{1000 * images / self.median:9.1f} images/s"
         )
 
 
@@ -43,7 +43,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--precision", choices=PRECISIONS, default="32")
-    arguments.add_argument("--compile", action="store_true", help="compile every residual cell")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--warmup", type=int, default=3)
     arguments.add_argument("--runs", type=int, default=10)

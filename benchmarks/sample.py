@@ -1,43 +1,111 @@
-"""Time of drawing images from the prior.
+"""Time of drawing images from the prior, by each way through the network.
 
     python -m benchmarks.sample experiment=mnist --batch 16
+    python -m benchmarks.sample experiment=mnist --batch 1 --compile
     python -m benchmarks.sample experiment=celeba64 --batch 64 --device cuda --precision bf16
 
-Any override of train.py goes before the options. The weights are random; time does not depend on
-them.
+The ways are timed in turn, round after round, and compared within each round. Any override of
+train.py goes before the options. The weights are random; time does not depend on them.
 """
 
+import argparse
 import contextlib
+import statistics
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from benchmarks.measure import PRECISIONS, measure, parser, set_up
+from benchmarks.measure import PRECISIONS, Timing, measure, parser, set_up
 from nvae.cli.compose import compose_train
-from nvae.cli.train import compile_cells
 from nvae.models import NVAE
+from nvae.sampling import CompiledDecoder
+
+TEMPERATURE = 0.7
+UNFOLDED = "eager, nothing folded"
+Draw = Callable[[], Tensor]
 
 
 def main() -> None:
-    """Print the time of one batch."""
-    options = parser(__doc__).parse_args()
+    """Print the time of one batch by each way, and the ratios to the first."""
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--compile", action="store_true",
+        help="also compiled, as sample.py compile=true does it",
+    )  # fmt: skip
+    arguments.add_argument("--rounds", type=int, default=5)
+    options = arguments.parse_args()
     set_up(options)
     config = compose_train(options.overrides)
     torch.manual_seed(0)
-    model = NVAE(config.model).to(options.device).to(memory_format=torch.channels_last).eval()
-    if options.compile:
-        compile_cells(model)
-    dtype = PRECISIONS[options.precision]
-
-    def draw() -> None:
-        with torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext():
-            model.sample(options.batch, temperature=0.7)
-
+    model = NVAE(config.model).to(options.device).eval()
     print(
         f"{' '.join(options.overrides)}: batch {options.batch}, {options.device}, precision "
-        f"{options.precision}, {'compiled' if options.compile else 'not compiled'}, "
-        f"{options.threads} threads, torch {torch.__version__}"
+        f"{options.precision}, {options.threads} threads, torch {torch.__version__}"
     )
-    print(measure(draw, options.device, options.warmup, options.runs).row("sample", options.batch))
+    ways = _ways(model, options)
+    dtype = PRECISIONS[options.precision]
+    with torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext():
+        rounds = [_measured(ways, options) for _ in range(options.rounds)]
+    for name in ways:
+        timings = [each[name] for each in rounds]
+        ratios = sorted(each[UNFOLDED].median / each[name].median for each in rounds)
+        print(
+            f"{_together(timings).row(name, options.batch)}  "
+            f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
+    peak = max(timing.peak_memory for each in rounds for timing in each.values())
+    print(f"peak memory of all: {peak:,.0f} MiB")
+
+
+def _measured(ways: dict[str, Draw], options: argparse.Namespace) -> dict[str, Timing]:
+    return {
+        name: measure(draw, options.device, options.warmup, options.runs)
+        for name, draw in ways.items()
+    }
+
+
+def _ways(model: NVAE, options: argparse.Namespace) -> dict[str, Draw]:
+    batch = options.batch
+    noise = model.draw_noise(batch)
+    plain = NVAE(model.config).to(options.device).eval()
+    plain.load_state_dict(model.state_dict())
+    model = model.to(memory_format=torch.channels_last)
+
+    def eager(network: NVAE) -> Tensor:
+        return network.likelihood(network.sample_logits(batch, TEMPERATURE, noise)).mean
+
+    def unfolded() -> Tensor:
+        # the network as it trains: weights normalised and batch normalisations done every time
+        with contextlib.ExitStack() as patched:
+            for module in ("cells", "layers"):
+                patched.enter_context(
+                    mock.patch(f"nvae.models.{module}.frozen", return_value=False)
+                )
+            return eager(plain)
+
+    ways: dict[str, Draw] = {UNFOLDED: unfolded, "eager, folded": lambda: eager(model)}
+    if options.compile:
+        decode = CompiledDecoder(model, batch)
+
+        def compiled() -> Tensor:
+            with torch.inference_mode():
+                return model.likelihood(decode(noise, TEMPERATURE)).mean
+
+        ways["compiled"] = compiled
+    for name, draw in ways.items():
+        torch.testing.assert_close(draw(), unfolded(), rtol=0, atol=1e-5, msg=name)
+    return ways
+
+
+def _together(timings: Sequence[Timing]) -> Timing:
+    return Timing(
+        statistics.median(t.median for t in timings),
+        min(t.fastest for t in timings),
+        max(t.slowest for t in timings),
+        max(t.peak_memory for t in timings),
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ BETA = 0.5
 
 def main() -> None:
     """Print the parts of a step and the whole."""
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--compile", action="store_true", help="compile every residual cell")
+    options = arguments.parse_args()
     set_up(options)
     config = compose_train(options.overrides)
     torch.manual_seed(0)
@@ -72,7 +74,8 @@ def main() -> None:
     )
     for what, call in (("step", step), ("forward alone", forward), ("regularisers", regularizers)):
         timing = measure(call, options.device, options.warmup, options.runs)
-        print(timing.row(what, options.batch), flush=True)
+        peak = f"peak {timing.peak_memory:,.0f} MiB"
+        print(f"{timing.row(what, options.batch)}  {peak}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from nvae.checkpoint import CheckpointError, load_model, save_model
-from nvae.export.__main__ import export, main
+from nvae.export.__main__ import main
 from nvae.export.card import model_card
+from nvae.export.folder import export
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
 from nvae.export.weights import CONFIG_FILE, WEIGHTS_FILE, write_weights
 from nvae.models import NVAE
+from nvae.sampling.inductor import load_machine_code
 from tests.models.small import small_model
 
 pytest.importorskip("safetensors")
@@ -95,7 +98,7 @@ def test_drawn_pixels_take_their_noise_as_input(likelihood: str) -> None:
     small = small_model(likelihood=likelihood, groups_per_scale=1, num_scales=1).eval()
     sampler = Sampler(small, pixel_temperature=0.8)
     program = export_sampler(sampler)
-    assert largest_difference(sampler, program) <= 1e-5
+    assert largest_difference(sampler, program.module()) <= 1e-5
     noise, temperature, pixel_noise = sampler.example(2)
     first = program.module()(noise, temperature, pixel_noise)
     other = program.module()(noise, temperature, sampler.example(2, seed=1)[2])
@@ -107,6 +110,45 @@ def test_the_program_leaves_the_encoder_out(model: NVAE) -> None:
     sampler = Sampler(model)
     assert not [name for name in sampler.state_dict() if "encoder" in name]
     assert len(model.state_dict()) == before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_sampler_equals_the_model_without_this_package(
+    model: NVAE, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Machine code of a batch of two, loaded by torch alone."""
+    folder = tmp_path / "out"
+    main([str(checkpoint), "--to", str(folder), "--compile", "2"])
+    noise = model.draw_noise(2)
+    temperatures = [0.2, 1.0, 0.5]
+    expected = model.likelihood(model.sample_logits(2, temperatures, noise)).mean
+    image = load_machine_code(folder / "sampler_compiled.pt2")(
+        noise, torch.tensor(temperatures), []
+    )
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+    compiled = json.loads((folder / "sampler.json").read_text())["compiled"]
+    assert compiled["batch"] == 2
+    assert compiled["largest_difference_from_eager"] <= 1e-5
+    torch.save((noise, torch.tensor(temperatures), image), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch\n"
+        "run = torch._inductor.aoti_load_package(sys.argv[1])\n"
+        "noise, temperature, image = torch.load(sys.argv[2])\n"
+        "assert torch.equal(run(noise, temperature, []), image)\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'nvae']\n"
+    )
+    files = folder / "sampler_compiled.pt2", tmp_path / "expected.pt"
+    subprocess.run([sys.executable, "-I", "-c", script, *files], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "many"])
+def test_wrong_batch_to_compile_for(
+    batch: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(checkpoint), "--to", str(tmp_path / "out"), f"--compile={batch}"])
+    assert "a number of images, 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_description_says_what_the_program_takes(model: NVAE, exported: Path) -> None:
@@ -139,7 +181,7 @@ def test_a_failed_export_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder appears whole or not at all, whichever step fails."""
-    monkeypatch.setattr("nvae.export.__main__.largest_difference", lambda *_: float("nan"))
+    monkeypatch.setattr("nvae.export.folder.largest_difference", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="differs from the model"):
         export(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())

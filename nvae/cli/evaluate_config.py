@@ -35,6 +35,7 @@ class EvaluateConfig:
         temperature: of the samples' latents.
         pixel_temperature: of the samples' pixels, or ``mean``.
         sample_batch_size: samples in one pass; changes no number.
+        compile: compile the walk that draws them; a minute or more at the start, then faster.
         reference_split: data images that samples are compared with.
         reference_cache: folder that keeps the data images' features.
         inception_weights: file with the weights; null downloads them once.
@@ -65,6 +66,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     pixel_temperature: Any = 1.0
     sample_batch_size: int = 64
+    compile: bool = False
     reference_split: str = "train"
     reference_cache: str = "data/reference_features"
     inception_weights: str | None = None

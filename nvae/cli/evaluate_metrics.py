@@ -23,6 +23,7 @@ from nvae.metrics import (
 )
 from nvae.metrics.distances import NEEDS_FEATURES
 from nvae.models import NVAE
+from nvae.sampling import CompiledDecoder
 
 
 def open_extractor(config: EvaluateConfig, device: Any) -> FeatureExtractor | None:
@@ -60,12 +61,18 @@ def measure(
     """The metrics by name, and how many data images they compare with."""
     keep = bool(NEEDS_FEATURES & set(config.metrics))
     real = _reference(config, data, data.config, extractor, model, keep=keep, shown=rank == 0)
+    decode = None
+    if config.compile:
+        if rank == 0:
+            print("compiling, a minute or more", flush=True)
+        decode = CompiledDecoder(model, config.sample_batch_size)
     share = len(range(rank, config.generated, world))
     with progress_bar("samples", share, shown=rank == 0) as advance:
         generated = generated_features(
             model, extractor, range(config.generated), temperature=config.temperature,
-            pixel_temperature=config.pixels, batch_size=config.sample_batch_size, keep=keep,
-            keep_logits="is" in config.metrics, progress=advance, distributed=world > 1,
+            pixel_temperature=config.pixels, batch_size=config.sample_batch_size, decode=decode,
+            keep=keep, keep_logits="is" in config.metrics, progress=advance,
+            distributed=world > 1,
         )  # fmt: skip
     found: dict[str, Any] = dict(distances(config.metrics, real, generated, config.distances))
     return {**found, "generated": generated.moments.count, "real": real.moments.count}

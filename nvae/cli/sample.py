@@ -25,7 +25,7 @@ from nvae.data import DataConfig
 from nvae.data.loader import RawBatch
 from nvae.data.module import ImageDataModule
 from nvae.models import NVAE
-from nvae.sampling import sample_images
+from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
 from nvae.sampling.nearest import nearest_images
 from nvae.sampling.sheets import (
@@ -42,7 +42,7 @@ from nvae.sampling.sheets import (
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
 _CHANGES_NO_PICTURE = (
-    "checkpoint", "batch_size", "device", "output", "overwrite",
+    "checkpoint", "batch_size", "compile", "device", "output", "overwrite",
 )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ class _Sampler:
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model.config, len(model.groups))
         self.decoder = Decoder(config.pixels, config.batch_size)
+        self._kept: CompiledDecoder | None = None
 
     def draw(self) -> None:
         """Write everything but the manifest."""
@@ -133,15 +134,23 @@ class _Sampler:
             yield
 
     def _prior(self, label: str, temperature: Sequence[float]) -> Tensor:
-        with (
-            self._statistics(temperature),
-            progress_bar(f"temperature {label}", len(self.seeds)) as advance,
-        ):
-            return sample_images(
-                self.model, self.seeds, temperature=temperature,
-                pixel_temperature=self.config.pixels, batch_size=self.config.batch_size,
-                progress=advance,
-            )  # fmt: skip
+        with self._statistics(temperature):
+            decode = self._compiled()
+            with progress_bar(f"temperature {label}", len(self.seeds)) as advance:
+                return sample_images(
+                    self.model, self.seeds, temperature=temperature,
+                    pixel_temperature=self.config.pixels, batch_size=self.config.batch_size,
+                    decode=decode, progress=advance,
+                )  # fmt: skip
+
+    def _compiled(self) -> CompiledDecoder | None:
+        """The compiled walk with the statistics at hand, where one is asked for."""
+        if not self.config.compile:
+            return None
+        if self._kept is None or self.config.recalibrate_bn:
+            print("compiling, a minute or more", flush=True)
+            self._kept = CompiledDecoder(self.model, self.config.batch_size)
+        return self._kept
 
     def _draw_prior(self) -> None:
         grids = []

@@ -1,112 +1,12 @@
-"""`python -m nvae.export CHECKPOINT --to DIR`: weights, configuration, model card, sampler."""
+"""`python -m nvae.export CHECKPOINT --to DIR`: the command line of the export."""
 
 import argparse
-import io
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from nvae.atomic import replacing, write_json
-from nvae.checkpoint import Weights, load_checkpoint, load_model
-from nvae.export.card import model_card
-from nvae.export.sampler import (
-    TOLERANCE,
-    Sampler,
-    describe_sampler,
-    export_sampler,
-    largest_difference,
-)
-from nvae.export.weights import write_weights
-from nvae.models import NVAE
+from nvae.export.folder import export
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
-
-PROGRAM_FILE = "sampler.pt2"
-PROGRAM_DESCRIPTION = "sampler.json"
-
-
-def export(
-    checkpoint: Path,
-    folder: Path,
-    *,
-    weights: Weights = "ema",
-    pixel_temperature: PixelTemperature = "mean",
-    with_sampler: bool = True,
-) -> float | None:
-    """Write the folder as a whole or not at all.
-
-    Args:
-        checkpoint: anything that :func:`load_model` reads.
-        folder: must not hold anything yet.
-        weights: averaged or raw.
-        pixel_temperature: of the sampler program: ``"mean"``, or the factor on the pixel noise.
-        with_sampler: write the program.
-
-    Returns:
-        The largest difference of a pixel between program and eager model; None without program.
-
-    Raises:
-        CheckpointError: the checkpoint is missing or bad.
-        ValueError: the folder holds something, or the program disagrees with the model.
-        ModuleNotFoundError: safetensors is not installed.
-        OSError: the disk is full or the folder cannot be written to.
-    """
-    _refuse_used(folder)
-    check_pixel_temperature(pixel_temperature)
-    model = load_model(checkpoint, weights)
-    run_config = load_checkpoint(checkpoint).get("run_config") if checkpoint.is_file() else None
-    with _whole_folder(folder) as building:
-        write_weights(model, building)
-        (building / "README.md").write_text(model_card(model, run_config), encoding="utf-8")
-        return _write_sampler(model, building, pixel_temperature) if with_sampler else None
-
-
-def _write_sampler(model: NVAE, folder: Path, pixel_temperature: PixelTemperature) -> float:
-    sampler = Sampler(model, pixel_temperature)
-    program = export_sampler(sampler)
-    difference = largest_difference(sampler, program)
-    if not difference <= TOLERANCE:
-        raise ValueError(
-            f"the exported sampler differs from the model by {difference:.1e} in a pixel, more "
-            f"than {TOLERANCE:.0e}; nothing was written"
-        )
-    packed = io.BytesIO()  # torch's own writer does not survive a full disk
-    torch.export.save(program, packed)
-    with replacing(folder / PROGRAM_FILE) as temporary:
-        temporary.write_bytes(packed.getbuffer())
-    description = {
-        **describe_sampler(sampler),
-        "torch": torch.__version__,
-        "largest_difference_from_eager": difference,
-    }
-    write_json(folder / PROGRAM_DESCRIPTION, description)
-    return difference
-
-
-def _refuse_used(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --to takes a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give --to a new folder")
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place if the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield building
-        building.chmod(0o755)
-        os.replace(building, folder)  # refuses a folder that has been filled meanwhile
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def _pixel_temperature(text: str) -> PixelTemperature:
@@ -116,6 +16,12 @@ def _pixel_temperature(text: str) -> PixelTemperature:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: mean, or a number >= 0") from None
     return value
+
+
+def _batch(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; it takes a number of images, 1 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,9 +43,15 @@ def _parser() -> argparse.ArgumentParser:
         help="what the sampler gives: the likelihood's mean, or a draw with this factor on the "
         "pixel noise, which it then takes as an input (default: mean)",
     )  # fmt: skip
-    parser.add_argument(
+    samplers = parser.add_mutually_exclusive_group()
+    samplers.add_argument(
         "--no-sampler", action="store_true", help="leave the program out: weights and card only"
     )
+    samplers.add_argument(
+        "--compile", type=_batch, metavar="B",
+        help="also compile the sampler to machine code for this machine's processor and batches "
+        "of B images; takes a C++ compiler and a minute or more",
+    )  # fmt: skip
     return parser
 
 
@@ -153,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             weights=given.weights,
             pixel_temperature=given.pixel_temperature,
             with_sampler=not given.no_sampler,
+            compiled_batch=given.compile,
         )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         text = (

@@ -1,11 +1,11 @@
-"""The sampler as a `torch.export` program: noise and temperature in, images out.
+"""The sampler as a `torch.export` program or machine code: noise and temperature in, images out.
 
-The program needs torch and nothing of this package. Randomness stays outside: it is a pure
+Either needs torch and nothing of this package. Randomness stays outside: it is a pure
 function of its inputs, so the caller decides where noise comes from.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from nvae.models import NVAE
-from nvae.models.latent_group import LatentGroup
-from nvae.modes import eval_mode
+from nvae.sampling.decoder import PriorDecoder
+from nvae.sampling.inductor import for_inductor, machine_code
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 
 TOLERANCE = 1e-5
@@ -83,8 +83,14 @@ class Sampler(nn.Module):
         super().__init__()
         check_pixel_temperature(pixel_temperature)
         self.pixel_temperature = pixel_temperature
-        self.model = _without_encoder(model)
+        # torch.export.save takes channels_last weights for parts of a larger tensor and warns
+        self.decoder = PriorDecoder(model).to(memory_format=torch.contiguous_format)
         self.pixel_inputs = self._record_pixel_inputs()
+
+    @property
+    def model(self) -> NVAE:
+        """The decoding half."""
+        return self.decoder.model
 
     def forward(
         self, noise: Sequence[Tensor], temperature: Tensor, pixel_noise: Sequence[Tensor]
@@ -96,41 +102,28 @@ class Sampler(nn.Module):
             temperature: ``(G,)``, factor on every group's sigma, >= 0.
             pixel_noise: as ``pixel_inputs`` says; empty for the mean.
         """
-        # sigma * (t * eps) is (t * sigma) * eps; the walk's own temperatures are numbers
-        scaled = [eps * t for eps, t in zip(noise, temperature.unbind(), strict=True)]
-        state, _ = self.model.top_down(scaled)
-        likelihood = self.model.likelihood(self.model.decode_state(state))
+        likelihood = self.model.likelihood(self.decoder(noise, temperature))
         if self.pixel_temperature == "mean":
             return likelihood.mean
         return likelihood.sample(float(self.pixel_temperature), _Given(pixel_noise))
 
     def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Arguments of :meth:`forward` for ``batch`` images."""
+        noise, temperature = self.decoder.example(batch, seed)
         generator = torch.Generator().manual_seed(seed)
-        noise = self.model.draw_noise(batch, generator)
-        temperature = torch.linspace(0.5, 1.0, len(noise))
-        return noise, temperature, [each.draw(batch, generator) for each in self.pixel_inputs]
+        pixel_noise = [
+            each.draw(batch, generator).to(temperature.device) for each in self.pixel_inputs
+        ]
+        return noise, temperature, pixel_noise
 
     @torch.no_grad()
     def _record_pixel_inputs(self) -> tuple[PixelInput, ...]:
         if self.pixel_temperature == "mean":
             return ()
         recorder = _Recorder()
-        with eval_mode(self.model):
-            logits = self.model.sample_logits(1)
+        logits = self.decoder(*self.decoder.example(1))
         self.model.likelihood(logits).sample(1.0, recorder)
         return tuple(recorder.inputs)
-
-
-def _without_encoder(model: NVAE) -> NVAE:
-    half = copy.deepcopy(model).eval().requires_grad_(False)
-    del half.encoder
-    for index, group in enumerate(half.groups):
-        assert isinstance(group, LatentGroup)
-        group.merge_encoder = group.flow = None
-        if index:  # the first group's tells how many latent channels there are
-            del group.posterior
-    return half
 
 
 def export_sampler(sampler: Sampler) -> ExportedProgram:
@@ -149,15 +142,32 @@ def export_sampler(sampler: Sampler) -> ExportedProgram:
     return program
 
 
+def compile_sampler(sampler: Sampler, batch: int) -> bytes:
+    """The sampler as machine code for ``batch`` images at a time; see :func:`machine_code`.
+
+    Raises:
+        CompilerError: no working C++ compiler.
+    """
+    fast = copy.deepcopy(sampler)
+    fast.decoder = for_inductor(sampler.decoder)
+    return machine_code(fast, fast.example(batch))
+
+
 @torch.no_grad()
-def largest_difference(sampler: Sampler, program: ExportedProgram) -> float:
-    """Largest difference of a pixel between program and eager model, at several batch sizes.
+def largest_difference(
+    sampler: Sampler, run: Callable[..., Tensor], batches: Sequence[int] = (1, 3)
+) -> float:
+    """Largest difference of a pixel between a program and the eager sampler.
 
     With drawn pixels, of all but the share ``MOST_FLIPPED``.
+
+    Args:
+        sampler: eager.
+        run: takes what :meth:`Sampler.forward` takes.
+        batches: batch sizes to compare at.
     """
-    run = program.module()
     worst = 0.0
-    for batch in (1, 3):
+    for batch in batches:
         arguments = sampler.example(batch, seed=batch)
         difference = (run(*arguments) - sampler(*arguments)).abs().flatten()
         flipped = int(MOST_FLIPPED * len(difference)) if sampler.pixel_inputs else 0

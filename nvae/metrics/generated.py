@@ -10,7 +10,7 @@ from nvae.metrics.distances import FeatureSet
 from nvae.metrics.extractors import FeatureExtractor
 from nvae.metrics.moments import FeatureMoments
 from nvae.models.nvae import NVAE, Temperature
-from nvae.sampling import PixelTemperature, sample_images
+from nvae.sampling import Decode, PixelTemperature, sample_images
 
 
 class _Collector:
@@ -76,6 +76,7 @@ def generated_features(
     temperature: Temperature = 1.0,
     pixel_temperature: PixelTemperature = 1.0,
     batch_size: int = 64,
+    decode: Decode | None = None,
     keep: bool = False,
     keep_logits: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -90,6 +91,7 @@ def generated_features(
         temperature: of the latents.
         pixel_temperature: of the pixels, or ``"mean"``.
         batch_size: images in one pass; changes nothing.
+        decode: as :func:`sample_images` takes it.
         keep: keep every image's features.
         keep_logits: keep every image's logits.
         progress: called with the number of images just done by this process.
@@ -110,7 +112,7 @@ def generated_features(
             part = mine[start : start + batch_size]
             yield sample_images(
                 model, list(part), temperature=temperature, pixel_temperature=pixel_temperature,
-                batch_size=batch_size,
+                batch_size=batch_size, decode=decode,
             ).to(device)  # fmt: skip
 
     found = image_features(

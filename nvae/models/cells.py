@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nvae.models.derived import Derived, frozen
 from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
-from nvae.models.folding import FoldedConv, fold_after, fold_around
+from nvae.models.folding import fold_after, fold_around
 from nvae.models.layers import (
     DataInitConv2d,
     FactorizedSkip,
@@ -73,12 +73,12 @@ class MobileConv(nn.Module):
         self.norm_spatial = BatchNorm(hidden, "swish")
         self.project = PlainConv2d(hidden, out_channels, 1)
         self.norm_out = BatchNorm(out_channels)
-        self._folded = Derived[tuple[FoldedConv, ...]]()
+        self._folded = Derived[nn.Module]()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
         if frozen(self.training):
-            return self._forward_folded(x)
+            return self._folded.get([*self.parameters(), *self.buffers()], self.folded)(x)
         x = self.expand(self.norm_in(x))
         if self.depthwise and not self.upsample:
             x, sums = self._normalized_depthwise(x)
@@ -97,22 +97,18 @@ class MobileConv(nn.Module):
         norm.track(statistics)
         return y, sums
 
-    def _forward_folded(self, x: Tensor) -> Tensor:
-        """The same without the normalisations, which the weights have taken over."""
-        sources = [*self.parameters(), *self.buffers()]
-        expand, spatial, project = self._folded.get(sources, self._fold)
-        x = F.silu(F.conv2d(x, expand.weight, expand.bias), inplace=True)
-        x = upsample_nearest(x) if self.upsample else x
-        conv = self.spatial
-        x = F.conv2d(x, spatial.weight, spatial.bias, conv.stride, conv.padding, 1, conv.groups)
-        return F.conv2d(F.silu(x, inplace=True), project.weight, project.bias)
-
-    def _fold(self) -> tuple[FoldedConv, ...]:
-        return (
-            fold_around(self.norm_in, self.expand.weight, self.norm_expand),
-            fold_after(self.spatial.weight, self.norm_spatial),
-            fold_after(self.project.weight, self.norm_out),
-        )
+    def folded(self) -> nn.Module:
+        """The same without the normalisations, which the weights take over."""
+        layers: list[nn.Module] = [
+            fold_around(self.norm_in, self.expand, self.norm_expand),
+            nn.SiLU(inplace=True),
+            fold_after(self.spatial, self.norm_spatial),
+            nn.SiLU(inplace=True),
+            fold_after(self.project, self.norm_out),
+        ]
+        if self.upsample:
+            layers.insert(2, nn.Upsample(scale_factor=2, mode="nearest"))
+        return nn.Sequential(*layers)
 
 
 class Cell(nn.Module):

@@ -93,6 +93,7 @@ class LatentGroup(nn.Module):
     ) -> None:
         super().__init__()
         latent, width = config.latent_channels, scale.decoder_width
+        self.latent_channels = latent
         self.residual = config.residual_distributions
         self.cells = nn.Sequential()
         self.prior: NormalHead | None = None
@@ -154,8 +155,8 @@ class LatentGroup(nn.Module):
     def _prior_parameters(self, state: Tensor) -> tuple[Tensor, Tensor]:
         if self.prior is not None:
             return self.prior(state)
-        latent = self.posterior.conv.weight.shape[0] // 2
-        zero = state.new_zeros(()).expand(state.shape[0], latent, *state.shape[2:])
+        batch, _, height, width = state.shape
+        zero = state.new_zeros(()).expand(batch, self.latent_channels, height, width)
         return zero, zero
 
     def _sample_posterior(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.derived import Derived, frozen
+from nvae.models.folding import fixed_conv
 from nvae.ops import depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
@@ -139,6 +140,13 @@ class WeightNormConv2d(SpectralConv):
             return depthwise_conv2d(x, weight, self.stride)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def folded(self) -> nn.Module:
+        """A plain convolution with the normalised weight."""
+        return fixed_conv(
+            self._normalize(), self.bias, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
+
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The masked weight with its gain."""
         return [SpectralMatrix(_as_matrix(self._masked_weight()), self.log_gain)]
@@ -219,6 +227,12 @@ class FactorizedSkip(WeightNormConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / 2, W / 2)``."""
         return F.conv2d(F.silu(x), self.normalized_weight() * self.taps, self.bias, stride=2)
+
+    def folded(self) -> nn.Module:
+        """The same with the normalised weight."""
+        return nn.Sequential(
+            nn.SiLU(), fixed_conv(self._normalize() * self.taps, self.bias, stride=2)
+        )
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """Four matrices, as in the published model."""

@@ -151,7 +151,7 @@ class NVAE(nn.Module):
             The state after the finest group, ``(B, C, h, w)``, and what every group drew.
         """
         batch = noise[0].shape[0]
-        temperatures = self._temperatures(temperature)
+        temperatures = self.group_temperatures(temperature)
         state = self.initial_state.expand(batch, -1, -1, -1)
         samples: list[GroupSample] = []
         upsample = iter(self.upsample)
@@ -237,7 +237,12 @@ class NVAE(nn.Module):
             )
         return noise
 
-    def _temperatures(self, temperature: Temperature) -> Sequence[float]:
+    def group_temperatures(self, temperature: Temperature) -> list[float]:
+        """One temperature a group, coarsest first.
+
+        Raises:
+            ValueError: not one or one a group, or below 0.
+        """
         groups = len(self.groups)
         temperatures = (
             [temperature] * groups if isinstance(temperature, int | float) else list(temperature)

@@ -1,5 +1,6 @@
 """Images from a trained model: prior samples, reconstructions, paths through latent space."""
 
+from nvae.sampling.compiled import CompiledDecoder
 from nvae.sampling.latents import (
     Latents,
     concatenate,
@@ -13,9 +14,11 @@ from nvae.sampling.latents import (
     traverse,
 )
 from nvae.sampling.pixels import PixelTemperature
-from nvae.sampling.prior import sample_images, scale_temperatures
+from nvae.sampling.prior import Decode, sample_images, scale_temperatures
 
 __all__ = [
+    "CompiledDecoder",
+    "Decode",
     "Latents",
     "PixelTemperature",
     "concatenate",

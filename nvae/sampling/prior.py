@@ -12,6 +12,9 @@ from nvae.modes import eval_mode
 from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
 
+Decode = Callable[[Sequence[Tensor], Temperature], Tensor]
+"""Noise of every group and temperature to logits ``(B, K, H, W)``."""
+
 
 def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[float]:
     """One temperature a group from one a scale; both coarsest first.
@@ -43,6 +46,7 @@ def sample_images(
     temperature: Temperature = 1.0,
     pixel_temperature: PixelTemperature = 1.0,
     batch_size: int = 64,
+    decode: Decode | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images from the prior.
@@ -55,6 +59,8 @@ def sample_images(
         pixel_temperature: factor on the pixel noise, >= 0; 0 takes the likelihood's mode, "mean"
             its mean.
         batch_size: images in one pass.
+        decode: noise and temperature to logits; None: ``model`` itself. A
+            :class:`CompiledDecoder` is faster where many batches are drawn.
         progress: called with the number of images just done.
 
     Returns:
@@ -72,7 +78,11 @@ def sample_images(
     images = []
     with eval_mode(model):
         for batch in all_seeds.split(batch_size):
-            logits = model.sample_logits(len(batch), temperature, seed_noise(model, batch))
+            noise = seed_noise(model, batch)
+            if decode is None:
+                logits = model.sample_logits(len(batch), temperature, noise)
+            else:
+                logits = decode(noise, temperature)
             images.append(render(model, logits, batch, pixel_temperature).cpu())
             if progress is not None:
                 progress(len(batch))

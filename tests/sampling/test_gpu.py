@@ -7,7 +7,7 @@ import torch
 
 from nvae.evaluation import evaluate
 from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
-from nvae.sampling import sample_images
+from nvae.sampling import CompiledDecoder, sample_images
 
 from .models import small_nvae
 
@@ -30,6 +30,17 @@ def test_samples_are_the_same_on_both_devices():
     on_cpu = sample_images(model, range(6), temperature=0.7, pixel_temperature=0.5)
     on_gpu = sample_images(model.cuda(), range(6), temperature=0.7, pixel_temperature=0.5)
     assert torch.allclose(on_cpu, on_gpu, atol=1e-6)
+
+
+def test_compiled_and_replayed_samples_are_the_same():
+    """torch.compile with CUDA graphs, whose outputs live until the next replay."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    model = small_nvae("normal").cuda()
+    plain = sample_images(model, range(7), temperature=0.7, batch_size=3)
+    decode = CompiledDecoder(model, batch_size=3)
+    for _ in range(3):  # warm-up, capture, replay
+        replayed = sample_images(model, range(7), temperature=0.7, batch_size=3, decode=decode)
+        assert torch.allclose(replayed, plain, atol=1e-4)
 
 
 def test_likelihood_is_the_same_on_both_devices():
