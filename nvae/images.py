@@ -1,4 +1,4 @@
-"""Pictures on disk: single images, grids with labels, animations. Pillow does the encoding."""
+"""Pictures on disk: single images, grids with labels. Pillow does the encoding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,21 +101,6 @@ def save_grids_side_by_side(
     _save(canvas, path)
 
 
-def save_animation(path: str | Path, frames: Tensor, *, milliseconds: int = 80) -> None:
-    """A GIF that plays ``frames`` ``(N, C, H, W)`` there and back, for ever."""
-    pixels = to_uint8(frames)
-    if not len(pixels):
-        raise ValueError("no frames for an animation")
-    factor = _enlargement(pixels.shape[1])
-    pictures = [_picture(_enlarge(frame, factor)) for frame in pixels]
-    pictures += pictures[-2:0:-1]
-    with replacing(path) as temporary:
-        pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=pictures[1:],
-            duration=milliseconds, loop=0,
-        )  # fmt: skip
-
-
 def grid(
     images: Tensor | Sequence[Tensor],
     *,
@@ -124,17 +109,16 @@ def grid(
     column_labels: Sequence[str] | None = None,
 ) -> Image.Image:
     """The picture that :func:`save_grid` writes."""
-    pixels = np.stack([to_uint8(image[None])[0] for image in images]) if len(images) else None
-    if pixels is None:
+    if not len(images):
         raise ValueError("no images for a grid")
+    pixels = np.stack([enlarge(to_uint8(image[None])[0]) for image in images])
     count, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     for labels, places, name in ((row_labels, rows, "rows"), (column_labels, columns, "columns")):
         if labels is not None and len(labels) != places:
             raise ValueError(f"{len(labels)} labels for {places} {name}")
-    factor = _enlargement(height)
-    cell_height, cell_width = height * factor + _GAP, width * factor + _GAP
+    cell_height, cell_width = height + _GAP, width + _GAP
     left = _label_width(row_labels)
     top = _FONT_SIZE + 2 * _GAP if column_labels else 0
     shape = (top + rows * cell_height + _GAP, left + columns * cell_width + _GAP, channels)
@@ -143,7 +127,7 @@ def grid(
     for i, image in enumerate(pixels):
         y = top + (i // columns) * cell_height + _GAP
         x = left + (i % columns) * cell_width + _GAP
-        canvas[y : y + height * factor, x : x + width * factor] = _enlarge(image, factor)
+        canvas[y : y + height, x : x + width] = image
     picture = _picture(canvas)
     draw = ImageDraw.Draw(picture)
     ink = _black(picture.mode)
@@ -155,11 +139,9 @@ def grid(
     return picture
 
 
-def _enlargement(side: int) -> int:
-    return max(1, -(-_LEAST_SIDE // side))
-
-
-def _enlarge(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+def enlarge(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Repeat the pixels of a small ``(H, W, C)`` picture until one can see something."""
+    factor = max(1, -(-_LEAST_SIDE // image.shape[0]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nvae.images import save_animation, save_grid, save_grids_side_by_side, save_image, save_rows
+from nvae.images import save_grid, save_grids_side_by_side, save_image, save_rows
 
 
 def _read(path):
@@ -54,19 +54,6 @@ def test_grids_side_by_side(tmp_path):
         save_grids_side_by_side(tmp_path / "s.png", grids, ["x"])
 
 
-def test_animation_plays_there_and_back(tmp_path):
-    frames = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 1, 8, 8)
-    save_animation(tmp_path / "a.gif", frames)
-    with Image.open(tmp_path / "a.gif") as animation:
-        assert animation.n_frames == 6
-        assert animation.info["loop"] == 0
-        values = []
-        for i in range(6):
-            animation.seek(i)
-            values.append(np.asarray(animation.convert("L")).mean() / 255)
-    assert np.allclose(values, [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], atol=0.01)
-
-
 def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "g.png"
     save_grid(path, torch.zeros(1, 1, 8, 8))
@@ -89,6 +76,4 @@ def test_wrong_input_is_refused(tmp_path):
         save_grid(tmp_path / "g.png", torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="2 labels for 1 rows"):
         save_grid(tmp_path / "g.png", torch.zeros(2, 1, 8, 8), columns=2, row_labels=["a", "b"])
-    with pytest.raises(ValueError, match="no frames"):
-        save_animation(tmp_path / "g.gif", torch.zeros(0, 1, 8, 8))
     assert not list(tmp_path.iterdir())

@@ -198,7 +198,8 @@ class _Sampler:
             if self.config.frames:
                 points = max(2, self.config.frames)
                 path = interpolate(self.model, latents[:-1], latents[1:], points)
-                self.folder.animation("interpolation.gif", self.decoder(self.model, path))
+                name = f"interpolation.{self.config.animation}"
+                self.folder.animation(name, self.decoder(self.model, path))
 
     def _draw_partial(self) -> None:
         temperature = self.temperatures[0][1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from nvae.animation import check_format
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import ModelConfig
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
@@ -39,6 +40,7 @@ class SampleConfig:
         split: ``train`` | ``valid`` | ``test``: of those images; nearest always searches train.
         steps: points on a path, ends included (interpolate, traverse).
         frames: points between two neighbours in the animation; 0: none (interpolate).
+        animation: ``gif`` | ``mp4`` (interpolate); mp4 needs PyAV.
         keep: numbers of coarsest groups that stay, one row each (partial); null: up to 8 rows.
         draws: columns of drawn images (partial).
         groups: groups that move, one row each, 0 the coarsest (traverse); null: up to 8 rows.
@@ -71,6 +73,7 @@ class SampleConfig:
     split: str = "test"
     steps: int = 9
     frames: int = 24
+    animation: str = "gif"
     keep: list[int] | None = None
     draws: int = 7
     groups: list[int] | None = None
@@ -90,6 +93,7 @@ class SampleConfig:
         _one_of("weights", self.weights, ("ema", "raw"))
         _one_of("source", self.source, ("seeds", "images"))
         check_split(self.split)
+        check_format(self.animation)
         for name, least in (
             ("recalibrate_bn", 0), ("frames", 0), ("steps", 2), ("draws", 1),
             ("neighbours", 1), ("batch_size", 1), ("columns", 1),

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from nvae.animation import save_animation
 from nvae.atomic import replacing, write_json
-from nvae.images import save_animation, save_grids_side_by_side, save_image, save_rows
+from nvae.images import save_grids_side_by_side, save_image, save_rows
 from nvae.sampling.sheets import Sheet
 
 MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ class SampleFolder:
         save_rows(self._file(name), sheet.rows, sheet.row_labels, sheet.column_labels)
 
     def animation(self, name: str, frames: Tensor) -> None:
-        """A GIF."""
+        """Frames ``(N, C, H, W)``, in the format that the name ends in."""
         save_animation(self._file(name), frames)
 
     def image(self, name: str, image: Tensor) -> None:

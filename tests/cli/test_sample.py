@@ -158,6 +158,7 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
         ({"mode": "interpolate", "temperature": [0.5, 1]}, "one temperature"),
         ({"mode": "reconstruct", "recalibrate_bn": 5}, "fits the prior"),
         ({"mode": "traverse", "compile": True}, "not for mode=traverse"),
+        ({"animation": "webm"}, "allowed: gif, mp4"),
         ({"weights": "best"}, "allowed: ema, raw"),
         ({"split": "all"}, "allowed: train"),
         ({"steps": 1}, "at least 2"),
