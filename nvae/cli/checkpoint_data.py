@@ -42,7 +42,7 @@ def split_off_data(composed: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     return own, given
 
 
-def data_config(given: dict[str, Any], checkpoint: dict[str, Any]) -> DataConfig:
+def data_config(given: dict[str, Any], run_config: dict[str, Any]) -> DataConfig:
     """The data set: a whole one as given, or the checkpoint's with single fields changed.
 
     Raises:
@@ -50,7 +50,7 @@ def data_config(given: dict[str, Any], checkpoint: dict[str, Any]) -> DataConfig
     """
     if "format" in given:
         return DataConfig(**given)
-    recorded = (checkpoint.get("run_config") or {}).get("data")
+    recorded = run_config.get("data")
     if not isinstance(recorded, dict):
         raise ValueError("the checkpoint does not say what it was trained on; give data=NAME")
     unknown = sorted(recorded.keys() - {f.name for f in dataclasses.fields(DataConfig)})

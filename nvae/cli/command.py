@@ -28,7 +28,7 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
     def checked(config: DictConfig) -> None:
         try:
             work(config)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
             raise UserError(" ".join(str(error).split())) from error
         except torch.OutOfMemoryError as error:
             raise UserError(

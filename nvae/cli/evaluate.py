@@ -15,7 +15,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nvae.atomic import write_json
-from nvae.checkpoint import load_checkpoint, load_model
 from nvae.cli.checkpoint_data import (
     data_config,
     open_data,
@@ -27,6 +26,7 @@ from nvae.cli.command import run_command
 from nvae.cli.device import open_device
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.evaluate_metrics import measure, metrics_protocol, open_extractor
+from nvae.cli.opened import OpenedCheckpoint, open_checkpoint
 from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
@@ -51,24 +51,23 @@ def _run(composed: DictConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
-    checkpoint = load_checkpoint(config.checkpoint)
-    model = load_model(config.checkpoint, config.weights)  # type: ignore[arg-type]
-    data_settings = data_config(given, checkpoint)
+    opened = open_checkpoint(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    model = opened.model
+    data_settings = data_config(given, opened.run_config)
     with _process_group() as (rank, world):
         device = _device(config, rank, world)
         extractor = open_extractor(config, device)
-        protocol = _protocol(config, data_settings, "current_model_state" in checkpoint)
+        protocol = _protocol(config, opened, data_settings)
         if extractor is not None:
             protocol["samples"] = metrics_protocol(config, extractor)
-        del checkpoint
-        output = Path(config.output) if config.output else _default_output(config, protocol)
+        output = _output(config, opened.file, protocol)
         if _already_done(output, protocol, config.overwrite):
             return
         data = open_data(data_settings, model.config)
         model = model.to(device)
         partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
         started = monotonic()
-        with _statistics(config, model, shown=rank == 0):
+        with _statistics(config, opened.file, model, shown=rank == 0):
             store = RecordStore(partial, short_hash(protocol), rank)
             result = _bound(config, model, data, store, rank, world)
             quality = None
@@ -130,21 +129,22 @@ def _share(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[Ima
 
 
 @contextmanager
-def _statistics(config: EvaluateConfig, model: NVAE, *, shown: bool) -> Iterator[None]:
+def _statistics(
+    config: EvaluateConfig, weights: Path, model: NVAE, *, shown: bool
+) -> Iterator[None]:
     if not config.recalibrate_bn:
         yield
         return
     with recalibrated(
-        model, Path(config.checkpoint), [config.statistics_temperature] * len(model.groups),
+        model, weights, [config.statistics_temperature] * len(model.groups),
         batches=config.recalibrate_bn, batch_size=config.bn_batch_size, seed=config.bn_seed,
         shown=shown,
     ):  # fmt: skip
         yield
 
 
-def _protocol(config: EvaluateConfig, data: DataConfig, has_average: bool) -> dict[str, Any]:
+def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: DataConfig) -> dict[str, Any]:
     """Everything that the numbers depend on."""
-    averaged = has_average and config.weights == "ema"
     recalibration = {
         "batches": config.recalibrate_bn,
         "temperature": config.statistics_temperature,
@@ -152,8 +152,8 @@ def _protocol(config: EvaluateConfig, data: DataConfig, has_average: bool) -> di
         "seed": config.bn_seed,
     }
     return {
-        "checkpoint_sha256": file_sha256(Path(config.checkpoint)),
-        "weights": "averaged" if averaged else "raw",
+        "checkpoint_sha256": file_sha256(opened.file),
+        "weights": opened.weights,
         "data": pixel_protocol(data),
         "split": config.split,
         "importance_samples": list(config.bounds.importance_samples),
@@ -164,10 +164,11 @@ def _protocol(config: EvaluateConfig, data: DataConfig, has_average: bool) -> di
     }
 
 
-def _default_output(config: EvaluateConfig, protocol: dict[str, Any]) -> Path:
-    path = Path(config.checkpoint)
-    name = f"{path.stem}-{config.split}-{short_hash(protocol)}.json"
-    return path.parent / "evaluation" / name
+def _output(config: EvaluateConfig, weights: Path, protocol: dict[str, Any]) -> Path:
+    if config.output:
+        return Path(config.output)
+    name = f"{weights.stem}-{config.split}-{short_hash(protocol)}.json"
+    return weights.parent / "evaluation" / name
 
 
 def _already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> bool:

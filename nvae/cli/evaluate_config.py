@@ -16,7 +16,7 @@ class EvaluateConfig:
     """What to evaluate, and how.
 
     Attributes:
-        checkpoint: of this project or in the published format.
+        checkpoint: a file of this project or in the published format, or an exported folder.
         split: ``train`` | ``valid`` | ``test``: images whose likelihood is taken.
         weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
         importance_samples: values of K of the importance-weighted bound; [] for the ELBO alone.

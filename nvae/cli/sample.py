@@ -11,10 +11,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nvae.checkpoint import load_checkpoint, load_model
 from nvae.cli.checkpoint_data import data_config, open_data, split_off_data, with_data
 from nvae.cli.command import run_command
 from nvae.cli.device import open_device
+from nvae.cli.opened import open_checkpoint
 from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
@@ -55,17 +55,16 @@ def main() -> None:
 def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
     config = build(SampleConfig, own)
-    checkpoint = load_checkpoint(config.checkpoint)
     device = open_device(config.device, tf32=config.tf32)
-    model = load_model(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    opened = open_checkpoint(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
-    data_settings = data_config(given, checkpoint) if needs_data else None
-    request = _request(config, data_settings)
-    folder = SampleFolder(_folder(config, request), request, overwrite=config.overwrite)
+    data_settings = data_config(given, opened.run_config) if needs_data else None
+    request = _request(config, opened.file, data_settings)
+    path = _folder(config, opened.file, request)
+    folder = SampleFolder(path, request, overwrite=config.overwrite)
     data = open_data(data_settings, model.config) if data_settings is not None else None
-    del checkpoint
-    model = model.to(device)
-    _Sampler(config, model, data, folder).draw()
+    _Sampler(config, opened.file, model.to(device), data, folder).draw()
     folder.manifest(
         {
             "checkpoint": config.checkpoint,
@@ -76,22 +75,21 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, data: DataConfig | None) -> dict[str, Any]:
+def _request(config: SampleConfig, weights: Path, data: DataConfig | None) -> dict[str, Any]:
     """Everything that the pictures depend on."""
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
     return {
-        "checkpoint_sha256": file_sha256(Path(config.checkpoint)),
+        "checkpoint_sha256": file_sha256(weights),
         **settings,
         "data": None if data is None else asdict(data),
     }
 
 
-def _folder(config: SampleConfig, request: dict[str, Any]) -> Path:
+def _folder(config: SampleConfig, weights: Path, request: dict[str, Any]) -> Path:
     if config.output is not None:
         return Path(config.output)
-    checkpoint = Path(config.checkpoint)
-    name = f"{checkpoint.stem}-{config.mode}-{short_hash(request)}"
-    return checkpoint.parent / "samples" / name
+    name = f"{weights.stem}-{config.mode}-{short_hash(request)}"
+    return weights.parent / "samples" / name
 
 
 class _Sampler:
@@ -99,6 +97,7 @@ class _Sampler:
 
     Args:
         config: what to draw.
+        weights: file they come from.
         model: on its device.
         data: where images are read, else None.
         folder: for the files.
@@ -107,11 +106,13 @@ class _Sampler:
     def __init__(
         self,
         config: SampleConfig,
+        weights: Path,
         model: NVAE,
         data: ImageDataModule | None,
         folder: SampleFolder,
     ) -> None:
-        self.config, self.model, self.data, self.folder = config, model, data, folder
+        self.config, self.weights, self.model = config, weights, model
+        self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model.config, len(model.groups))
         self.decoder = Decoder(config.pixels, config.batch_size)
@@ -128,7 +129,7 @@ class _Sampler:
             yield
             return
         with recalibrated(
-            self.model, Path(config.checkpoint), temperature, batches=config.recalibrate_bn,
+            self.model, self.weights, temperature, batches=config.recalibrate_bn,
             batch_size=config.bn_batch_size, seed=config.bn_seed,
         ):  # fmt: skip
             yield

@@ -20,7 +20,7 @@ class SampleConfig:
     """What to draw, and how.
 
     Attributes:
-        checkpoint: of this project or in the published format.
+        checkpoint: a file of this project or in the published format, or an exported folder.
         mode: ``prior`` (grids over temperatures) | ``reconstruct`` | ``interpolate`` | ``partial``
             (keep the coarsest groups, draw the rest) | ``traverse`` (move one group) |
             ``nearest`` (the training images nearest to each sample).

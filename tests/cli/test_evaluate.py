@@ -10,6 +10,7 @@ import torch
 from nvae.cli.evaluate import main
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.evaluation import records
+from nvae.export.folder import export
 
 from .checkpoints import write_checkpoint
 from .commands import Commands
@@ -47,6 +48,18 @@ def test_writes_json_that_says_how_to_repeat_it(evaluate, checkpoint, tmp_path):
     assert {"python", "torch", "device"} <= found["versions"].keys()
     assert f"{result['negative_elbo']['mean']:.3f}" in printed
     assert [f.name for f in tmp_path.iterdir() if "partial" in f.name] == []
+
+
+def test_exported_folder_gives_the_checkpoints_numbers(evaluate, checkpoint, tmp_path):
+    """It does not say what it was trained on: the data set is named on the command line."""
+    export(checkpoint, tmp_path / "exported", with_sampler=False)
+    assert "give data=NAME" in evaluate.fails("checkpoint=exported", K)
+    evaluate(f"checkpoint={checkpoint}", "data=digits", K, "output=a.json")
+    evaluate("checkpoint=exported", "data=digits", K)
+    (written,) = (tmp_path / "exported" / "evaluation").iterdir()
+    a, b = (json.loads(path.read_text()) for path in (tmp_path / "a.json", written))
+    assert a["result"] == b["result"]
+    assert b["protocol"]["weights"] == "exported"
 
 
 def test_numbers_do_not_depend_on_batches_and_chunks(evaluate, checkpoint, tmp_path):

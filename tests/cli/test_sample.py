@@ -9,6 +9,7 @@ from PIL import Image
 
 from nvae.cli.sample import main
 from nvae.cli.sample_config import SampleConfig, integers
+from nvae.export.folder import export
 
 from .checkpoints import write_checkpoint
 from .commands import Commands
@@ -48,6 +49,15 @@ def test_prior_writes_grids_images_and_arrays(sample, checkpoint, tmp_path):
     assert arrays["group_temperatures"].tolist() == [[0.5] * 3, [1.0] * 3]
     picture = np.asarray(Image.open(tmp_path / "out" / "t0.5" / "seed000004.png"))
     assert np.abs(picture / 255 - arrays["images"][0, 1, 0]).max() <= 0.5 / 255 + 1e-6
+
+
+def test_exported_folder_gives_the_checkpoints_pictures(sample, checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "exported", with_sampler=False)
+    sample(f"checkpoint={checkpoint}", "seeds=0-3", "npz=true", "output=a")
+    sample("checkpoint=exported", "seeds=0-3", "npz=true")
+    (written,) = (tmp_path / "exported" / "samples").iterdir()
+    a, b = (np.load(folder / "samples.npz")["images"] for folder in (tmp_path / "a", written))
+    assert np.array_equal(a, b)
 
 
 def test_a_seed_gives_one_image_whatever_else_is_drawn(sample, checkpoint, tmp_path):

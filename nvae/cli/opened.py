@@ -1,0 +1,42 @@
+"""A checkpoint as the commands open it: file or exported folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvae.checkpoint import Weights, load_checkpoint, load_model
+from nvae.export.weights import WEIGHTS_FILE, is_weights_folder
+from nvae.models import NVAE
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What the commands need to know.
+
+    Attributes:
+        file: holds the weights; what is made of them goes beside it.
+        model: in evaluation mode, on the CPU.
+        weights: ``averaged`` | ``raw`` | ``exported``.
+        run_config: the configuration of the run that wrote it, if it says.
+    """
+
+    file: Path
+    model: NVAE
+    weights: str
+    run_config: dict[str, Any]
+
+
+def open_checkpoint(path: str, weights: Weights) -> OpenedCheckpoint:
+    """Open what :func:`load_model` reads.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    model = load_model(path, weights)
+    if is_weights_folder(path):
+        return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
+    checkpoint = load_checkpoint(path)
+    averaged = weights == "ema" and "current_model_state" in checkpoint
+    return OpenedCheckpoint(
+        Path(path), model, "averaged" if averaged else "raw", checkpoint.get("run_config") or {}
+    )
