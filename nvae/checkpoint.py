@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 
 from nvae.atomic import replacing
-from nvae.export.weights import is_weights_folder, read_weights
 from nvae.models import NVAE, ModelConfig
 from nvae.published import is_published, load_published
+from nvae.weights_folder import is_weights_folder, read_weights
 
 FORMAT = 1
 MODEL_PREFIX = "model."

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from nvae.export.card import model_card
-from nvae.export.weights import write_weights
 from nvae.models import NVAE, ModelConfig
+from nvae.weights_folder import write_weights
 
 
 class HubNVAE(NVAE, PyTorchModelHubMixin):

@@ -13,9 +13,9 @@ from nvae.export.__main__ import main
 from nvae.export.card import model_card
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
-from nvae.export.weights import CONFIG_FILE, WEIGHTS_FILE, write_weights
 from nvae.models import NVAE
 from nvae.sampling.inductor import load_machine_code
+from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, write_weights
 from tests.models.small import small_model
 
 pytest.importorskip("safetensors")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nvae.checkpoint import Weights, load_checkpoint, load_model
-from nvae.export.weights import WEIGHTS_FILE, is_weights_folder
 from nvae.models import NVAE
+from nvae.weights_folder import WEIGHTS_FILE, is_weights_folder
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from nvae.export.sampler import (
     export_sampler,
     largest_difference,
 )
-from nvae.export.weights import write_weights
 from nvae.sampling.inductor import load_machine_code
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.weights_folder import write_weights
 
 PROGRAM_FILE = "sampler.pt2"
 COMPILED_FILE = "sampler_compiled.pt2"
