@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.derived import Derived, frozen
+from nvae.models.derived import Derived
 from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
 from nvae.models.folding import fold_after, fold_around
 from nvae.models.layers import (
@@ -77,7 +77,7 @@ class MobileConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
-        if frozen(self.training):
+        if self._folded.usable(self.training):
             return self._folded.get([*self.parameters(), *self.buffers()], self.folded)(x)
         x = self.expand(self.norm_in(x))
         if self.depthwise and not self.upsample:

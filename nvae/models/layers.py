@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.derived import Derived, frozen
+from nvae.models.derived import Derived
 from nvae.models.folding import fixed_conv
 from nvae.ops import depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
@@ -126,7 +126,7 @@ class WeightNormConv2d(SpectralConv):
 
     def normalized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
-        if frozen(self.training):
+        if self._derived.usable(self.training):
             return self._derived.get((self.weight, self.log_gain), self._normalize)
         return self._normalize()
 
