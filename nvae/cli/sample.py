@@ -11,7 +11,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nvae.cli.checkpoint_data import data_config, open_data, split_off_data, with_data
+from nvae.cli.checkpoint_data import (
+    data_config,
+    open_data,
+    pixel_protocol,
+    split_off_data,
+    with_data,
+)
 from nvae.cli.command import run_command
 from nvae.cli.device import open_device
 from nvae.cli.opened import open_checkpoint
@@ -81,7 +87,7 @@ def _request(config: SampleConfig, weights: Path, data: DataConfig | None) -> di
     return {
         "checkpoint_sha256": file_sha256(weights),
         **settings,
-        "data": None if data is None else asdict(data),
+        "data": None if data is None else pixel_protocol(data),
     }
 
 

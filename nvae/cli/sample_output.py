@@ -1,7 +1,6 @@
 """The folder that `sample.py` writes: pictures, arrays, and a manifest to repeat them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,8 @@ class SampleFolder:
             return False
 
     def _file(self, name: str) -> Path:
+        if not self.files:  # an interrupted request finds its own folder again
+            write_json(self.path / MANIFEST, {"request": self.request, "complete": False})
         self.files.append(name)
         return self.path / name
 
@@ -76,11 +77,9 @@ class SampleFolder:
             np.savez_compressed(file, **{key: value.numpy() for key, value in arrays.items()})  # type: ignore[arg-type]
 
     def manifest(self, facts: dict[str, Any]) -> None:
-        """Write the manifest, last: it says that the folder is complete."""
+        """Write the manifest, last: now the folder is complete."""
+        files = sorted(self.files)
         write_json(
-            self.path / MANIFEST, {"request": self.request, **facts, "files": sorted(self.files)}
+            self.path / MANIFEST,
+            {"request": self.request, "complete": True, **facts, "files": files},
         )
-
-    def tell(self, name: str) -> str:
-        """A file's path for the user."""
-        return os.path.relpath(self.path / name)

@@ -86,10 +86,16 @@ def _rewrite_for_cpu(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, SqueezeExcitation):
             setattr(module, name, _SummedGate(child))
-        elif isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1):
+        elif isinstance(child, nn.Conv2d) and _is_pointwise(child):
             setattr(module, name, _PointwiseLinear(child))
         else:
             _rewrite_for_cpu(child)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) and not any(
+        conv.padding
+    )
 
 
 class _SummedGate(nn.Module):

@@ -262,7 +262,7 @@ def traverse(model: NVAE, latents: Latents, group: int, steps: int, seeds: Tenso
         ``B * steps`` latents, image by image.
 
     Raises:
-        ValueError: no such group, or fewer than 2 steps.
+        ValueError: no such group, fewer than 2 steps, or a group of a single number.
     """
     groups = len(latents.z)
     if not 0 <= group < groups:
@@ -270,6 +270,8 @@ def traverse(model: NVAE, latents: Latents, group: int, steps: int, seeds: Tenso
     if steps < 2:
         raise ValueError(f"steps is {steps}; a traversal needs at least 2")
     start = latents.noise[group]
+    if start[0].numel() < 2:
+        raise ValueError(f"group {group} is a single number; there is no circle to turn on")
     keys = keys_of(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
     aside = latent_noise(keys, [tuple(start.shape[1:])], start.dtype)[0]
     e, d = start.flatten(1), aside.flatten(1)

@@ -215,6 +215,28 @@ def test_a_folder_of_something_else_is_not_touched(sample, checkpoint, tmp_path)
     assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
 
 
+def test_an_interrupted_request_is_finished_by_the_next(sample, checkpoint, tmp_path, monkeypatch):
+    """Killed after the first pictures; another request still finds the folder taken."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nvae.cli.sample.SampleFolder.grids", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out")
+    assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+    assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
+    sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out")
+    assert _manifest(tmp_path / "out")["complete"]
+
+
+def test_workers_and_places_do_not_make_another_request(sample, checkpoint, tmp_path):
+    request = f"checkpoint={checkpoint}", "mode=reconstruct", "images=0-1", "output=out"
+    sample(*request)
+    sample(*request, "data.num_workers=0", "data.eval_batch_size=3")
+
+
 def test_integers_are_read_as_written():
     assert integers("seeds", "3-5") == [3, 4, 5]
     assert integers("seeds", 7) == [7]

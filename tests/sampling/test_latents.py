@@ -1,5 +1,7 @@
 """Encode, decode and paths: round trips and end points, not pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -139,6 +141,15 @@ def test_traversal_moves_one_group_on_a_half_circle(x):
         fixed = path.noise[group].view(2, 5, -1)
         assert torch.allclose(fixed, fixed[:, :1].expand_as(fixed), atol=1e-4)
     assert not torch.allclose(first[:, 0], first[:, 1], atol=1e-1)
+
+
+def test_a_single_number_cannot_turn():
+    """The direction aside would be 0 / 0."""
+    model = small_nvae()
+    latents = prior_latents(model, torch.tensor([0]))
+    single = replace(latents, noise=[latents.noise[0][:, :1, :1, :1], *latents.noise[1:]])
+    with pytest.raises(ValueError, match="single number"):
+        traverse(model, single, 0, 5, torch.tensor([0]))
 
 
 def test_slices_and_concatenation_are_inverse():
