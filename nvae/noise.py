@@ -57,30 +57,40 @@ def _words(keys: Tensor, count: int) -> Tensor:
 
 
 def _halves(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers in (0, 1] for every 64-bit word: (k + 1/2) / 2^32."""
+    """Two numbers in (0, 1] for every 64-bit word: (k + 1/2) / 2^32, in float32 at least."""
+    # 32-bit words overflow float16, and bfloat16 has 8 bits for them
+    wide = torch.promote_types(dtype, torch.float32)
     scale = 2.0**-_HALF_WORD
     high = (words >> _HALF_WORD) & _LOW_MASK
     low = words & _LOW_MASK
-    return (high.to(dtype) + 0.5) * scale, (low.to(dtype) + 0.5) * scale
+    return (high.to(wide) + 0.5) * scale, (low.to(wide) + 0.5) * scale
 
 
 def uniform(keys: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in (0, 1], ``(B, *shape)``, one row for every key ``(B,)``."""
+    """Uniform numbers in (0, 1], ``(B, *shape)``, one row for every key ``(B,)``.
+
+    Drawn in float32 at least; a half-precision ``dtype`` only rounds them.
+    """
     count = math.prod(shape)
     first, second = _halves(_words(keys, -(-count // 2)), dtype)
-    return torch.cat([first, second], dim=1)[:, :count].reshape(len(keys), *shape)
+    u = torch.cat([first, second], dim=1)[:, :count].reshape(len(keys), *shape)
+    if u.dtype == dtype:
+        return u
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest number above 0
+    return u.to(dtype).clamp(min=least)  # float16 would round the smallest to 0
 
 
 def normal(keys: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, ``(B, *shape)``, one row for every key ``(B,)``.
 
-    Box and Muller (1958): sqrt(-2 log u) times cosine and sine of 2 pi v.
+    Box and Muller (1958): sqrt(-2 log u) times cosine and sine of 2 pi v, in float32 at least; a
+    half-precision ``dtype`` only rounds them.
     """
     count = math.prod(shape)
     u, v = _halves(_words(keys, -(-count // 2)), dtype)
     radius, angle = (-2 * u.log()).sqrt(), (2 * math.pi) * v
     pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return pair[:, :count].reshape(len(keys), *shape)
+    return pair[:, :count].reshape(len(keys), *shape).to(dtype)
 
 
 def latent_noise(
