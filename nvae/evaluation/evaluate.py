@@ -58,10 +58,11 @@ def evaluate(
             every rank gets the result of all.
 
     Raises:
-        ValueError: no images, wrong sizes or impossible settings.
+        ValueError: no images, wrong sizes, impossible settings or a model in half precision.
         FloatingPointError: a likelihood is not finite.
     """
     settings = BoundSettings(tuple(importance_samples), elbo_samples, seed, chunk)
+    _check_precision(model)
     try:
         with eval_mode(model):
             records = _all_records(model, batches, settings, progress, store)
@@ -73,6 +74,15 @@ def evaluate(
     if records is None:
         raise ValueError("no images to evaluate: the data gave no batch")
     return summarise(records, model.config, settings)
+
+
+def _check_precision(model: NVAE) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the model's {name} is {parameter.dtype}: the pixels would be rounded with it, "
+                "and the likelihood be that of other images; evaluate model.float()"
+            )
 
 
 def _all_records(

@@ -260,6 +260,15 @@ def test_the_model_is_left_in_its_mode(images):
     assert not model.encoder.training
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_refused(dtype):
+    """Their own type would round the pixels whose likelihood is asked for."""
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"model\.float\(\)"):
+        evaluate(_tiny_nvae().to(dtype), batches(x, 2))
+    assert evaluate(_tiny_nvae().float(), batches(x, 2)).images == 2
+
+
 def test_active_units_counts_channels_above_the_threshold():
     from nvae.evaluation.records import ImageRecords
     from nvae.evaluation.result import summarise
