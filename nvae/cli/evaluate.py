@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
@@ -25,14 +24,20 @@ from nvae.cli.checkpoint_data import (
 from nvae.cli.command import run_command
 from nvae.cli.device import open_device
 from nvae.cli.evaluate_config import EvaluateConfig
-from nvae.cli.evaluate_metrics import measure, metrics_protocol, open_extractor
+from nvae.cli.evaluate_metrics import (
+    check_measurable,
+    measure,
+    metrics_protocol,
+    open_extractor,
+)
+from nvae.cli.evaluate_processes import process_group, share_of
 from nvae.cli.opened import OpenedCheckpoint, open_checkpoint
 from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
 from nvae.data import DataConfig
-from nvae.data.module import ImageBatch, ImageDataModule
+from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.models import NVAE
 
@@ -54,27 +59,35 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
     opened = open_checkpoint(config.checkpoint, config.weights)  # type: ignore[arg-type]
     model = opened.model
     data_settings = data_config(given, opened.run_config)
-    with _process_group() as (rank, world):
+    with process_group() as (rank, world):
         device = _device(config, rank, world)
         extractor = open_extractor(config, device)
-        protocol = _protocol(config, opened, data_settings)
+        likelihood = _protocol(config, opened, data_settings)
+        protocol = likelihood
         if extractor is not None:
-            protocol["samples"] = metrics_protocol(config, extractor)
+            protocol = {**likelihood, "samples": metrics_protocol(config, extractor)}
         output = _output(config, opened.file, protocol)
         if _already_done(output, protocol, config.overwrite):
             return
         data = open_data(data_settings, model.config)
         model = model.to(device)
-        partial = output.with_name(f".{output.stem}.partial-{short_hash(protocol)}")
+        if extractor is not None:
+            check_measurable(config, data, extractor, device, world)
+        # without the settings of sample quality: they may change and keep the finished images
+        key = short_hash(likelihood)
+        partial = output.with_name(f".{opened.file.stem}-{config.split}.partial-{key}")
         started = monotonic()
         with _statistics(config, opened.file, model, shown=rank == 0):
-            store = RecordStore(partial, short_hash(protocol), rank)
+            store = RecordStore(partial, key, rank)
             result = _bound(config, model, data, store, rank, world)
+            if rank == 0:
+                print(result.table(), flush=True)
             quality = None
             if extractor is not None:
                 quality = measure(config, model, data, extractor, rank, world)
         if rank == 0:
-            print(result.table() if quality is None else result.table() + _quality_table(quality))
+            if quality is not None:
+                print(_quality_table(quality))
             facts = {
                 "checkpoint": config.checkpoint,
                 "seconds": round(monotonic() - started, 1),
@@ -102,7 +115,7 @@ def _bound(
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
         return evaluate(
             model,
-            _share(data.batches(config.split, device), rank, world),
+            share_of(data.batches(config.split, device), rank, world),
             importance_samples=config.importance_samples,
             elbo_samples=config.elbo_samples,
             seed=config.seed,
@@ -114,18 +127,9 @@ def _bound(
 
 
 def _quality_table(quality: dict[str, Any]) -> str:
-    lines = [
-        f"\n\n{'samples':24}{quality['generated']:>12}   compared with {quality['real']} images"
-    ]
+    lines = [f"\n{'samples':24}{quality['generated']:>12}   compared with {quality['real']} images"]
     lines += [f"{k:24}{v:>12.4f}" for k, v in quality.items() if isinstance(v, float)]
     return "\n".join(lines)
-
-
-def _share(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
-    """Every ``world``-th image of the split."""
-    for batch in batches:
-        mine = batch.index % world == rank
-        yield ImageBatch(batch.x[mine], batch.index[mine]) if world > 1 else batch
 
 
 @contextmanager
@@ -144,7 +148,7 @@ def _statistics(
 
 
 def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: DataConfig) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
+    """Everything that the likelihood depends on."""
     recalibration = {
         "batches": config.recalibrate_bn,
         "temperature": config.statistics_temperature,
@@ -194,17 +198,3 @@ def _device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def _process_group() -> Iterator[tuple[int, int]]:
-    """Rank and number of processes; more than one where `torchrun` started us."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    dist.init_process_group("gloo")  # only records travel, as CPU objects
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()

@@ -1,24 +1,25 @@
 """The sample-quality part of `evaluate.py`."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from nvae.cli.checkpoint_data import pixel_protocol
 from nvae.cli.evaluate_config import EvaluateConfig
+from nvae.cli.evaluate_processes import share_of
 from nvae.cli.progress import progress_bar
-from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.metrics import (
     FeatureExtractor,
     FeatureSet,
+    check_possible,
     distances,
     generated_features,
     image_features,
     load_extractor,
+    pool_features,
     reference_features,
 )
 from nvae.metrics.distances import NEEDS_FEATURES
@@ -50,6 +51,39 @@ def metrics_protocol(config: EvaluateConfig, extractor: FeatureExtractor) -> dic
     }
 
 
+def check_measurable(
+    config: EvaluateConfig,
+    data: ImageDataModule,
+    extractor: FeatureExtractor,
+    device: torch.device,
+    world: int,
+) -> None:
+    """Find now what :func:`measure` would only find after hours of likelihood and samples.
+
+    Args:
+        config: names the metrics.
+        data: open.
+        extractor: tried on two black images.
+        device: of the images.
+        world: number of processes.
+
+    Raises:
+        ValueError: too few images for a metric or for the processes, features of the wrong shape,
+            or no class logits where a metric needs them.
+    """
+    real = len(data.table(config.reference_split))
+    for name, images in (("reference_split", real), ("generated", config.generated)):
+        if images < world:
+            raise ValueError(f"{name}: {images} images cannot be shared by {world} processes")
+    size = data.config.image_size
+    probe = torch.zeros(2, data.config.channels, size, size, device=device)
+    found = image_features([probe], extractor, keep_logits=True)
+    check_possible(
+        config.metrics, real, config.generated,
+        logits=found.logits is not None, settings=config.distances,
+    )  # fmt: skip
+
+
 def measure(
     config: EvaluateConfig,
     model: NVAE,
@@ -57,10 +91,14 @@ def measure(
     extractor: FeatureExtractor,
     rank: int,
     world: int,
-) -> dict[str, Any]:
-    """The metrics by name, and how many data images they compare with."""
+) -> dict[str, Any] | None:
+    """The metrics by name, and how many images they compare; None on all ranks but the first.
+
+    Every rank takes its share of the features, data images' and samples'.
+    """
     keep = bool(NEEDS_FEATURES & set(config.metrics))
-    real = _reference(config, data, data.config, extractor, model, keep=keep, shown=rank == 0)
+    device = model.initial_state.device
+    real = _reference(config, data, extractor, device, rank, world, keep=keep)
     decode = None
     if config.compile:
         if rank == 0:
@@ -74,6 +112,8 @@ def measure(
             keep=keep, keep_logits="is" in config.metrics, progress=advance,
             distributed=world > 1,
         )  # fmt: skip
+    if rank != 0:
+        return None
     found: dict[str, Any] = dict(distances(config.metrics, real, generated, config.distances))
     return {**found, "generated": generated.moments.count, "real": real.moments.count}
 
@@ -81,32 +121,29 @@ def measure(
 def _reference(
     config: EvaluateConfig,
     data: ImageDataModule,
-    settings: DataConfig,
     extractor: FeatureExtractor,
-    model: NVAE,
+    device: torch.device,
+    rank: int,
+    world: int,
     *,
     keep: bool,
-    shown: bool,
 ) -> FeatureSet:
     split = config.reference_split
     images = len(data.table(split))
     protocol = {
-        "data": pixel_protocol(settings),
+        "data": pixel_protocol(data.config),
         "split": split,
         "images": images,
         "extractor": extractor.name,
     }
 
     def compute() -> FeatureSet:
-        device = model.initial_state.device
-        with progress_bar("data images", images, shown=shown) as advance:
-            return image_features(
-                _pixels(data, split, device), extractor, keep=keep, progress=advance
-            )
+        batches = (batch.x for batch in share_of(data.batches(split, device), rank, world))
+        share = len(range(rank, images, world))
+        with progress_bar("data images", share, shown=rank == 0) as advance:
+            found = image_features(batches, extractor, keep=keep, progress=advance)
+        return pool_features(found, images) if world > 1 else found
 
-    return reference_features(Path(config.reference_cache), protocol, compute, keep=keep)
-
-
-def _pixels(data: ImageDataModule, split: str, device: Any) -> Iterator[Tensor]:
-    for batch in data.batches(split, device):
-        yield batch.x
+    return reference_features(
+        Path(config.reference_cache), protocol, compute, keep=keep, distributed=world > 1
+    )

@@ -1,5 +1,6 @@
 """BN recalibration as the commands do it: from the cache beside the checkpoint, or anew."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,5 +45,12 @@ def _statistics(
         with progress_bar("BN recalibration", settings.batches, shown=shown) as advance:
             found = recalibrate(model, settings, advance)
         if shown:
-            save_statistics(found, path)
+            _keep(found, path)
     return found
+
+
+def _keep(statistics: RecalibratedStatistics, path: Path) -> None:
+    try:
+        save_statistics(statistics, path)
+    except OSError as error:  # a read-only folder is no reason to lose the passes
+        print(f"BN statistics are not kept for another time: {error}", file=sys.stderr)

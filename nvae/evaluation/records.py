@@ -120,13 +120,19 @@ class RecordStore:
         """Write this process's records, atomically."""
         if not self._own:
             return
-        merged = concatenate(self._own)
-        self._own = [merged]
+        self._own = [concatenate(self._own)]
+        try:
+            self._write(self._own[0])
+        except FileNotFoundError:
+            # another evaluation of the same likelihood finished and removed the folder just now
+            self._write(self._own[0])
+        self._saved_at = time.monotonic()
+
+    def _write(self, records: ImageRecords) -> None:
         with replacing(self._path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 format=np.int64(_FORMAT),
                 protocol=np.array(self._protocol),
-                **{field.name: getattr(merged, field.name) for field in fields(ImageRecords)},
+                **{field.name: getattr(records, field.name) for field in fields(ImageRecords)},
             )
-        self._saved_at = time.monotonic()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nvae.metrics.moments import FeatureMoments
-from nvae.metrics.prdc import prdc
+from nvae.metrics.prdc import check_neighbours, prdc
 
 METRICS = ("fid", "kid", "prdc", "is")
 NEEDS_FEATURES = frozenset({"kid", "prdc"})
@@ -58,6 +58,46 @@ def check_metrics(names: Sequence[str]) -> None:
             raise ValueError(f"metrics names {name!r}; allowed: {', '.join(METRICS)}")
 
 
+def check_possible(
+    names: Sequence[str],
+    real: int,
+    generated: int,
+    *,
+    logits: bool,
+    settings: DistanceSettings | None = None,
+) -> None:
+    """Raise what :func:`distances` would, from numbers alone: before any feature is taken.
+
+    Args:
+        names: of ``METRICS``.
+        real: number of data images.
+        generated: number of samples.
+        logits: the extractor gives class logits.
+        settings: None takes the customary values.
+
+    Raises:
+        ValueError: an unknown name, too few images, or no logits where they are needed.
+    """
+    check_metrics(names)
+    settings = settings or DistanceSettings()
+    for kind, images in (("real", real), ("generated", generated)):
+        if "fid" in names and images < 2:
+            raise ValueError(f"fid needs at least 2 {kind} images, there are {images}")
+        if "kid" in names and images < settings.kid_subset_size:
+            raise ValueError(
+                f"kid_subset_size is {settings.kid_subset_size}, but there are only {images} "
+                f"{kind} images"
+            )
+    if "prdc" in names:
+        check_neighbours(real, generated, settings.neighbours)
+    if "is" in names and not logits:
+        raise ValueError("metrics=[is] needs a feature extractor that gives class logits too")
+    if "is" in names and generated < settings.is_splits:
+        raise ValueError(
+            f"is_splits is {settings.is_splits}, but there are only {generated} generated images"
+        )
+
+
 def distances(
     names: Sequence[str],
     real: FeatureSet,
@@ -79,8 +119,11 @@ def distances(
     Raises:
         ValueError: an unknown name, too few images, or an extractor without logits.
     """
-    check_metrics(names)
     settings = settings or DistanceSettings()
+    check_possible(
+        names, real.moments.count, generated.moments.count,
+        logits=generated.logits is not None, settings=settings,
+    )  # fmt: skip
     found: dict[str, float] = {}
     for name in names:
         if name == "fid":
@@ -90,7 +133,8 @@ def distances(
         elif name == "prdc":
             found |= asdict(prdc(_features(real), _features(generated), settings.neighbours))
         else:
-            found |= _inception_score(generated, settings)
+            assert generated.logits is not None  # checked above
+            found |= _inception_score(generated.logits, settings)
     return found
 
 
@@ -111,12 +155,6 @@ def _kernel_distance(
         kid_features_to_metric,
     )
 
-    least = min(len(real), len(generated))
-    if least < settings.kid_subset_size:
-        raise ValueError(
-            f"kid_subset_size is {settings.kid_subset_size}, but there are only {least} images of "
-            "a kind"
-        )
     found = kid_features_to_metric(
         generated, real, kid_subsets=settings.kid_subsets,
         kid_subset_size=settings.kid_subset_size, rng_seed=settings.seed, verbose=False,
@@ -124,21 +162,15 @@ def _kernel_distance(
     return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
 
 
-def _inception_score(generated: FeatureSet, settings: DistanceSettings) -> dict[str, float]:
+def _inception_score(logits: Tensor, settings: DistanceSettings) -> dict[str, float]:
     from torch_fidelity.metric_isc import (
         KEY_METRIC_ISC_MEAN,
         KEY_METRIC_ISC_STD,
         isc_features_to_metric,
     )
 
-    if generated.logits is None:
-        raise ValueError("metrics=[is] needs a feature extractor that gives class logits too")
-    if len(generated.logits) < settings.is_splits:
-        raise ValueError(
-            f"is_splits is {settings.is_splits}, but there are {len(generated.logits)} images"
-        )
     found = isc_features_to_metric(
-        generated.logits, splits=settings.is_splits, shuffle=True, rng_seed=settings.seed
+        logits, splits=settings.is_splits, shuffle=True, rng_seed=settings.seed
     )
     return {
         "inception_score": found[KEY_METRIC_ISC_MEAN],

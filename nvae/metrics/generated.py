@@ -9,6 +9,7 @@ from torch import Tensor
 from nvae.metrics.distances import FeatureSet
 from nvae.metrics.extractors import FeatureExtractor
 from nvae.metrics.moments import FeatureMoments
+from nvae.metrics.pooling import pool_features
 from nvae.models.nvae import NVAE, Temperature
 from nvae.sampling import Decode, PixelTemperature, sample_images
 
@@ -95,8 +96,8 @@ def generated_features(
         keep: keep every image's features.
         keep_logits: keep every image's logits.
         progress: called with the number of images just done by this process.
-        distributed: every rank of the process group makes its share and gets the result of all;
-            sums travel, so unequal shares do no harm.
+        distributed: every rank of the process group makes its share, and they are pooled as
+            :func:`pool_features` does.
 
     Raises:
         ValueError: fewer seeds than ranks, or none.
@@ -118,22 +119,4 @@ def generated_features(
     found = image_features(
         batches(), extractor, keep=keep, keep_logits=keep_logits, progress=progress
     )
-    if not distributed:
-        return found
-    return FeatureSet(
-        found.moments.pooled(),
-        _interleaved(found.features, len(seeds)),
-        _interleaved(found.logits, len(seeds)),
-    )
-
-
-def _interleaved(mine: Tensor | None, count: int) -> Tensor | None:
-    """Rows of all ranks in the order of the seeds; rank r holds rows r, r + world, ..."""
-    if mine is None:
-        return None
-    parts: list[Tensor] = [torch.empty(0)] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    everything = mine.new_empty(count, mine.shape[1])
-    for rank, part in enumerate(parts):
-        everything[rank :: len(parts)] = part
-    return everything
+    return pool_features(found, len(seeds)) if distributed else found

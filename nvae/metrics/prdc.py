@@ -35,12 +35,7 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
     Raises:
         ValueError: not more than k images of a kind.
     """
-    for name, features in (("real", real), ("generated", generated)):
-        if len(features) <= neighbours:
-            raise ValueError(
-                f"prdc with {neighbours} neighbours needs more than {neighbours} {name} images, "
-                f"there are {len(features)}"
-            )
+    check_neighbours(len(real), len(generated), neighbours)
     # the expanded square cancels less around the origin
     centre = real.mean(0)
     real, generated = real - centre, generated - centre
@@ -63,6 +58,16 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
         density=in_real_balls / (neighbours * len(generated)),
         coverage=(nearest <= real_radius).double().mean().item(),
     )
+
+
+def check_neighbours(real: int, generated: int, neighbours: int) -> None:
+    """Raise a ValueError unless there are more than ``neighbours`` images of both kinds."""
+    for kind, images in (("real", real), ("generated", generated)):
+        if images <= neighbours:
+            raise ValueError(
+                f"prdc with {neighbours} neighbours needs more than {neighbours} {kind} images, "
+                f"there are {images}"
+            )
 
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from nvae.atomic import replacing
@@ -30,27 +31,45 @@ def reference_features(
     compute: Callable[[], FeatureSet],
     *,
     keep: bool,
+    distributed: bool = False,
 ) -> FeatureSet:
     """Features of data images, from ``folder`` if they are there.
 
     Args:
         folder: of the cache.
         protocol: everything that the features depend on: data, split, extractor.
-        compute: takes them anew.
+        compute: takes them anew; with ``distributed``, pools them over all ranks.
         keep: every image's features are wanted, not their moments alone.
+        distributed: every rank of the process group calls this. The first one reads and writes,
+            and alone is sure to get every image's features; the others get the moments.
 
     Raises:
         ValueError: there is a file, but it cannot be read.
     """
     path = reference_path(folder, protocol)
-    found = _read(path, protocol) if path.exists() else None
-    if found is None or (keep and found.features is None):
+    first = not distributed or dist.get_rank() == 0
+    found = _read(path, protocol, keep) if first and path.exists() else None
+    if distributed:
+        found = _agreed(found)
+    if found is None:
         found = compute()
-        _write(path, protocol, found)
+        if first:
+            _write(path, protocol, found)
     return found
 
 
-def _read(path: Path, protocol: dict[str, Any]) -> FeatureSet | None:
+def _agreed(found: FeatureSet | None) -> FeatureSet | None:
+    """What the first rank found, or its moments: ranks may see other disks, or other moments of
+    the same one, but must either all compute or none."""
+    first = dist.get_rank() == 0
+    moments: list[FeatureMoments | None] = [found.moments if first and found else None]
+    dist.broadcast_object_list(moments)
+    if first or moments[0] is None:
+        return found
+    return FeatureSet(moments[0])
+
+
+def _read(path: Path, protocol: dict[str, Any], keep: bool) -> FeatureSet | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             if int(file["format"]) != _FORMAT or json.loads(str(file["protocol"])) != protocol:
@@ -59,7 +78,7 @@ def _read(path: Path, protocol: dict[str, Any]) -> FeatureSet | None:
                 int(file["count"]), torch.from_numpy(file["total"]), torch.from_numpy(file["outer"])
             )
             features = torch.from_numpy(file["features"]) if "features" in file else None
-            return FeatureSet(moments, features)
+            return None if keep and features is None else FeatureSet(moments, features)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it") from None
 

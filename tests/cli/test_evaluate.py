@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -134,50 +135,6 @@ def test_recalibrated_statistics_change_the_numbers_and_are_named(evaluate, chec
     assert len(list(tmp_path.glob("model.bn-t1-*.pt"))) == 1
 
 
-EXTRACTOR = "feature_extractor=tests.metrics.extractors:Rows"
-
-
-def test_metrics_compare_samples_with_data_and_say_how(evaluate, checkpoint, tmp_path):
-    common = (
-        *(f"checkpoint={checkpoint}", "importance_samples=[]", EXTRACTOR, "generated=30"),
-        *("kid_subset_size=20", "metrics=[fid,kid,prdc,is]", "reference_cache=cache"),
-    )
-    printed = evaluate(*common, "output=a.json", "temperature=0.7", "sample_batch_size=8")
-    found = json.loads((tmp_path / "a.json").read_text())
-    quality = found["samples"]
-    assert {"fid", "kid", "precision", "recall", "density", "coverage"} < quality.keys()
-    assert quality["inception_score"] >= 1
-    assert quality["generated"] == 30
-    assert quality["real"] == 24
-    assert f"{quality['fid']:.4f}" in printed
-    protocol = found["protocol"]["samples"]
-    assert protocol["temperature"] == 0.7
-    assert protocol["extractor"] == "tests.metrics.extractors:Rows"
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    evaluate(*common, "output=b.json", "temperature=0.0", "sample_batch_size=7")
-    other = json.loads((tmp_path / "b.json").read_text())["samples"]
-    assert other["fid"] != quality["fid"]
-
-
-def test_metrics_fail_before_any_work_without_weights(evaluate, checkpoint, tmp_path, monkeypatch):
-    from urllib.error import URLError
-
-    def offline(*_args, **_kwargs):
-        raise URLError("no route to host")
-
-    def worked(*_args, **_kwargs):
-        raise AssertionError("work began before the weights were there")
-
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    monkeypatch.setattr("nvae.cli.evaluate.evaluate", worked)
-    error = evaluate.fails(f"checkpoint={checkpoint}", "metrics=[fid]")
-    assert "inception_weights=FILE" in error
-    assert "no Inception weights" in evaluate.fails(
-        f"checkpoint={checkpoint}", "metrics=[fid]", "inception_weights=missing.pth"
-    )
-
-
 def test_another_data_set_can_be_named_and_must_fit(evaluate, checkpoint, tmp_path):
     evaluate(
         f"checkpoint={checkpoint}", "importance_samples=[]", "data=digits", "output=digits.json"
@@ -188,6 +145,42 @@ def test_another_data_set_can_be_named_and_must_fit(evaluate, checkpoint, tmp_pa
     assert "data.bits=3" in evaluate.fails(f"checkpoint={checkpoint}", "data.bits=3")
     bare = write_checkpoint(tmp_path / "bare.ckpt", with_data=False)
     assert "give data=NAME" in evaluate.fails(f"checkpoint={bare}")
+
+
+def test_statistics_that_cannot_be_kept_are_used_all_the_same(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    """A read-only folder of checkpoints must not make recalibration impossible."""
+
+    def read_only(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("nvae.bn_recalibration.replacing", read_only)
+    arguments = (
+        *(f"checkpoint={checkpoint}", f"output={tmp_path}/result.json", "importance_samples=[]"),
+        *("recalibrate_bn=1", "bn_batch_size=8"),
+    )
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    main()
+    assert json.loads((tmp_path / "result.json").read_text())["result"]["images"] == 12
+    told = [line for line in capsys.readouterr().err.splitlines() if "Permission denied" in line]
+    assert len(told) == 1
+    assert "not kept" in told[0]
+    assert not list(tmp_path.glob("*.bn-*"))
+
+
+def test_processes_wait_for_each_other_for_hours(evaluate, checkpoint, monkeypatch):
+    """Their shares are equal, their GPUs need not be: torch's own limit is half an hour."""
+    seen = []
+
+    def group(_backend, *, timeout):
+        seen.append(timeout)
+        raise ValueError("as far as this test goes")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", group)
+    evaluate.fails(f"checkpoint={checkpoint}", K)
+    assert seen[0] >= timedelta(days=1)
 
 
 class _Bomb:

@@ -1,5 +1,7 @@
 """Records of images: each counted once, in the order of the index, rows kept together."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,19 @@ def test_store_reads_back_what_it_wrote(tmp_path):
     again = RecordStore(tmp_path / "partial", "p")
     assert again.done == {2, 3}
     assert again.records.log_evidence.tolist() == [[2, 3], [3, 4]]
+
+
+def test_a_folder_removed_while_it_is_written_to_costs_nothing(tmp_path, monkeypatch):
+    """Two evaluations may share it; the one that finishes first removes it."""
+    folder, write = tmp_path / "partial", np.savez_compressed
+    store = RecordStore(folder, "p")
+    store.add(_records([1]))
+
+    def removed_once(file, **arrays):
+        monkeypatch.setattr(np, "savez_compressed", write)
+        write(file, **arrays)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(np, "savez_compressed", removed_once)
+    store.save()
+    assert RecordStore(folder, "p").done == {1}

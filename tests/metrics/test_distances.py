@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.metrics import DistanceSettings, FeatureSet, distances
+from nvae.metrics import DistanceSettings, FeatureSet, check_possible, distances
 from nvae.metrics.distances import frechet_distance
 from nvae.metrics.moments import FeatureMoments
 from nvae.metrics.prdc import prdc
@@ -171,6 +171,21 @@ def test_impossible_requests_are_refused(names, words):
     features = _set(_normal(5, 2, 0))
     with pytest.raises(ValueError, match=words):
         distances(names, features, features)
+
+
+def test_impossible_requests_are_known_from_numbers_alone():
+    settings = DistanceSettings(kid_subset_size=20)
+    check_possible(["fid", "kid", "prdc", "is"], 20, 20, logits=True, settings=settings)
+    for names, real, generated, logits, words in (
+        (["kid"], 19, 20, True, "only 19 real"),
+        (["kid"], 20, 19, True, "only 19 generated"),
+        (["fid"], 1, 20, True, "fid needs at least 2 real"),
+        (["prdc"], 5, 20, True, "more than 5 real"),
+        (["is"], 20, 9, True, "is_splits is 10"),
+        (["is"], 20, 20, False, "class logits"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_possible(names, real, generated, logits=logits, settings=settings)
 
 
 def test_prdc_needs_more_images_than_neighbours_and_all_their_features():

@@ -1,6 +1,7 @@
 """Features of samples and data: seeds, ranks, caches, and weights that cannot be trusted."""
 
 import pickle
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -14,6 +15,7 @@ from nvae.metrics import (
     generated_features,
     image_features,
     load_extractor,
+    pool_features,
     reference_features,
 )
 from nvae.metrics.reference import reference_path
@@ -52,8 +54,22 @@ def _rank(rank, folder):
         small_nvae(), load_extractor(ROWS), range(7), keep=True, keep_logits=True,
         distributed=True,
     )  # fmt: skip
+    # machines with disks of their own: the first one's counts, and it has none yet
+    folder = Path(folder)
+    calls = []
+
+    def compute():
+        calls.append(rank)
+        share = image_features([torch.rand(3, 1, 8, 8)], load_extractor(SIMPLE), keep=True)
+        return pool_features(share, 6)
+
+    references = [
+        reference_features(folder / f"disk{rank}", {}, compute, keep=True, distributed=True)
+        for _ in range(2)
+    ]
     torch.save(
-        {"mean": torch.from_numpy(found.moments.mean),
+        {"calls": calls, "counts": [r.moments.count for r in references],
+         "mean": torch.from_numpy(found.moments.mean),
          "covariance": torch.from_numpy(found.moments.covariance),
          "features": found.features, "logits": found.logits},
         f"{folder}/{rank}.pt",
@@ -68,12 +84,18 @@ def test_two_ranks_with_unequal_shares_give_what_one_gives(tmp_path):
     alone = generated_features(
         small_nvae(), load_extractor(ROWS), range(7), keep=True, keep_logits=True
     )
-    for rank in range(2):
-        pooled = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.allclose(pooled["features"], alone.features, atol=1e-5)
-        assert torch.allclose(pooled["logits"], alone.logits, atol=1e-4)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.allclose(first["features"], alone.features, atol=1e-5)
+    assert torch.allclose(first["logits"], alone.logits, atol=1e-4)
+    assert second["features"] is second["logits"] is None  # one process compares them
+    for pooled in (first, second):
         assert np.allclose(pooled["mean"], alone.moments.mean, atol=1e-6)
         assert np.allclose(pooled["covariance"], alone.moments.covariance, atol=1e-6)
+        assert pooled["counts"] == [6, 6]
+    # all ranks took part in the features of the data, once, and the first one kept them
+    assert first["calls"] == [0]
+    assert second["calls"] == [1]
+    assert [path.name for path in tmp_path.glob("disk*")] == ["disk0"]
 
 
 def test_reference_is_computed_once_for_a_protocol(tmp_path):
