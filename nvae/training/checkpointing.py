@@ -1,6 +1,8 @@
 """Checkpoints of a run: written atomically, read back, rotated, and found again."""
 
+import math
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from nvae.training.ema import MovingAverage
 from nvae.training.guard import BadSteps
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
@@ -56,7 +59,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write, then verify that the file can be read.
+        """Write, then read every byte back and compare checksums.
+
+        What is read may still lie in the kernel's cache: this finds a file that was composed or
+        written wrongly, not a disk that loses it later.
 
         Raises:
             CheckpointWriteError: nothing could be written; what was there before still is.
@@ -71,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise CheckpointWriteError(
                 f"cannot write {path}: {reason}; older checkpoints are intact"
             ) from error
-        load_checkpoint(path)
+        load_whole(path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -90,6 +96,23 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def load_whole(path: Path) -> dict[str, Any]:
+    """:func:`load_checkpoint`, and the checksum of every tensor, which that does not look at.
+
+    Raises:
+        CheckpointError: the file is missing, damaged anywhere, or of another format.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
+    return checkpoint
+
+
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint and its contents; None where the folder has none at all.
 
@@ -100,7 +123,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     failures = []
     for path in reversed(paths):
         try:
-            return path, load_checkpoint(path)
+            return path, load_whole(path)
         except CheckpointError as error:
             failures.append(str(error))
     if failures:
@@ -118,10 +141,17 @@ class Checkpoints(pl.Callback):
         config: when, and how many stay.
         guard: while steps are being left out, nothing is rotated: the older files may be the last
             good ones.
+        average: of the weights, where the run keeps one.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, guard: BadSteps) -> None:
-        self.folder, self.config, self.guard = folder, config, guard
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        guard: BadSteps,
+        average: MovingAverage | None = None,
+    ) -> None:
+        self.folder, self.config, self.guard, self.average = folder, config, guard, average
         self.best: float | None = None
         self.best_step = 0
         self._saved_step = 0
@@ -153,12 +183,15 @@ class Checkpoints(pl.Callback):
             self._save_unless_bad(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the best; the average's weights where there is one."""
+        """Keep the best; what was validated is the average, where there is one."""
         value = float(trainer.callback_metrics["valid/negative_elbo"])
         value = trainer.strategy.broadcast(value)
-        if self.best is None or value < self.best:
+        if not math.isfinite(value):
+            return
+        # a NaN is below nothing: a checkpoint that has one as its best would keep it for ever
+        if self.best is None or not math.isfinite(self.best) or value < self.best:
             self.best, self.best_step = value, trainer.global_step
-            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+            self._save_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Between epochs, and at the end."""
@@ -169,6 +202,25 @@ class Checkpoints(pl.Callback):
             or (every is not None and trainer.global_step % every == 0)
         ):
             self._save_unless_bad(trainer)
+
+    def _save_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The weights that were validated, without what only a resumed run needs.
+
+        Not ``trainer.save_checkpoint(weights_only=True)``: it does not ask callbacks, and by now
+        Lightning has put the raw weights back into the module.
+        """
+        raw = pl_module.state_dict()
+        checkpoint: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            "state_dict": raw,
+        }
+        if self.average is not None:
+            checkpoint["current_model_state"] = raw
+            checkpoint["state_dict"] = self.average.averaged_state()
+        pl_module.on_save_checkpoint(checkpoint)
+        trainer.strategy.save_checkpoint(checkpoint, self.folder / BEST)
+        trainer.strategy.barrier("best")  # the first rank alone has written
 
     def _save_unless_bad(self, trainer: pl.Trainer) -> None:
         # in the middle of a streak the weights may be what makes the steps bad

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -25,7 +25,9 @@ def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor 
 class MovingAverage(WeightAveraging):
     """Averages parameters and running statistics after every optimiser step.
 
-    Validation, pictures and `best.ckpt` use the average.
+    Validation and pictures use the average. It is the `state_dict` of every checkpoint, and the raw
+    weights are `current_model_state` there: in `step_N.ckpt` by Lightning's hook, in `best.ckpt` by
+    :class:`~nvae.training.checkpointing.Checkpoints`.
 
     Args:
         decay: of the average, a step.
@@ -37,6 +39,18 @@ class MovingAverage(WeightAveraging):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the average; its counter stays on the host, which looks at it at every update."""
+        if self._device is None:
+            # where the model is going to be: the strategy moves it only after this hook
+            self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The average, under the names that the module's own ``state_dict`` uses.
+
+        Not inside a validation, where the module holds the average and this the raw weights.
+        """
+        assert self._average_model is not None
+        module: nn.Module = self._average_model.module
+        return dict(module.state_dict())

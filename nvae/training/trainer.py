@@ -165,11 +165,13 @@ def build_trainer(
     accelerator = config.resolved_accelerator()
     metrics = TrainingMetrics(log_every_steps)
     built: list[pl.Callback] = [metrics, Pictures(folder / "pictures", callbacks.pictures)]
+    average = None
     if callbacks.ema.decay is not None:
         # after the pictures: at the end of validation it puts the raw weights back
-        built.append(MovingAverage(callbacks.ema.decay, callbacks.ema.device))
+        average = MovingAverage(callbacks.ema.decay, callbacks.ema.device)
+        built.append(average)
     guard = BadSteps(config.guard, log_every_steps)
-    checkpoints = Checkpoints(folder / "checkpoints", callbacks.checkpoint, guard)
+    checkpoints = Checkpoints(folder / "checkpoints", callbacks.checkpoint, guard, average)
     built += [guard, checkpoints, StopOnSignal(checkpoints, config.requeue)]
     if callbacks.progress:
         built.append(RunProgress(metrics))

@@ -3,12 +3,18 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pytorch_lightning.strategies import Strategy
 
-from nvae.checkpoint import load_model
-from nvae.training.checkpointing import CheckpointConfig, step_checkpoints
+from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from nvae.training import checkpointing
+from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, step_checkpoints
 from nvae.training.run_folder import open_run
+from nvae.training.trainer import EMAConfig
+from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
 
 # what says when, where and how far ahead, not what was computed
@@ -46,6 +52,9 @@ def test_resume_is_exact(tmp_path: Path, whole: Path, stop: tuple[int, ...]) -> 
         # counts starts and stops, not steps
         del checkpoint["loops"]
     assert assert_identical(a, b) > 300
+    best, again = (load_checkpoint(path / "checkpoints/best.ckpt") for path in (whole, folder))
+    for key in ("global_step", "state_dict", "current_model_state"):
+        assert_identical(best[key], again[key])
     assert _lines(folder) == _lines(whole)
 
 
@@ -68,7 +77,62 @@ def test_best_is_the_lowest_validation_elbo(whole: Path) -> None:
     state = last_checkpoint(whole)["callbacks"]["Checkpoints"]
     assert state["best"] == pytest.approx(min(values.values()), rel=1e-6)
     assert state["best_step"] == min(values, key=values.__getitem__)
-    assert (whole / "checkpoints" / "best.ckpt").exists()
+    best = load_checkpoint(whole / "checkpoints" / "best.ckpt")
+    assert best["global_step"] == state["best_step"]
+
+
+def test_best_holds_the_average_that_was_validated(whole: Path) -> None:
+    """Lightning puts the raw weights back before the best is written."""
+    best = load_checkpoint(whole / "checkpoints" / "best.ckpt")
+    same = load_checkpoint(whole / "checkpoints" / f"step_{best['global_step']:08d}.ckpt")
+    assert_identical(best["state_dict"], same["state_dict"])
+    assert_identical(best["current_model_state"], same["current_model_state"])
+    path = whole / "checkpoints" / "best.ckpt"
+    state, raw = (load_model(path, w).state_dict() for w in ("ema", "raw"))
+    assert_identical(dict(state), {k: same["state_dict"][f"model.{k}"] for k in state})
+    assert any(bool((state[k] != raw[k]).any()) for k in state)
+
+
+def test_best_without_an_average_holds_the_weights(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config.callbacks.ema = EMAConfig()
+    config.trainer.epochs = 1
+    folder, _ = run(config)
+    best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
+    assert_identical(best["state_dict"], last_checkpoint(folder)["state_dict"])
+    assert "current_model_state" not in best
+
+
+def test_a_bad_validation_does_not_keep_the_best_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is below a NaN: the first validation's must not become the best."""
+    means, bad = ValidationSums.means, ["valid/negative_elbo"]
+
+    def first_is_nan(self: ValidationSums, strategy: Strategy) -> dict[str, float]:
+        found = means(self, strategy)
+        if bad:
+            found[bad.pop()] = float("nan")
+        return found
+
+    monkeypatch.setattr(ValidationSums, "means", first_is_nan)
+    folder, _ = run(small_config(tmp_path))
+    assert not bad
+    assert load_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] > 8
+
+
+@pytest.mark.parametrize("stored", [float("nan"), float("-inf")])
+def test_a_stored_best_that_is_no_number_is_beaten(tmp_path: Path, stored: float) -> None:
+    """Of a run that an earlier version wrote."""
+    config = small_config(tmp_path)
+    folder, _ = run(config, StopAt(8))
+    (path,) = step_checkpoints(folder / "checkpoints")
+    checkpoint = last_checkpoint(folder)
+    checkpoint["callbacks"]["Checkpoints"]["best"] = stored
+    save_checkpoint(checkpoint, path)
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    run(config)
+    assert (folder / "checkpoints" / "best.ckpt").exists()
 
 
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
@@ -126,5 +190,33 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     folder, _ = run(config, StopAt(10))
     newest = step_checkpoints(folder / "checkpoints")[-1]
-    newest.write_bytes(newest.read_bytes()[:5000])
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:5000])
     assert open_run(folder, "auto", config.to_dict())[0].step == 8
+    newest.write_bytes(flip_weights(whole))
+    assert open_run(folder, "auto", config.to_dict())[0].step == 8
+    newest.write_bytes(whole)
+    assert open_run(folder, "auto", config.to_dict())[0].step == 10
+
+
+def test_bytes_that_were_written_wrongly_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also inside a tensor, where the file still opens."""
+
+    def write_wrongly(checkpoint: dict[str, Any], path: Path) -> None:
+        save_checkpoint(checkpoint, path)
+        path.write_bytes(flip_weights(path.read_bytes()))
+        load_checkpoint(path)
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", write_wrongly)
+    weights = {"nvae_format": 1, "model_config": {}, "state_dict": {"w": torch.arange(9999.0)}}
+    with pytest.raises(CheckpointError, match=r"checksum of .*data/0 is wrong"):
+        AtomicCheckpointIO().save_checkpoint(weights, tmp_path / "step_1.ckpt")
+
+
+def flip_weights(content: bytes) -> bytes:
+    """32 bytes turned over in the middle of the file, which is a tensor's."""
+    middle = len(content) // 2
+    turned = bytes(byte ^ 255 for byte in content[middle : middle + 32])
+    return content[:middle] + turned + content[middle + 32 :]

@@ -1,0 +1,30 @@
+"""The moving average: where it lives."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nvae.cli.train import build_module
+from nvae.training.ema import MovingAverage
+from tests.training.runs import small_config
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
+def test_the_average_lives_where_it_should(
+    tmp_path: Path, device: str | None, expected: str
+) -> None:
+    """Null is beside the model, which at this moment is still on the host.
+
+    The meta device stands for a GPU.
+    """
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    average = MovingAverage(0.9, device)
+    module = build_module(small_config(tmp_path))
+    average.setup(trainer, module, "fit")
+    assert module.device.type == "cpu"
+    state = average.averaged_state()
+    assert state.keys() == module.state_dict().keys()
+    assert {tensor.device.type for tensor in state.values()} == {expected}
