@@ -13,6 +13,7 @@ import yaml
 
 from nvae.atomic import replacing
 from nvae.training.checkpointing import checkpoint_step, latest_checkpoint
+from nvae.training.shared_folder import shared_unused_path, unused_path
 
 _PACKAGES = ("nvae", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
 
@@ -37,13 +38,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
 
-def open_run(path: Path, resume: str, config: dict[str, Any]) -> tuple[RunFolder, list[str]]:
+def open_run(
+    path: Path, resume: str, config: dict[str, Any], processes: int = 1
+) -> tuple[RunFolder, list[str]]:
     """Decide where a run starts.
 
     Args:
         path: the folder that the run's name gives.
         resume: ``auto`` | ``never`` | ``must``.
         config: of this start, plain types.
+        processes: of the run; all of them call this and get the same folder.
 
     Returns:
         The folder, and lines that say which settings differ from the resumed run's.
@@ -53,7 +57,7 @@ def open_run(path: Path, resume: str, config: dict[str, Any]) -> tuple[RunFolder
         CheckpointError: the folder's checkpoints cannot be read.
     """
     if resume == "never":
-        return RunFolder(unused_path(path)), []
+        return RunFolder(unused_path(path) if processes == 1 else shared_unused_path(path)), []
     found = latest_checkpoint(path / "checkpoints")
     if found is None:
         if resume == "must":
@@ -70,15 +74,6 @@ def open_run(path: Path, resume: str, config: dict[str, Any]) -> tuple[RunFolder
         )
     notes = differences(checkpoint["run_config"] or {}, config)
     return RunFolder(path, file, checkpoint_step(checkpoint)), notes
-
-
-def unused_path(path: Path) -> Path:
-    """``path`` itself if nothing is there, else the first free of ``path-2``, ``path-3``, ..."""
-    candidate, number = path, 1
-    while candidate.exists() and any(candidate.iterdir()):
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

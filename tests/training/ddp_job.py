@@ -1,7 +1,7 @@
 """A two-process training job for test_ddp.py; starts its second rank itself, as train.py does.
 
-Usage: ddp_job.py FOLDER MODE, where MODE is ``spoil`` (rank 1 meets two bad steps), ``die0`` or
-``die1`` (that rank is killed in the middle), or ``plain``.
+Usage: ddp_job.py FOLDER MODE, where MODE is ``spoil`` (rank 1 meets two bad steps; in a folder of
+its own, resume=never), ``die0`` or ``die1`` (that rank is killed in the middle), or ``plain``.
 """
 
 import hashlib
@@ -46,12 +46,14 @@ def main(folder: Path, mode: str) -> None:
     config = small_config(
         folder,
         trainer=TrainerConfig(accelerator="cpu", devices=2, epochs=2, timeout=30.0),
+        resume="never" if mode == "spoil" else "auto",
     )
     module = build_module(config)
     initial = digest(module.model.state_dict())
-    _, trainer = run(config, Trouble(mode), module=module)
+    path, trainer = run(config, Trouble(mode), module=module)
     noise = module._noise(module.model, 2, 0)
     result = {
+        "folder": path.name,
         "initial": initial,
         "final": digest(module.state_dict()),
         "finite": all(bool(p.isfinite().all()) for p in module.parameters()),

@@ -69,7 +69,10 @@ def run(
     config: TrainConfig, *callbacks: pl.Callback, module: NVAELightning | None = None
 ) -> tuple[Path, pl.Trainer]:
     """Train until the end or until told to stop; resumes as the command does."""
-    folder, _ = open_run(Path(config.runs_dir) / config.name, config.resume, config.to_dict())
+    folder, _ = open_run(
+        Path(config.runs_dir) / config.name, config.resume, config.to_dict(),
+        config.trainer.world_size,
+    )  # fmt: skip
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(
         config.trainer,

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.training.runs import StopAt, run, small_config
+from nvae.checkpoint import load_checkpoint
+from tests.training.runs import StopAt, assert_identical, run, small_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,17 +25,43 @@ def _job(folder: Path, mode: str, timeout: float) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_ranks_stay_equal_and_share_bad_steps(tmp_path: Path) -> None:
-    """One rank's NaN: no hang, both leave the step out, parameters stay bit-equal."""
-    job = _job(tmp_path, "spoil", 240)
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both ranks have ended, beside a run of that name, with resume=never."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").touch()
+    job = _job(folder, "spoil", 240)
     assert job.returncode == 0, job.stderr[-3000:]
-    a, b = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    return folder
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_ranks_work_in_one_folder(spoilt: Path) -> None:
+    """The second starts when the first has made its own, and must not go on to the next."""
+    assert [result["folder"] for result in _results(spoilt)] == ["run-2", "run-2"]
+
+
+def test_the_best_holds_the_average_with_several_ranks(spoilt: Path) -> None:
+    folder = spoilt / "run-2" / "checkpoints"
+    best = load_checkpoint(folder / "best.ckpt")
+    same = load_checkpoint(folder / f"step_{best['global_step']:08d}.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert_identical(best[key], same[key])
+
+
+def test_ranks_stay_equal_and_share_bad_steps(spoilt: Path) -> None:
+    """One rank's NaN: no hang, both leave the step out, parameters stay bit-equal."""
+    a, b = _results(spoilt)
     assert a["initial"] == b["initial"] != a["final"]
     assert a["final"] == b["final"]
     assert a["finite"]
     assert a["steps"] == b["steps"] == 16
     assert a["noise"] != b["noise"]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (spoilt / "run-2" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines if "skipped" in x][-1]["train/skipped_steps"] == 2
 
 
@@ -44,7 +72,7 @@ def test_resumes_on_another_number_of_devices(tmp_path: Path) -> None:
     assert trainer.world_size == 1
     job = _job(tmp_path, "plain", 240)
     assert job.returncode == 0, job.stderr[-3000:]
-    a, b = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    a, b = _results(tmp_path)
     assert a["final"] == b["final"]
     assert a["finite"]
     steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]

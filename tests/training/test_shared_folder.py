@@ -1,0 +1,102 @@
+"""Processes that did not start one another find the same unused folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvae.training.shared_folder import shared_unused_path
+from tests.training.ranks import free_port, run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+JOB = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from nvae.training.shared_folder import shared_unused_path
+
+rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID")))
+time.sleep(rank)  # the first has made its folder by then, if it did not wait
+found = shared_unused_path(Path("run"))
+if rank == 0:
+    (found / "checkpoints").mkdir(parents=True)
+print(found.name, flush=True)
+# as Lightning does next, at the same address
+os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+dist.init_process_group("gloo", rank=rank, world_size=2)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Path:
+    """A folder where `run` is not free."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    return tmp_path
+
+
+def _environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.mark.slow
+def test_under_torchrun(taken: Path) -> None:
+    (taken / "job.py").write_text(JOB)
+    job = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", str(free_port()), "job.py"],
+        cwd=taken, env=_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-3000:]
+    assert job.stdout.split() == ["run-2", "run-2"]
+
+
+@pytest.mark.slow
+def test_under_slurm(taken: Path) -> None:
+    (taken / "job.py").write_text(JOB)
+    common = {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train",
+        "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "job.py"], cwd=taken, stdout=subprocess.PIPE, text=True,
+            env=_environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        assert [job.communicate(timeout=120)[0].split() for job in jobs] == [["run-2"]] * 2
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def _second_run(rank: int, world: int, folder: str) -> str:
+    found = shared_unused_path(Path(folder) / "run")
+    found.mkdir(exist_ok=True)
+    (found / f"rank{rank}").touch()
+    return found.name
+
+
+def test_in_a_process_group(taken: Path) -> None:
+    """A sweep's second run: the processes of the first go on."""
+    assert run_ranks(_second_run, 2, str(taken)) == ["run-2", "run-2"]
+
+
+def test_processes_started_later_are_told(taken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first never listens to itself: its next run has a folder of its own."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("NVAE_RUN_FOLDER", "elsewhere")
+    assert shared_unused_path(taken / "run") == taken / "run-2"
+    (taken / "run-2" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert shared_unused_path(taken / "run") == taken / "run-2"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert shared_unused_path(taken / "run") == taken / "run-3"
