@@ -1,19 +1,26 @@
-"""What a finished run says about itself: test likelihood, sample and reconstruction grids."""
+"""What a finished run says about itself: sample and reconstruction grids, test likelihood."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from nvae.atomic import write_json
+from nvae.checkpoint import CheckpointError, load_model
+from nvae.cli.device import open_device
+from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import NVAE
-from nvae.modes import eval_mode
-from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
-from nvae.sampling.prior import sample_images
+from nvae.sampling import decode, encode, sample_images
+from nvae.training.checkpointing import BEST, latest_checkpoint
+from nvae.training.run_folder import RunFolder
 
 
 @dataclass
@@ -24,7 +31,7 @@ class ReportConfig:
         importance_samples: draws of the importance-weighted bound; 0: no evaluation.
         temperatures: of the latents, one sample grid each.
         samples: pictures in each grid.
-        chunk: rows in one pass of the evaluation; bounds the memory.
+        chunk: images, or rows of the evaluation, in one pass; bounds the memory.
     """
 
     importance_samples: int = 100
@@ -45,6 +52,109 @@ class ReportConfig:
                 f"report.temperatures is {list(self.temperatures)}; "
                 "it takes one or more numbers, none below 0"
             )
+
+
+def write_report(
+    console: Console, config: ReportConfig, data: DataConfig, accelerator: str, folder: RunFolder
+) -> None:
+    """Pictures and likelihood of the best checkpoint, and what to run next.
+
+    What fails here is one line on stderr and not an error of the command: the training is done,
+    and a sweep goes on to its next run.
+
+    Args:
+        console: says what there is.
+        config: of the report.
+        data: all images are read, not a rank's share.
+        accelerator: that trained, ``cpu`` | ``gpu``.
+        folder: of the run.
+    """
+    console.print()
+    with _attempt("the report", folder, f"this command with name={folder.path.name} resume=auto"):
+        checkpoint = reported_checkpoint(folder.checkpoints)
+        if checkpoint.name != BEST:
+            console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
+        with _plain_float32("cuda" if accelerator == "gpu" else "cpu") as device:
+            model = load_model(checkpoint).to(device)
+            images = ImageDataModule(data)
+            images.setup()
+            _write_parts(console, config, model, images, checkpoint, folder)
+        console.print(f"""
+checkpoint       {checkpoint}
+
+next: python sample.py checkpoint={checkpoint} temperature=0.7
+      python evaluate.py checkpoint={checkpoint}
+      tensorboard --logdir {folder.path}""")
+
+
+def _write_parts(
+    console: Console,
+    config: ReportConfig,
+    model: NVAE,
+    data: ImageDataModule,
+    checkpoint: Path,
+    folder: RunFolder,
+) -> None:
+    """Pictures first: they take seconds, the likelihood can take hours."""
+    fewer = max(1, config.chunk // 4)
+    sample = f"python sample.py checkpoint={checkpoint} batch_size={fewer}"
+    temperatures = ",".join(f"{t:g}" for t in config.temperatures)
+    file = folder.path / "samples.png"
+    with _attempt(file.name, folder, f"{sample} 'temperature=[{temperatures}]'"):
+        sample_grid(model, config, file)
+        console.print(f"samples          {file}")
+    file = folder.path / "reconstructions.png"
+    with _attempt(file.name, folder, f"{sample} mode=reconstruct"):
+        reconstruction_grid(model, data, config, file)
+        console.print(f"reconstructions  {file}")
+    if not config.importance_samples:
+        return
+    file = folder.path / "test_likelihood.json"
+    again = f"python evaluate.py checkpoint={checkpoint} chunk={fewer}"
+    again += f" 'importance_samples=[{config.importance_samples}]'"
+    with _attempt(file.name, folder, again):
+        for line in likelihood_lines(test_likelihood(model, data, config, file)):
+            console.print(line)
+
+
+@contextmanager
+def _attempt(what: str, folder: RunFolder, again: str) -> Iterator[None]:
+    """Whatever goes wrong inside, from memory to a full disk, becomes one line on stderr."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"the run is safe in {folder.path}, but {what} could not be written ({reason}); "
+            f"to do it again: {again}",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _plain_float32(device: str) -> Iterator[torch.device]:
+    """The arithmetic of `evaluate.py`; a sweep's next run has torch's own again."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        yield open_device(device, tf32=False)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def reported_checkpoint(folder: Path) -> Path:
+    """`best.ckpt`; the newest readable one where no validation has made it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    best = folder / BEST
+    if best.is_file():
+        return best
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise CheckpointError(f"no checkpoint in {folder}")
+    return newest[0]
 
 
 def test_likelihood(
@@ -68,22 +178,24 @@ def test_likelihood(
 def sample_grid(model: NVAE, config: ReportConfig, file: Path) -> None:
     """Grids of the same seeds at several temperatures, side by side; the likelihood's means."""
     grids = [
-        sample_images(model, range(config.samples), temperature=t, pixel_temperature="mean")
+        sample_images(
+            model, range(config.samples), temperature=t, pixel_temperature="mean",
+            batch_size=config.chunk,
+        )
         for t in config.temperatures
-    ]
+    ]  # fmt: skip
     save_grids_side_by_side(file, grids, [f"temperature {t:g}" for t in config.temperatures])
 
 
-@torch.inference_mode()
-def reconstruction_grid(model: NVAE, data: ImageDataModule, file: Path, columns: int = 16) -> None:
-    """Test images above what the model makes of them."""
+def reconstruction_grid(
+    model: NVAE, data: ImageDataModule, config: ReportConfig, file: Path, columns: int = 16
+) -> None:
+    """Test images above what the model makes of them: the mean of a draw of the latents."""
     batch = next(data.batches("test", model.initial_state.device))
     x, index = batch.x[:columns], batch.index[:columns]
-    with eval_mode(model):
-        keys = keys_of(index, seed=0, stream=STREAM_POSTERIOR)
-        output = model(x, latent_noise(keys, model.latent_shapes))
-        reconstruction = model.likelihood(output.logits).mean
-    save_rows(file, [x.cpu(), reconstruction.cpu()], ["test image", "reconstruction"])
+    latents = encode(model, x, index, batch_size=config.chunk)
+    means = decode(model, latents, "mean", batch_size=config.chunk)
+    save_rows(file, [x.cpu(), means], ["test image", "reconstruction"])
 
 
 def likelihood_lines(result: EvaluationResult) -> list[str]:

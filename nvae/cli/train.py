@@ -15,17 +15,16 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from nvae.checkpoint import load_model
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
-from nvae.cli.report import likelihood_lines, reconstruction_grid, sample_grid, test_likelihood
+from nvae.cli.report import write_report
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
 from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
-from nvae.training.checkpointing import BEST, CheckpointWriteError, step_checkpoints
+from nvae.training.checkpointing import CheckpointWriteError, step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers
@@ -67,7 +66,10 @@ def train(composed: DictConfig) -> None:
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
         folder, changed = open_run(
-            Path(config.runs_dir) / config.name, config.resume, config.to_dict()
+            Path(config.runs_dir) / config.name,
+            config.resume,
+            config.to_dict(),
+            config.trainer.world_size,
         )
         data = ImageDataModule(config.data)
         data.prepare_data()
@@ -86,7 +88,8 @@ def train(composed: DictConfig) -> None:
     except CheckpointWriteError as error:  # a full disk
         raise UserError(f"{error}; make room, then run the same command again") from error
     if is_first:
-        report(console, config, folder)
+        accelerator = config.trainer.resolved_accelerator()
+        write_report(console, config.report, config.data, accelerator, folder)
 
 
 def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> bool:
@@ -196,30 +199,6 @@ def should_checkpoint_cells(config: TrainConfig) -> bool:
     )
     available = torch.cuda.get_device_properties(0).total_memory
     return estimate.total > USABLE_MEMORY * available
-
-
-def report(console: Console, config: TrainConfig, folder: RunFolder) -> None:
-    """Likelihood and pictures of the best checkpoint, and what to run next."""
-    data = ImageDataModule(config.data)  # all images, not this rank's share
-    data.setup()
-    best = folder.checkpoints / BEST
-    model = load_model(best).to("cuda" if torch.cuda.is_available() else "cpu")
-    console.print()
-    if config.report.importance_samples:
-        file = folder.path / "test_likelihood.json"
-        for line in likelihood_lines(test_likelihood(model, data, config.report, file)):
-            console.print(line)
-    samples, reconstructions = folder.path / "samples.png", folder.path / "reconstructions.png"
-    sample_grid(model, config.report, samples)
-    reconstruction_grid(model, data, reconstructions)
-    console.print(f"""
-samples          {samples}
-reconstructions  {reconstructions}
-best checkpoint  {best}
-
-next: python sample.py checkpoint={best} temperature=0.7
-      python evaluate.py checkpoint={best}
-      tensorboard --logdir {folder.path}""")
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:

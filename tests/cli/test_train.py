@@ -6,15 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch._dynamo
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from nvae.checkpoint import load_model
+from nvae.cli import report
+from nvae.cli.report import ReportConfig, write_report
 from nvae.cli.train import compile_cells
 from nvae.models import NVAE, ModelConfig
 from nvae.training.activation_checkpointing import checkpoint_cells
+from nvae.training.run_folder import RunFolder
+from tests.cli.checkpoints import DATA, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,3 +115,89 @@ def test_every_kind_of_cell_is_compiled() -> None:
     assert counters["frames"]["ok"] == counters["frames"]["total"] > 8
     assert not counters["graph_break"]
     assert not counters["unimplemented"]
+
+
+REPORT = ReportConfig(importance_samples=2, temperatures=[0.7], samples=4, chunk=8)
+REPORTED = ["reconstructions.png", "samples.png", "test_likelihood.json"]
+
+
+def _report(folder: Path) -> list[str]:
+    """What the report of a run in ``folder``, trained on the CPU, leaves there."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    write_report(Console(soft_wrap=True), REPORT, DATA, "cpu", RunFolder(folder))
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_report_is_in_plain_float32_where_the_run_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU that trained, whatever GPU there is, and as exact as `evaluate.py`."""
+    write_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    inside, likelihood = [], report.test_likelihood
+
+    def recorded(model: NVAE, *arguments: object) -> object:
+        inside.append((torch.backends.cudnn.allow_tf32, model.initial_state.device.type))
+        return likelihood(model, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(report, "test_likelihood", recorded)
+    assert _report(tmp_path) == REPORTED
+    assert inside == [(False, "cpu")]
+    assert torch.backends.cudnn.allow_tf32  # of a sweep's next run
+
+
+def test_report_without_a_best_takes_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that ended before its first validation has none."""
+    for step in (3, 12):
+        write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}.ckpt")
+    assert _report(tmp_path) == REPORTED
+    out, err = capsys.readouterr()
+    assert "no best.ckpt" in out
+    assert f"python evaluate.py checkpoint={tmp_path}/checkpoints/step_00000012.ckpt" in out
+    assert not err
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("sample_grid", "samples.png"),
+        ("reconstruction_grid", "reconstructions.png"),
+        ("evaluate", "test_likelihood.json"),
+    ],
+)
+def test_report_that_fails_in_part_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    file: str,
+) -> None:
+    """At the end of a long run: what is safe, what is missing, and how to get it."""
+    best = write_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 30.00 GiB")
+
+    monkeypatch.setattr(report, part, no_memory)
+    assert _report(tmp_path) == [name for name in REPORTED if name != file]
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith(f"the run is safe in {tmp_path}, but {file} could not be written")
+    assert "CUDA out of memory. Tried to allocate 30.00 GiB" in err
+    script, size = ("evaluate", "chunk") if part == "evaluate" else ("sample", "batch_size")
+    assert f"python {script}.py checkpoint={best}" in err
+    assert f"{size}=2" in err
+    assert "tensorboard" in out
+
+
+def test_report_without_any_checkpoint_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _report(tmp_path) == []
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"no checkpoint in {tmp_path}" in err
+    assert f"name={tmp_path.name} resume=auto" in err
