@@ -3,13 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
-import torch
+from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from nvae.data.module import ImageDataModule
+from nvae.images import save_rows
+from nvae.sampling import decode, encode, sample_images
 from nvae.training.module import NVAELightning
 
 
@@ -60,33 +62,25 @@ class Pictures(pl.Callback):
         if not every or (trainer.current_epoch + 1) % every or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, NVAELightning)
-        step = trainer.global_step
-        self._write(trainer, "samples", self._samples(pl_module), step)
-        self._write(trainer, "reconstructions", self._reconstructions(trainer, pl_module), step)
-
-    def _samples(self, module: NVAELightning) -> Tensor:
-        model = module.model
-        rows = []
-        for temperature in self.config.temperatures:
-            generator = torch.Generator(module.device).manual_seed(0)
-            noise = model.draw_noise(self.config.columns, generator)
-            rows.append(
-                model.likelihood(model.sample_logits(len(noise[0]), temperature, noise)).mean
-            )
-        return torch.cat(rows)
-
-    def _reconstructions(self, trainer: pl.Trainer, module: NVAELightning) -> Tensor:
+        columns, temperatures = self.config.columns, self.config.temperatures
+        samples = [
+            sample_images(pl_module.model, range(columns), temperature=t, pixel_temperature="mean")
+            for t in temperatures
+        ]
+        self._write(trainer, "samples", samples, [f"temperature {t:g}" for t in temperatures])
         assert isinstance(trainer.datamodule, ImageDataModule)  # type: ignore[attr-defined]
-        batch = next(trainer.datamodule.batches("valid", module.device))  # type: ignore[attr-defined]
-        x = batch.x[: self.config.columns]
-        generator = torch.Generator(module.device).manual_seed(0)
-        output = module.model(x, module.model.draw_noise(len(x), generator))
-        return torch.cat([x, module.model.likelihood(output.logits).mean])
+        batch = next(trainer.datamodule.batches("valid", pl_module.device))  # type: ignore[attr-defined]
+        x, index = batch.x[:columns], batch.index[:columns]
+        means = decode(pl_module.model, encode(pl_module.model, x, index), "mean")
+        labels = ["validation image", "reconstruction"]
+        self._write(trainer, "reconstructions", [x.cpu(), means], labels)
 
-    def _write(self, trainer: pl.Trainer, name: str, images: Tensor, step: int) -> None:
-        grid = make_grid(images.float().cpu(), nrow=self.config.columns, padding=1)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, self.folder / f"{name}_{step:08d}.png")
+    def _write(self, trainer: pl.Trainer, name: str, rows: list[Tensor], labels: list[str]) -> None:
+        step = trainer.global_step
+        file = self.folder / f"{name}_{step:08d}.png"
+        save_rows(file, rows, labels)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(name, grid, step)
+                with Image.open(file) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+                logger.experiment.add_image(name, pixels, step, dataformats="HWC")
