@@ -100,6 +100,8 @@ _CHANGES_NO_PIXEL = (
 )
 
 
-def pixel_protocol(config: DataConfig) -> dict[str, Any]:
-    """The data settings that the images depend on."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _CHANGES_NO_PIXEL}
+def pixel_protocol(data: ImageDataModule, split: str) -> dict[str, Any]:
+    """What the images of a split depend on: settings, and the stored pixels themselves."""
+    settings = dataclasses.asdict(data.config)
+    kept = {k: v for k, v in settings.items() if k not in _CHANGES_NO_PIXEL}
+    return {**kept, "sha256": data.table(split).sha256}

@@ -36,7 +36,6 @@ from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
-from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.models import NVAE
@@ -62,14 +61,14 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
     with process_group() as (rank, world):
         device = _device(config, rank, world)
         extractor = open_extractor(config, device)
-        likelihood = _protocol(config, opened, data_settings)
+        data = open_data(data_settings, model.config)
+        likelihood = _protocol(config, opened, data)
         protocol = likelihood
         if extractor is not None:
             protocol = {**likelihood, "samples": metrics_protocol(config, extractor)}
         output = _output(config, opened.file, protocol)
         if _already_done(output, protocol, config.overwrite):
             return
-        data = open_data(data_settings, model.config)
         model = model.to(device)
         if extractor is not None:
             check_measurable(config, data, extractor, device, world)
@@ -147,7 +146,9 @@ def _statistics(
         yield
 
 
-def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: DataConfig) -> dict[str, Any]:
+def _protocol(
+    config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageDataModule
+) -> dict[str, Any]:
     """Everything that the likelihood depends on."""
     recalibration = {
         "batches": config.recalibrate_bn,
@@ -158,7 +159,7 @@ def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: DataConfig
     return {
         "checkpoint_sha256": file_sha256(opened.file),
         "weights": opened.weights,
-        "data": pixel_protocol(data),
+        "data": pixel_protocol(data, config.split),
         "split": config.split,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,

@@ -131,7 +131,7 @@ def _reference(
     split = config.reference_split
     images = len(data.table(split))
     protocol = {
-        "data": pixel_protocol(data.config),
+        "data": pixel_protocol(data, split),
         "split": split,
         "images": images,
         "extractor": extractor.name,

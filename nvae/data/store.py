@@ -28,12 +28,13 @@ def open_store(folder: Path) -> dict[str, ImageTable]:
     for name, split in manifest.splits.items():
         pixels = _map(folder / split.pixels.file)
         if split.layout is None:
-            table: ImageTable = DenseTable(pixels)
+            table: ImageTable = DenseTable(pixels, split.pixels.sha256)
         else:
             layout = torch.from_numpy(_load(folder / split.layout.file))
             size, _, channels = split.shape
             _check_layout(folder, layout, pixels, size, channels)
-            table = RaggedTable(pixels, layout, size, channels)
+            sha256 = f"{split.pixels.sha256}-{split.layout.sha256}"
+            table = RaggedTable(pixels, layout, size, channels, sha256)
         if len(table) != split.count or table.shape != split.shape:
             raise DataError(
                 f"{folder / split.pixels.file} holds {len(table)} images of {table.shape}, its "

@@ -20,6 +20,11 @@ class ImageTable(Protocol):
         """(H, W, C)."""
         ...
 
+    @property
+    def sha256(self) -> str:
+        """Of the stored pixels: results name the images they were taken on by it."""
+        ...
+
     def __len__(self) -> int: ...
 
     def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
@@ -42,9 +47,11 @@ class DenseTable:
 
     Attributes:
         images: (N, H, W, C) uint8.
+        sha256: see `ImageTable`.
     """
 
     images: Tensor
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -69,7 +76,7 @@ class DenseTable:
 
     def to(self, device: torch.device) -> "DenseTable":
         """The same images on another device."""
-        return DenseTable(self.images.to(device))
+        return DenseTable(self.images.to(device), self.sha256)
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,14 @@ class RaggedTable:
         layout: (N, 3) int64: offset, height, width.
         size: side of the window.
         channels: channels of every image.
+        sha256: see `ImageTable`.
     """
 
     pixels: Tensor
     layout: Tensor
     size: int
     channels: int
+    sha256: str = ""
 
     def __len__(self) -> int:
         return self.layout.shape[0]

@@ -4,12 +4,14 @@ The Inception network and its resizing are torch-fidelity's port of the TensorFl
 was defined with; other ports give other numbers.
 """
 
+import hashlib
 import importlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -91,8 +93,9 @@ def _own(attribute: str, device: torch.device) -> FeatureExtractor:
     if not (module_name and colon and name):
         raise ValueError(f"feature_extractor={attribute} must be written module:attribute")
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+        function = getattr(module, name)
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"feature_extractor={attribute} cannot be imported: {error}") from None
     if isinstance(function, type):
         function = function()
@@ -100,7 +103,19 @@ def _own(attribute: str, device: torch.device) -> FeatureExtractor:
         raise ValueError(f"feature_extractor={attribute} is not callable")
     if isinstance(function, nn.Module):
         function = function.to(device).eval()
-    return FeatureExtractor(attribute, function, colour=False)
+    return FeatureExtractor(f"{attribute} {_fingerprint(module, function)}", function, colour=False)
+
+
+def _fingerprint(module: ModuleType, function: Any) -> str:
+    """Of a user's source file and weights: features kept for other ones must not be compared."""
+    digest = hashlib.sha256()
+    if file := getattr(module, "__file__", None):
+        digest.update(Path(file).read_bytes())
+    if isinstance(function, nn.Module):
+        for name, tensor in function.state_dict().items():
+            raw = tensor.cpu().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _download() -> Path:
@@ -126,7 +141,7 @@ def _inception(path: Path, sha256: str, device: torch.device) -> FeatureExtracto
     if not path.is_file():
         raise ValueError(f"no Inception weights at {path}")
     with path.open("rb") as file:
-        found = file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(sha256.lower()):
         raise ValueError(
             f"{path} has SHA-256 {found}, expected {sha256}...; it is damaged or another file "

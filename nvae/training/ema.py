@@ -8,6 +8,8 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from nvae.models.derived import forget
+
 
 def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
     """torch's moving average for floating tensors; counters and flags are copied."""
@@ -45,6 +47,16 @@ class MovingAverage(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in; through ``.data``, which derived weights do not see."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        forget(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the raw weights back."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        forget(pl_module)
 
     def averaged_state(self) -> dict[str, Tensor]:
         """The average, under the names that the module's own ``state_dict`` uses.

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from PIL import Image
 
 from nvae.cli.evaluate import main
 from nvae.cli.evaluate_config import EvaluateConfig
@@ -61,6 +62,30 @@ def test_exported_folder_gives_the_checkpoints_numbers(evaluate, checkpoint, tmp
     a, b = (json.loads(path.read_text()) for path in (tmp_path / "a.json", written))
     assert a["result"] == b["result"]
     assert b["protocol"]["weights"] == "exported"
+
+
+def test_other_pictures_are_another_evaluation(evaluate, checkpoint, tmp_path):
+    """Two folders with the same settings: the second must not be told the first one's numbers."""
+    for name, level in (("dark", 10), ("bright", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            image = Image.new("L", (8, 8), level + i)
+            image.putpixel((i % 8, 0), 255)
+            image.save(tmp_path / name / f"{i}.png")
+    settings = (
+        "data=folder", "data.image_size=8", "data.channels=1", "data.bits=4",
+        "data.likelihood=logistic_mixture", "split=train", "importance_samples=[]",
+        "metrics=[fid]", "feature_extractor=nvae.metrics.extractors:pixels", "generated=30",
+        "reference_split=train",
+    )  # fmt: skip
+    found = []
+    for name in ("dark", "bright"):
+        evaluate(f"checkpoint={checkpoint}", *settings, f"data.root={name}", f"output={name}.json")
+        found.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    first, second = found
+    assert first["protocol"]["data"]["sha256"] != second["protocol"]["data"]["sha256"]
+    assert first["result"]["negative_elbo"] != second["result"]["negative_elbo"]
+    assert first["samples"]["fid"] != second["samples"]["fid"]
 
 
 def test_numbers_do_not_depend_on_batches_and_chunks(evaluate, checkpoint, tmp_path):

@@ -23,3 +23,15 @@ def shapeless(images: Tensor) -> Tensor:
 
 
 NOT_A_FUNCTION = 3
+
+
+class Weighted(nn.Module):
+    """Features that depend on random weights, and a scalar buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2).to(torch.bfloat16)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)[:, :4].to(torch.bfloat16)) * self.scale

@@ -1,6 +1,7 @@
 """Features of samples and data: seeds, ranks, caches, and weights that cannot be trusted."""
 
 import pickle
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -156,6 +157,27 @@ def test_pixels_reach_the_function_as_bytes():
 def test_extractors_that_are_none_are_refused(attribute, words):
     with pytest.raises(ValueError, match=words):
         load_extractor(attribute)
+
+
+def test_an_extractor_is_named_by_its_code_and_weights(tmp_path, monkeypatch):
+    """Reference features kept for the old code must not be compared with the new code's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = set()
+    for factor in ("1", "2"):
+        (tmp_path / "own_features.py").write_text(
+            f"def f(x):\n    return x.flatten(1) / {factor}\n"
+        )
+        sys.modules.pop("own_features", None)
+        names |= {load_extractor("own_features:f").name for _ in range(2)}
+    assert len(names) == 2
+    names = set()
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        names.add(load_extractor("tests.metrics.extractors:Weighted").name)
+    assert len(names) == 2
+    (tmp_path / "broken_features.py").write_text("def f(x:\n")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        load_extractor("broken_features:f")
 
 
 def test_an_extractor_of_the_wrong_shape_is_refused():
