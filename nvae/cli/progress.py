@@ -40,16 +40,18 @@ def progress_bar(
 class _PlainProgress:
     def __init__(self, console: Console, description: str, total: int) -> None:
         self._console, self._description, self._total = console, description, total
-        self._done = 0
-        self._started = self._printed = time.monotonic()
+        self._done = self._done_when_printed = 0
+        self._printed = time.monotonic()
 
     def advance(self, steps: int) -> None:
         self._done += steps
         now = time.monotonic()
         if now - self._printed < PLAIN_SECONDS:
             return
-        self._printed = now
-        left = int((now - self._started) / self._done * (self._total - self._done))
+        # the pace since the last line: what an earlier start had done came in no time
+        seconds_a_step = (now - self._printed) / (self._done - self._done_when_printed)
+        left = int(seconds_a_step * (self._total - self._done))
+        self._printed, self._done_when_printed = now, self._done
         self._console.print(
             f"{self._description}  {self._done}/{self._total}  {left // 60}:{left % 60:02d} left"
         )
