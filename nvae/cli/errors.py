@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
@@ -19,6 +21,16 @@ class UserError(Exception):
     """Something that the user can put right; the message is one line."""
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C in the block becomes one line and exit code 130, the shell's for this signal."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def run(
     compose: Callable[[Callable[[DictConfig], None]], None],
     work: Callable[[DictConfig], None],
@@ -26,9 +38,9 @@ def run(
 ) -> None:
     """Compose configurations with Hydra, then work; the user's errors become one line, exit code 2.
 
-    The work is done after Hydra has returned: it adds lines of its own to every error, and
-    Lightning, when it starts further processes inside a Hydra job, looks for Hydra's output folder,
-    which we do not keep.
+    Ctrl-C is one line too, see :func:`interruptible`. The work is done after Hydra has returned: it
+    adds lines of its own to every error, and Lightning, when it starts further processes inside a
+    Hydra job, looks for Hydra's output folder, which we do not keep.
 
     Args:
         compose: given a collector, lets ``hydra.main`` call it with every composed configuration
@@ -40,9 +52,10 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composed: list[DictConfig] = []
     try:
-        compose(composed.append)
-        for config in composed:
-            work(config)
+        with interruptible():
+            compose(composed.append)
+            for config in composed:
+                work(config)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -57,7 +70,7 @@ def one_line(error: BaseException, schema: type) -> str:
         chain.append(chain[-1].__cause__)
     for link in reversed(chain):
         if isinstance(link, OmegaConfBaseException) and link.full_key:
-            return _bad_key(link, schema)
+            return _bad_key(link, schema, [str(each) for each in chain])
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -72,14 +85,37 @@ def _missing_config(error: MissingConfigException) -> str:
     return " ".join(lines)
 
 
-def _bad_key(error: OmegaConfBaseException, schema: type) -> str:
-    key = str(error.full_key)
-    holder, unknown = lookup(schema, key)
+def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -> str:
+    key, message = str(error.full_key), " ".join(str(error.msg).split())
+    path, in_list, _ = key.partition("[")
+    holder, unknown = lookup(schema, path)
     if unknown is not None:
-        return unknown_key(key, [f.name for f in dataclasses.fields(holder)])
-    field = key.split(".")[-1]
-    kind = typing.get_type_hints(holder).get(field)
-    found = re.search(r"Value '(.*?)'", str(error.msg or ""), re.DOTALL)
+        return unknown_key(path, [f.name for f in dataclasses.fields(holder)])
+    kind = typing.get_type_hints(holder).get(path.split(".")[-1])
+    entry = _entry_type(kind)
+    if entry is not None and not in_list:
+        return _no_list(key, messages)
+    found = re.search(r"Value '(.*?)'", str(error.msg), re.DOTALL)
+    if in_list and entry is not None:  # no "=": a name such as keep[0] cannot be set
+        value = found[1] if found else "null"
+        return f"{key}: {value} is not {describe_type(entry)}"
     if kind is not None and found:
         return f"{key}={found[1]} is not {describe_type(kind)}"
-    return f"{key}: {' '.join(str(error.msg).split())}"
+    return f"{key}: {message}"
+
+
+def _entry_type(kind: Any) -> Any:
+    """What a list holds, optional or not; None for anything else."""
+    for option in (kind, *typing.get_args(kind)):
+        if typing.get_origin(option) in (list, tuple):
+            return typing.get_args(option)[0]
+    return None
+
+
+def _no_list(key: str, messages: list[str]) -> str:
+    """OmegaConf names the value's type only; Hydra's message, further out, has the value."""
+    for message in messages:
+        written = re.search(rf"override \W*{re.escape(key)}=(.*)", message)
+        if written:
+            return f"{key}={written[1]} is not a list; write {key}=[{written[1]}]"
+    return f"{key} is not a list; write {key}=[...]"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nvae.cli.errors import interruptible
 from nvae.export.folder import export
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 
@@ -56,17 +57,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export; bad input is one line and exit code 2."""
+    """Export; bad input is one line and exit code 2, Ctrl-C one line and 130."""
     given = _parser().parse_args(arguments)
     try:
-        difference = export(
-            given.checkpoint,
-            given.to,
-            weights=given.weights,
-            pixel_temperature=given.pixel_temperature,
-            with_sampler=not given.no_sampler,
-            compiled_batch=given.compile,
-        )
+        with interruptible():
+            difference = export(
+                given.checkpoint,
+                given.to,
+                weights=given.weights,
+                pixel_temperature=given.pixel_temperature,
+                with_sampler=not given.no_sampler,
+                compiled_batch=given.compile,
+            )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         text = (
             f"{given.to} cannot be written: {error}" if isinstance(error, OSError) else str(error)
