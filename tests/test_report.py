@@ -39,6 +39,12 @@ LIKELIHOOD: dict[str, Any] = {
     ],
 }  # fmt: skip
 
+PROTOCOL: dict[str, Any] = {
+    "split": "valid", "weights": "ema", "data": {"name": HOSTILE}, "importance_samples": [1, 100],
+    "seed": 3, "batch_norm": {"batches": 500, "temperature": 0.7},
+    "samples": {"extractor": "inception", "generated": 5000, "temperature": 0.8},
+}  # fmt: skip
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -63,7 +69,7 @@ def run(tmp_path: Path) -> Path:
     start = {"step": 0, "command": ["train.py", HOSTILE], "versions": {"torch": "2.15.0"}}
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     (folder / "test_likelihood.json").write_text(json.dumps(LIKELIHOOD))
-    evaluated = {"result": LIKELIHOOD, "samples": {"fid": 12.5}, "protocol": {"split": "valid"}}
+    evaluated = {"result": LIKELIHOOD, "samples": {"fid": 12.5}, "protocol": PROTOCOL}
     (folder / "checkpoints" / "evaluation").mkdir(parents=True)
     (folder / "checkpoints" / "evaluation" / "best.json").write_text(json.dumps(evaluated))
     for step in range(50, 550, 50):
@@ -137,6 +143,21 @@ def test_every_part_is_on_the_page(run: Path) -> None:
     # three curves and two maps, one cell for every group and reading
     assert page.count("svg") == 3 + 2
     assert text.count("<title>group ") == 2 * 2 * 10
+
+
+def test_evaluations_can_be_told_apart(run: Path) -> None:
+    folder = run / "checkpoints" / "evaluation"
+    plain = {"split": "test", "weights": "raw", "importance_samples": [], "seed": 0,
+             "batch_norm": "running statistics", "samples": 3, "data": None}  # fmt: skip
+    (folder / "raw.json").write_text(json.dumps({"result": LIKELIHOOD, "protocol": plain}))
+    (folder / "odd.json").write_text(json.dumps({"result": LIKELIHOOD, "protocol": {"seed": 7}}))
+    text, _ = page_of(run)
+    assert (
+        "weights ema · batch norm recalibrated 500 at 0.7 · K 1, 100 · seed 3 · "
+        "samples by inception · generated 5000 · temperature 0.8</p>"
+    ) in text
+    assert ">weights raw · batch norm running statistics · seed 0</p>" in text
+    assert ">seed 7</p>" in text
 
 
 @pytest.mark.parametrize("svg", ["chart", "map"])

@@ -1,5 +1,6 @@
 """The page's sections, each from a run's record; what is missing is said in a word."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,10 @@ def evaluations(run: RunRecord) -> Markup:
     """A table for every evaluation, and what each group carries."""
     if not run.evaluations:
         return _section("Evaluation", _missing("None was made."))
-    return _section("Evaluation", *(_evaluation(each) for each in run.evaluations))
+    return _section("Evaluation", *(_evaluation(run, each) for each in run.evaluations))
 
 
-def _evaluation(evaluation: Evaluation) -> Markup:
+def _evaluation(run: RunRecord, evaluation: Evaluation) -> Markup:
     result = evaluation.result
     rows = [
         _estimate("negative ELBO", result["negative_elbo"], result["negative_elbo_bits_per_dim"]),
@@ -195,6 +196,7 @@ def _evaluation(evaluation: Evaluation) -> Markup:
     parts = [
         element("h3", f"{evaluation.split}, {result.get('images', '?')} images ",
                 element("small", evaluation.source)),
+        element("p", _protocol_line(_protocol(run, evaluation)), class_="soft"),
         table(head, rows),
     ]  # fmt: skip
     quality = [(name, f"{value:.4f}") for name, value in evaluation.quality.items()
@@ -211,6 +213,39 @@ def _evaluation(evaluation: Evaluation) -> Markup:
             element("details", summary, table(("group", "KL, nats", "active units"), groups))
         )
     return joined(parts)
+
+
+def _protocol(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
+    """What `evaluate.py` wrote into the evaluation's file about its making, else nothing."""
+    file = run.path / "checkpoints" / "evaluation" / evaluation.source
+    try:
+        protocol = json.loads(file.read_text(encoding="utf-8"))["protocol"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return protocol if isinstance(protocol, dict) else {}
+
+
+def _protocol_line(protocol: dict[str, Any]) -> str:
+    """One line that tells evaluations apart; what the file does not say is left out."""
+    data, norm, samples = (
+        value if isinstance(value := protocol.get(name), dict) else {}
+        for name in ("data", "batch_norm", "samples")
+    )
+    statistics = protocol.get("batch_norm")
+    if norm:
+        statistics = f"recalibrated {norm.get('batches')} at {norm.get('temperature')}"
+    draws = protocol.get("importance_samples")
+    facts = [
+        ("data set", data.get("name")),
+        ("weights", protocol.get("weights")),
+        ("batch norm", statistics),
+        ("K", ", ".join(map(str, draws)) if isinstance(draws, list) else None),
+        ("seed", protocol.get("seed")),
+        ("samples by", samples.get("extractor")),
+        ("generated", samples.get("generated")),
+        ("temperature", samples.get("temperature")),
+    ]
+    return " · ".join(f"{name} {value}" for name, value in facts if value not in (None, ""))
 
 
 def _estimate(
