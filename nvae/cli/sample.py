@@ -27,7 +27,6 @@ from nvae.cli.recalibration import recalibrated
 from nvae.cli.sample_config import SampleConfig
 from nvae.cli.sample_output import SampleFolder
 from nvae.cli.schema import build
-from nvae.data import DataConfig
 from nvae.data.loader import RawBatch
 from nvae.data.module import ImageDataModule
 from nvae.models import NVAE
@@ -65,11 +64,10 @@ def _run(composed: DictConfig) -> None:
     opened = open_checkpoint(config.checkpoint, config.weights)  # type: ignore[arg-type]
     model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
-    data_settings = data_config(given, opened.run_config) if needs_data else None
-    request = _request(config, opened.file, data_settings)
+    data = open_data(data_config(given, opened.run_config), model.config) if needs_data else None
+    request = _request(config, opened.file, data)
     path = _folder(config, opened.file, request)
     folder = SampleFolder(path, request, overwrite=config.overwrite)
-    data = open_data(data_settings, model.config) if data_settings is not None else None
     _Sampler(config, opened.file, model.to(device), data, folder).draw()
     folder.manifest(
         {
@@ -81,13 +79,14 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, weights: Path, data: DataConfig | None) -> dict[str, Any]:
+def _request(config: SampleConfig, weights: Path, data: ImageDataModule | None) -> dict[str, Any]:
     """Everything that the pictures depend on."""
+    split = "train" if config.mode == "nearest" else config.split
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
     return {
         "checkpoint_sha256": file_sha256(weights),
         **settings,
-        "data": None if data is None else pixel_protocol(data),
+        "data": None if data is None else pixel_protocol(data, split),
     }
 
 
@@ -212,22 +211,27 @@ class _Sampler:
         temperature = self.temperatures[0][1]
         groups = len(self.model.groups)
         keep = self.config.keep if self.config.keep is not None else spread(groups + 1, _MOST_ROWS)
+        seeds = torch.stack([column_seeds(n, self.config.draws) for n in self._numbers])
+        sheets = []
         with self._statistics(temperature):
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
                     sheet = partial_sheet(
-                        self.model, latents[i : i + 1], keep,
-                        column_seeds(self._numbers[i], self.config.draws), self.decoder,
-                        temperature,
-                    )  # fmt: skip
+                        self.model, latents[i : i + 1], keep, seeds[i], self.decoder, temperature
+                    )
                     self.folder.sheet(f"partial-{name.replace(' ', '')}.png", sheet)
+                    if self.config.npz:
+                        sheets.append(torch.stack(sheet.rows))
                     advance(1)
+        if sheets:
+            self._keep(torch.stack(sheets), keep=torch.tensor(keep), draw_seeds=seeds)
 
     def _draw_traverse(self) -> None:
         groups = self.config.groups
         if groups is None:
             groups = spread(len(self.model.groups), _MOST_ROWS)
+        sheets = []
         with self._statistics(self.temperatures[0][1]):
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
@@ -237,7 +241,11 @@ class _Sampler:
                         self._numbers[i], self.decoder,
                     )  # fmt: skip
                     self.folder.sheet(f"traversal-{name.replace(' ', '')}.png", sheet)
+                    if self.config.npz:
+                        sheets.append(torch.stack(sheet.rows))
                     advance(1)
+        if sheets:
+            self._keep(torch.stack(sheets), groups=torch.tensor(groups))
 
     @property
     def _numbers(self) -> list[int]:
@@ -264,9 +272,12 @@ class _Sampler:
         batch = RawBatch(pixels, wanted, self.config.split, None)
         return self.data.to_input(batch).x.to(self.model.initial_state.device)
 
-    def _keep(self, images: Tensor) -> None:
+    def _keep(self, images: Tensor, **arrays: Tensor) -> None:
+        """Write the images as they are where that is wanted, with what they come from."""
         if self.config.npz:
-            self.folder.arrays("samples.npz", images=images)
+            source = "index" if self.config.reads_images else "seeds"
+            arrays[source] = torch.tensor(self._numbers)
+            self.folder.arrays("samples.npz", images=images, **arrays)
 
 
 def _counted(batches: Iterator[Any], advance: Any) -> Iterator[Any]:

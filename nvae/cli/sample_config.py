@@ -51,7 +51,9 @@ class SampleConfig:
         device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
         tf32: faster and less exact arithmetic on NVIDIA GPUs.
         single_images: write every image as a PNG of its own, beside the grid (mode prior).
-        npz: write images and seeds as `samples.npz` too.
+        npz: write `samples.npz` too: ``images`` and their ``seeds``, or ``index`` where they are
+            made of data images; modes partial and traverse: axes start, row, column, and what the
+            rows are (``keep`` or ``groups``); partial: ``draw_seeds`` of the columns.
         columns: of each grid (mode prior); null: about as many as rows.
         output: folder; null: beside the checkpoint, in `samples/`.
         overwrite: write into a folder that holds something else.
@@ -103,6 +105,9 @@ class SampleConfig:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         check_pixel_temperature(self.pixels)
         _ = self.seed_list, self.image_list
+        for name in ("keep", "groups", "scale_temperatures", "group_temperatures"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is empty; give at least one number, or leave it out")
         self._check_temperatures()
         if self.compile and self.mode not in ("prior", "nearest"):
             raise ValueError(
@@ -124,6 +129,10 @@ class SampleConfig:
             raise ValueError(f"{given[0]} takes the place of temperature; leave temperature out")
         if len(values) > 1 and self.mode != "prior":
             raise ValueError(f"mode={self.mode} takes one temperature, not {len(values)}")
+        labels = [_label([value]) for value in values]  # two of a kind would share their files
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"temperature names {label} twice")
         for value in [*values, *(self.scale_temperatures or ()), *(self.group_temperatures or ())]:
             check_temperature("temperature", value)
 
@@ -166,7 +175,7 @@ class SampleConfig:
                     f"has {groups} groups"
                 )
             return [(_label(self.group_temperatures), list(self.group_temperatures))]
-        return [(f"{t:g}", [t] * groups) for t in _numbers("temperature", self.temperature)]
+        return [(_label([t]), [t] * groups) for t in _numbers("temperature", self.temperature)]
 
 
 def integers(name: str, value: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """The folder that `sample.py` writes: pictures, arrays, and a manifest to repeat them."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 class SampleFolder:
-    """Where pictures go.
+    """Where pictures go; whether it can be written is found out before they are drawn.
 
     Args:
         path: made when the first file is written.
@@ -24,13 +25,21 @@ class SampleFolder:
         overwrite: accept a folder that holds something else.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or cannot be written.
     """
 
     def __init__(self, path: Path, request: dict[str, Any], *, overwrite: bool) -> None:
         self.path, self.request = path, request
         self.files: list[str] = []
-        if not overwrite and not self._is_ours():
+        try:
+            usable = overwrite or self._is_ours()
+            if usable:
+                _try_writing(path)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written: {error.strerror or error}; give output=FOLDER"
+            ) from error
+        if not usable:
             raise ValueError(
                 f"{path} is there already and holds something else; give another output or "
                 "overwrite=true"
@@ -83,3 +92,21 @@ class SampleFolder:
             self.path / MANIFEST,
             {"request": self.request, "complete": True, **facts, "files": files},
         )
+
+
+def _try_writing(folder: Path) -> None:
+    """Raise an OSError unless files can be made in ``folder``; what is made for that goes again.
+
+    Other settings may still turn out to be wrong, and then nothing shall be left behind.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: list[Path] = []
+    try:
+        for each in reversed(missing):
+            each.mkdir()
+            made.append(each)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for each in reversed(made):
+            each.rmdir()

@@ -128,6 +128,26 @@ def test_every_mode_writes_its_pictures(sample, checkpoint, tmp_path, arguments,
     assert manifest["request"]["mode"] == arguments[0].removeprefix("mode=")
 
 
+def test_arrays_of_partial_and_traverse_are_what_their_sheets_show(sample, checkpoint, tmp_path):
+    common = (f"checkpoint={checkpoint}", "npz=true")
+    sample(*common, "mode=partial", "seeds=4-5", "keep=[0,3]", "draws=2", "output=partial")
+    partial = np.load(tmp_path / "partial" / "samples.npz")
+    assert partial["images"].shape == (2, 2, 3, 1, 8, 8)
+    assert partial["seeds"].tolist() == [4, 5]
+    assert partial["keep"].tolist() == [0, 3]
+    assert partial["draw_seeds"].shape == (2, 2)
+    # all groups kept: the draws are the original
+    assert np.allclose(partial["images"][:, 1, 1:], partial["images"][:, 1, :1], atol=1e-5)
+    assert not np.allclose(partial["images"][:, 0, 1:], partial["images"][:, 0, :1], atol=1e-3)
+    sample(*common, "mode=traverse", "source=images", "images=[7,2]", "groups=[1]", "steps=4",
+           "output=traverse")  # fmt: skip
+    traverse = np.load(tmp_path / "traverse" / "samples.npz")
+    assert traverse["images"].shape == (2, 1, 4, 1, 8, 8)
+    assert traverse["index"].tolist() == [7, 2]
+    assert traverse["groups"].tolist() == [1]
+    assert "seeds" not in traverse
+
+
 def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path):
     from nvae.data.module import ImageDataModule
 
@@ -159,6 +179,11 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
         ({"pixel_temperature": -1}, "allowed: mean"),
         ({"pixel_temperature": "mode"}, "mean"),
         ({"pixel_temperature": [1]}, "mean"),
+        ({"temperature": [0.7, 1, 0.7]}, "names 0.7 twice"),
+        ({"scale_temperatures": []}, "scale_temperatures is empty"),
+        ({"group_temperatures": []}, "group_temperatures is empty"),
+        ({"mode": "partial", "keep": []}, "keep is empty"),
+        ({"mode": "traverse", "groups": []}, "groups is empty"),
         ({"seeds": "5-3"}, "runs backwards"),
         ({"seeds": "a-b"}, "no number or range"),
         ({"seeds": [1, 1]}, "twice"),
@@ -190,6 +215,7 @@ def test_wrong_settings_are_refused(settings, words):
         (("recalibrate_bn=2", "bn_batch_size=1"), "at least 2"),
         (("temprature=1",), "did you mean temperature?"),
         (("device=cuda:99",), "CUDA device"),
+        (("keep=[a]",), "keep[0]: a is not an integer"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(sample, checkpoint, tmp_path, arguments, words):
@@ -215,7 +241,22 @@ def test_a_folder_of_something_else_is_not_touched(sample, checkpoint, tmp_path)
     assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
 
 
-def test_an_interrupted_request_is_finished_by_the_next(sample, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_folder_that_cannot_be_written_is_told_before_sampling(
+    sample, checkpoint, monkeypatch, overwrite
+):
+    def sampled(*_args, **_kwargs):
+        raise AssertionError("sampled all the same")
+
+    monkeypatch.setattr("nvae.cli.sample.sample_images", sampled)
+    blocked = checkpoint / "a" / "b"  # below a file: root too is refused
+    error = sample.fails(f"checkpoint={checkpoint}", f"output={blocked}", f"overwrite={overwrite}")
+    assert error == f"error: {blocked} cannot be written: Not a directory; give output=FOLDER\n"
+
+
+def test_an_interrupted_request_is_finished_by_the_next(
+    sample, checkpoint, tmp_path, monkeypatch, capsys
+):
     """Killed after the first pictures; another request still finds the folder taken."""
 
     def killed(*_):
@@ -223,8 +264,9 @@ def test_an_interrupted_request_is_finished_by_the_next(sample, checkpoint, tmp_
 
     with monkeypatch.context() as patched:
         patched.setattr("nvae.cli.sample.SampleFolder.grids", killed)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        with pytest.raises(SystemExit, match="130"):
             sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out")
+    capsys.readouterr()
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
     assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
     sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out")
