@@ -24,12 +24,15 @@ class Evaluation:
         split: of the data.
         result: as :meth:`nvae.evaluation.EvaluationResult.to_dict` has it.
         quality: of the samples, by metric; empty where none was measured.
+        protocol: what the numbers depend on, as `evaluate.py` wrote it; empty for the evaluation
+            at the end of training.
     """
 
     source: str
     split: str
     result: dict[str, Any]
     quality: dict[str, Any]
+    protocol: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
             protocol = content.get("protocol", {})
             _check_numbers(result)
             split = str(protocol.get("split", "test"))
-            found.append(Evaluation(file.name, split, result, content.get("samples") or {}))
+            quality = content.get("samples") or {}
+            found.append(Evaluation(file.name, split, result, quality, protocol))
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{file.name} is no evaluation that can be read")
     return found

@@ -1,6 +1,5 @@
 """The page's sections, each from a run's record; what is missing is said in a word."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,11 +177,11 @@ def evaluations(run: RunRecord) -> Markup:
     """A table for every evaluation, and what each group carries."""
     if not run.evaluations:
         return _section("Evaluation", _missing("None was made."))
-    return _section("Evaluation", *(_evaluation(run, each) for each in run.evaluations))
+    return _section("Evaluation", *map(_evaluation, run.evaluations))
 
 
-def _evaluation(run: RunRecord, evaluation: Evaluation) -> Markup:
-    result = evaluation.result
+def _evaluation(evaluation: Evaluation) -> Markup:
+    result, line = evaluation.result, _protocol_line(evaluation.protocol)
     rows = [
         _estimate("negative ELBO", result["negative_elbo"], result["negative_elbo_bits_per_dim"]),
         _estimate("reconstruction", result["reconstruction"]),
@@ -196,7 +195,7 @@ def _evaluation(run: RunRecord, evaluation: Evaluation) -> Markup:
     parts = [
         element("h3", f"{evaluation.split}, {result.get('images', '?')} images ",
                 element("small", evaluation.source)),
-        element("p", _protocol_line(_protocol(run, evaluation)), class_="soft"),
+        *([element("p", line, class_="soft")] if line else []),
         table(head, rows),
     ]  # fmt: skip
     quality = [(name, f"{value:.4f}") for name, value in evaluation.quality.items()
@@ -213,16 +212,6 @@ def _evaluation(run: RunRecord, evaluation: Evaluation) -> Markup:
             element("details", summary, table(("group", "KL, nats", "active units"), groups))
         )
     return joined(parts)
-
-
-def _protocol(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
-    """What `evaluate.py` wrote into the evaluation's file about its making, else nothing."""
-    file = run.path / "checkpoints" / "evaluation" / evaluation.source
-    try:
-        protocol = json.loads(file.read_text(encoding="utf-8"))["protocol"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return protocol if isinstance(protocol, dict) else {}
 
 
 def _protocol_line(protocol: dict[str, Any]) -> str:
