@@ -6,8 +6,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
@@ -15,20 +14,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import describe_type, lookup, unknown_key
+from nvae.interruptible import interruptible
 
 
 class UserError(Exception):
     """Something that the user can put right; the message is one line."""
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C in the block becomes one line and exit code 130, the shell's for this signal."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def run(

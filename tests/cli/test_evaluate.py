@@ -127,7 +127,7 @@ def test_a_killed_evaluation_goes_on(evaluate, checkpoint, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(records.RecordStore, "add", kill_after_seven)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             evaluate(f"checkpoint={checkpoint}", K, "output=resumed.json", "chunk=4")
     assert not (tmp_path / "resumed.json").exists()
     again = []

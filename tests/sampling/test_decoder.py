@@ -69,8 +69,10 @@ def test_compiled_images_are_the_same(model: NVAE) -> None:
         decode(model.draw_noise(1), -1.0)
 
 
-def test_a_missing_compiler_is_one_clear_line(model: NVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(CompilerError, match=r"C\+\+ compiler .* is needed") as caught:
+def test_a_missing_compiler_is_one_clear_line(model: NVAE) -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(CompilerError, match=r"C\+\+ compiler .* is needed") as caught,
+    ):
         CompiledDecoder(model, batch_size=5)
     assert "\n" not in str(caught.value)
