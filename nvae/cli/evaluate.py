@@ -55,7 +55,7 @@ def _run(composed: DictConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
-    opened = open_checkpoint(config.checkpoint, config.weights)  # type: ignore[arg-type]
+    opened = open_checkpoint(config.checkpoint, config.weights)
     model = opened.model
     data_settings = data_config(given, opened.run_config)
     with process_group() as (rank, world):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nvae.checkpoint import Weights, load_checkpoint, load_model
 from nvae.models import NVAE
@@ -26,13 +26,18 @@ class OpenedCheckpoint:
     run_config: dict[str, Any]
 
 
-def open_checkpoint(path: str, weights: Weights) -> OpenedCheckpoint:
+def open_checkpoint(path: str, weights: str) -> OpenedCheckpoint:
     """Open what :func:`load_model` reads.
+
+    Args:
+        path: file or exported folder.
+        weights: ``ema`` or ``raw``.
 
     Raises:
         CheckpointError: see there.
+        ValueError: other weights.
     """
-    model = load_model(path, weights)
+    model = load_model(path, cast(Weights, weights))  # which checks it
     if is_weights_folder(path):
         return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
     checkpoint = load_checkpoint(path)

@@ -15,18 +15,6 @@ from nvae.evaluation import records
 from nvae.export.folder import export
 
 from .checkpoints import write_checkpoint
-from .commands import Commands
-
-
-@pytest.fixture
-def evaluate(tmp_path, monkeypatch, capsys):
-    return Commands(main, monkeypatch, capsys, tmp_path)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "model.ckpt")
-
 
 K = "importance_samples=[1,4]"
 

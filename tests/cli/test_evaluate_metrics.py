@@ -15,20 +15,6 @@ from nvae.evaluation import records
 from tests.metrics.extractors import Rows
 from tests.training.ranks import free_port
 
-from .checkpoints import write_checkpoint
-from .commands import Commands
-
-
-@pytest.fixture
-def evaluate(tmp_path, monkeypatch, capsys):
-    return Commands(main, monkeypatch, capsys, tmp_path)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "model.ckpt")
-
-
 EXTRACTOR = "feature_extractor=tests.metrics.extractors:Rows"
 
 

@@ -20,11 +20,6 @@ def sample(tmp_path, monkeypatch, capsys):
     return Commands(main, monkeypatch, capsys, tmp_path)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "model.ckpt")
-
-
 def _manifest(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     found = sorted(
