@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.images import enlarge, to_uint8
 
 FORMATS = ("gif", "mp4")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
 from nvae.models.nvae import NVAE

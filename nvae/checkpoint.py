@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.models import NVAE, ModelConfig
 from nvae.published import is_published, load_published
 from nvae.weights_folder import is_weights_folder, read_weights

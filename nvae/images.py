@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 
 _GAP = 2
 _LEAST_SIDE = 48

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nvae.atomic import replacing, write_json
+from nvae.files import replacing, write_json
 from nvae.models import NVAE, ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import os
 import re
-import sys
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.schema import describe_type, lookup, unknown_key
-from nvae.interruptible import interruptible
+from nvae.cli.schema import lookup, unknown_key
+from nvae.command_line import fail, interruptible
+from nvae.settings import describe_type
 
 
 class UserError(Exception):
@@ -47,8 +47,7 @@ def run(
             for config in composed:
                 work(config)
     except (HydraException, OmegaConfBaseException, UserError) as error:
-        print(f"error: {one_line(error, schema)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise fail(one_line(error, schema)) from None
 
 
 def one_line(error: BaseException, schema: type) -> str:

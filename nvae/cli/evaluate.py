@@ -13,7 +13,6 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from nvae.atomic import write_json
 from nvae.cli.checkpoint_data import (
     data_config,
     open_data,
@@ -38,6 +37,7 @@ from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
+from nvae.files import write_json
 from nvae.models import NVAE
 
 SCHEMA = with_data(EvaluateConfig)

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from nvae.atomic import write_json
 from nvae.checkpoint import CheckpointError, load_model
 from nvae.cli.device import open_device
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, evaluate
+from nvae.files import write_json
 from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import NVAE
 from nvae.sampling import decode, encode, sample_images

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from nvae.animation import save_animation
-from nvae.atomic import replacing, write_json
+from nvae.files import replacing, write_json
 from nvae.images import save_grids_side_by_side, save_image, save_rows
 from nvae.sampling.sheets import Sheet
 

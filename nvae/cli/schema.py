@@ -6,7 +6,6 @@ result runs their own checks.
 
 import dataclasses
 import difflib
-import types
 import typing
 from typing import Any, TypeVar
 
@@ -66,16 +65,6 @@ def unknown_key(path: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(path.split(".")[-1], allowed, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"unknown key {path}{hint}; allowed here: {', '.join(allowed)}"
-
-
-def describe_type(kind: Any) -> str:
-    """A field's type in words, for error messages."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return " or ".join(describe_type(arg) for arg in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        return f"a list of {describe_type(typing.get_args(kind)[0])}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "null" if kind is type(None) else getattr(kind, "__name__", str(kind)))
 
 
 def lookup(cls: type, path: str) -> tuple[type, str | None]:

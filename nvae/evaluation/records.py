@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 
 _FORMAT = 1
 _SAVE_EVERY_SECONDS = 15.0

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nvae.command_line import interruptible
 from nvae.export.folder import export
-from nvae.interruptible import interruptible
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.atomic import write_json
 from nvae.checkpoint import Weights, load_checkpoint, load_model
 from nvae.export.card import model_card
 from nvae.export.sampler import (
@@ -23,6 +22,7 @@ from nvae.export.sampler import (
     export_sampler,
     largest_difference,
 )
+from nvae.files import write_json
 from nvae.sampling.inductor import load_machine_code
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 from nvae.weights_folder import write_weights

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.metrics.distances import FeatureSet
 from nvae.metrics.moments import FeatureMoments
 

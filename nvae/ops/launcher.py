@@ -116,7 +116,8 @@ def _ensure_context(index: int) -> None:
 
 @cache
 def _device_limits(index: int) -> DeviceLimits:
-    properties = torch.cuda.get_device_properties(index)
+    # not every version of torch declares all of these
+    properties: Any = torch.cuda.get_device_properties(index)
     return DeviceLimits(
         arch=properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,

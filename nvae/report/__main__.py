@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.report.page import GENERATOR, report_page
 from nvae.report.record import read_run
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from nvae.atomic import replacing
+from nvae.files import replacing
 from nvae.training.checkpointing import checkpoint_step, latest_checkpoint
 from nvae.training.shared_folder import shared_unused_path, unused_path
 

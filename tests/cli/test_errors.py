@@ -3,8 +3,8 @@
 import pytest
 
 from nvae.cli import evaluate, sample
+from nvae.command_line import interruptible
 from nvae.export import __main__ as export
-from nvae.interruptible import interruptible
 
 from .commands import Commands
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from nvae.atomic import replacing, write_json
+from nvae.files import read_bytes, read_json, read_yaml, replacing, write_json
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -46,3 +46,33 @@ def test_json_is_valid_whatever_the_numbers(tmp_path):
     write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5], 3: ("x", None)})
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert found == {"a": None, "b": [None, 1.5], "3": ["x", None]}
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_bytes(tmp_path / "pipe", 10)
+    with pytest.raises(ValueError, match="no regular file"):
+        read_bytes("/dev/zero", 10)
+
+
+def test_what_is_too_large_is_refused(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(11))
+    assert read_bytes(tmp_path / "a", 11) == bytes(11)
+    with pytest.raises(ValueError, match="more than the 10 bytes"):
+        read_bytes(tmp_path / "a", 10)
+
+
+@pytest.mark.parametrize("depth", [60, 10_000, 300_000])
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_nesting_is_bounded(tmp_path, read, depth):
+    """Python's own readers raise a RecursionError, or take what later steps cannot walk."""
+    (tmp_path / "a").write_text("[" * depth + "]" * depth)
+    with pytest.raises(ValueError, match="deep"):
+        read(tmp_path / "a")
+
+
+def test_yaml_cannot_grow_by_aliases(tmp_path):
+    (tmp_path / "a").write_text("a: &a [1, 2]\nb: [*a, *a, *a]\n")
+    with pytest.raises(ValueError, match="aliases"):
+        read_yaml(tmp_path / "a")

@@ -1,0 +1,159 @@
+"""Files: written whole or not at all, and read with a bound on what they may cost."""
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST_TEXT = 1 << 26
+"""Bytes of a JSON or YAML file; ours have some thousands."""
+
+_DEEPEST = 50
+_MOST_NODES = 1_000_000
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place if the block succeeds.
+
+    The folder is made if need be. The temporary file keeps the suffix, which tells image
+    libraries the format.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
+    )
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Without this a power cut could leave the new name with none of its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically; NaN and infinity become null."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not float("-inf") < value < float("inf"):
+        return None
+    return value
+
+
+def read_bytes(path: str | Path, largest: int) -> bytes:
+    """A regular file's content.
+
+    Pipes and devices are refused before they are waited for.
+
+    Raises:
+        ValueError: no regular file, or more than ``largest`` bytes.
+        OSError: it is not there or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is no regular file")
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path} has more than the {largest} bytes that such a file may have")
+    return content
+
+
+def read_json(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file; see :func:`read_bytes`.
+
+    Raises:
+        ValueError: also: no JSON, or nested too deep.
+        OSError: it is not there or cannot be read.
+    """
+    content = read_bytes(path, largest)
+    try:
+        value = json.loads(content)
+        _check_depth(value)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return value
+
+
+def read_yaml(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
+    """The value of a YAML file of plain types, without aliases; see :func:`read_bytes`.
+
+    Raises:
+        ValueError: also: no YAML, nested too deep, or with aliases, which let a small file grow.
+        OSError: it is not there or cannot be read.
+    """
+    content = read_bytes(path, largest)
+    try:
+        value = yaml.load(content, _NoAliases)
+        _check_depth(value)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is no YAML that can be read: {error}") from None
+    return value
+
+
+class _NoAliases(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("it has aliases")
+        return super().compose_node(parent, index)
+
+
+def _check_depth(value: Any) -> None:
+    """Raise unless a parsed value is small enough to walk through."""
+    nodes = 0
+    level = [value]
+    for _ in range(_DEEPEST):
+        following: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                following += each.values()
+            elif isinstance(each, list):
+                following += each
+            nodes += 1
+            if nodes + len(following) > _MOST_NODES:
+                raise ValueError(f"it holds more than {_MOST_NODES} values")
+        if not following:
+            return
+        level = following
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")

@@ -1,0 +1,92 @@
+"""Checks that every configuration makes of itself, once, where it is made."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+LARGEST_INTEGER = 2**63 - 1
+"""What a 64-bit counter, seed or index can hold."""
+
+Bounds = tuple[float | None, float | None]
+"""Least and greatest value allowed, both included; None: no bound on that side."""
+
+
+def check_fields(config: Any, prefix: str = "", **bounds: Bounds) -> None:
+    """Hold the fields of a dataclass against their types and bounds.
+
+    Every number must be finite and every integer fit in 64 bits, in lists too. Fields that are
+    dataclasses check themselves.
+
+    Args:
+        config: an instance of a dataclass.
+        prefix: of its fields in messages, such as ``model.``.
+        bounds: by field name.
+
+    Raises:
+        ValueError: one line that names the field, its value and what is allowed.
+    """
+    for name, kind in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, kind):
+            raise ValueError(f"{prefix}{name}={value!r} is not {describe_type(kind)}")
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if _is_number(number):
+                _check_number(f"{prefix}{name}", number, *bounds.get(name, (None, None)))
+
+
+def _check_number(name: str, value: float, least: float | None, most: float | None) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least:g}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}; it must be at most {most:g}")
+    if isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        raise ValueError(f"{name} is {value}; it must fit in 64 bits")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise a ValueError unless ``value`` is one of those allowed."""
+    choices = list(allowed)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(map(str, choices))}")
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words, for error messages."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(describe_type(arg) for arg in typing.get_args(kind))
+    if typing.get_origin(kind) in (list, tuple):
+        return f"a list of {describe_type(typing.get_args(kind)[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "null" if kind is type(None) else getattr(kind, "__name__", str(kind)))
+
+
+@lru_cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as configurations write types."""
+    if kind is Any:
+        return True
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return any(_fits(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) in (list, tuple):
+        entry = typing.get_args(kind)[0]
+        return isinstance(value, list | tuple) and all(_fits(each, entry) for each in value)
+    if kind is float:
+        return _is_number(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(kind) or kind)
