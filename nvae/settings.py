@@ -5,7 +5,6 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 LARGEST_INTEGER = 2**63 - 1
@@ -66,8 +65,7 @@ def describe_type(kind: Any) -> str:
     return names.get(kind, "null" if kind is type(None) else getattr(kind, "__name__", str(kind)))
 
 
-@lru_cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
