@@ -170,7 +170,7 @@ def _is_ours(checkpoint: dict[str, Any], path: Path) -> bool:
     version = checkpoint.get("nvae_format")
     if version is None:
         return False
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise CheckpointError(
             f"{path} has format version {version}; this version of nvae reads {FORMAT}"
         )

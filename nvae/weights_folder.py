@@ -68,7 +68,7 @@ def read_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if not isinstance(values, dict):
         raise ValueError(f"{CONFIG_FILE} is no JSON object")
     version, checksum = values.pop("nvae_format", None), values.pop("sha256", None)
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise ValueError(
             f"{CONFIG_FILE} has nvae_format {version}; this version of nvae reads {FORMAT}"
         )
