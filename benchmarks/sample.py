@@ -80,7 +80,7 @@ def _ways(model: NVAE, options: argparse.Namespace) -> dict[str, Draw]:
 
     def unfolded() -> Tensor:
         # the network as it trains: weights normalised and batch normalisations done every time
-        with mock.patch("nvae.models.derived.Derived.usable", return_value=False):
+        with mock.patch("nvae.models.folding.Derived.usable", return_value=False):
             return eager(plain)
 
     ways: dict[str, Draw] = {UNFOLDED: unfolded, "eager, folded": lambda: eager(model)}

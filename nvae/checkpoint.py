@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nvae.files import replacing
 from nvae.models import NVAE, ModelConfig
-from nvae.models.topology import check_size
+from nvae.models.config import check_size
 from nvae.published import is_published, translate_published
 from nvae.torch_file import TorchFileError, read_torch_file
 from nvae.weights_folder import is_weights_folder, read_weights

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvae.models.nvae import NVAEOutput
+from nvae.models import Output
 
 LN2 = math.log(2.0)
 
@@ -72,7 +72,7 @@ def balancing_alpha(groups_per_scale: tuple[int, ...]) -> Tensor:
     variables (paper, appendix A).
 
     Args:
-        groups_per_scale: finest first, as :func:`nvae.models.topology.groups_per_scale` gives.
+        groups_per_scale: finest first, as :func:`nvae.models.config.groups_per_scale` gives.
     """
     # float32 whatever the model's type: the published figures are computed so
     per_scale = [4**k / n for k, n in enumerate(reversed(groups_per_scale))]
@@ -104,7 +104,7 @@ def balancing_weights(
 
 
 def elbo(
-    output: NVAEOutput,
+    output: Output,
     log_likelihood: Tensor,
     beta: float = 1.0,
     alpha: Tensor | None = None,

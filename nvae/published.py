@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.cells import Cell, MobileConv
-from nvae.models.config import ModelConfig
+from nvae.models.config import ModelConfig, check_size
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import FactorizedSkip, UpsampleSkip, skip_splits
 from nvae.models.nvae import NVAE
-from nvae.models.topology import check_size
 
 _EARLY_DEFAULTS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 

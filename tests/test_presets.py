@@ -5,7 +5,7 @@ import torch
 
 from nvae.cli.compose import compose_train
 from nvae.models import NVAE
-from nvae.models.topology import groups_per_scale
+from nvae.models.config import groups_per_scale
 
 PARAMETERS = {
     "mnist": 33_363_134,

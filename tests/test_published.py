@@ -6,7 +6,7 @@ import torch
 
 from nvae.checkpoint import load_checkpoint
 from nvae.models import NVAE
-from nvae.models.families import CELL_FAMILIES
+from nvae.models.cells import CELL_FAMILIES
 from nvae.published import is_published, model_config, name_pairs, translate_published
 from tests.models.small import small_model
 from tests.reference import checkpoint_path
@@ -61,7 +61,7 @@ def test_one_mixture_means_a_normal(published: dict[str, Any]) -> None:
     assert model_config(Namespace(**values)).likelihood == "normal"
 
 
-@pytest.mark.parametrize("family", CELL_FAMILIES)
+@pytest.mark.parametrize("family", list(CELL_FAMILIES))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_entry_has_one_published_name(family: str, groups: int) -> None:
     """For all families, and the vanilla model: the translation covers the state, once each."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nvae.evaluation.records import ImageRecords
-from nvae.models.nvae import NVAE, NVAEOutput
+from nvae.models import NVAE, Output
 from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
 
 Progress = Callable[[int], None]
@@ -154,7 +154,7 @@ def bound_images(
 
 def _decode_draws(
     model: NVAE, x: Tensor, encoder_maps: Sequence[Tensor], keys: Tensor, draws: range
-) -> tuple[NVAEOutput, Tensor]:
+) -> tuple[Output, Tensor]:
     """Top-down pass of some draws: rows are image-major, ``(B * k, ...)``."""
     k = len(draws)
     words = torch.arange(draws.start, draws.stop, device=keys.device)
@@ -162,7 +162,7 @@ def _decode_draws(
     noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
     maps = [feature.repeat_interleave(k, dim=0) for feature in encoder_maps]
     state, groups = model.top_down(noise, encoder_maps=maps)
-    output = NVAEOutput(model.decode_state(state), groups)
+    output = Output(model.decode_state(state), groups)
     log_likelihood = model.likelihood(output.logits).log_prob(x.repeat_interleave(k, dim=0))
     return output, log_likelihood
 

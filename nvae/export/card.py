@@ -3,7 +3,7 @@
 from typing import Any
 
 from nvae.models import NVAE
-from nvae.models.topology import groups_per_scale
+from nvae.models.config import groups_per_scale
 
 _LIKELIHOODS = {
     "bernoulli": "Bernoulli",

@@ -1,6 +1,7 @@
 """The network: configuration, topology, cells, latent groups."""
 
 from nvae.models.config import ModelConfig
-from nvae.models.nvae import NVAE, NVAEOutput
+from nvae.models.hierarchical import HierarchicalVAE, Output, Temperature
+from nvae.models.nvae import NVAE
 
-__all__ = ["NVAE", "ModelConfig", "NVAEOutput"]
+__all__ = ["NVAE", "HierarchicalVAE", "ModelConfig", "Output", "Temperature"]

@@ -1,16 +1,19 @@
 """Residual cells: skip(x) + 0.1 * branch(x), the branch ending in squeeze-and-excitation.
 
 Figure 3 of the paper: the generative cell (a) is a mobile convolution, the encoder's cell (b)
-two BN-Swish-convolutions.
+two BN-Swish-convolutions. A cell family says which operations stand in the encoder, the decoder
+and around them; names and contents are the published ones (appendix A; `mconv_e6k5g0` there is
+``MobileConvSpec(expansion=6, kernel_size=5)`` here). A family of one's own is a
+:class:`CellFamily` in :data:`CELL_FAMILIES`, or ``package.module:NAME`` in the configuration.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.derived import Derived
-from nvae.models.families import ActConvSpec, MobileConvSpec, OpSpec
-from nvae.models.folding import fold_after, fold_around
+from nvae.models.folding import Derived, fold_after, fold_around
 from nvae.models.layers import (
     DataInitConv2d,
     FactorizedSkip,
@@ -21,8 +24,53 @@ from nvae.models.layers import (
 )
 from nvae.models.norm import EPS, BatchNorm
 from nvae.ops import bn_swish_depthwise
+from nvae.registry import Registry
 
 RESIDUAL_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class ActConvSpec:
+    """[BN], activation, 3x3 convolution.
+
+    Attributes:
+        activation: ``swish`` or ``elu``.
+        batchnorm: normalise before the activation; without it the convolution is
+            initialised from its first batch.
+        dilation: 2 gives the 5x5 receptive field of the published ``res_bnswish5``.
+    """
+
+    activation: str = "swish"
+    batchnorm: bool = True
+    dilation: int = 1
+
+
+@dataclass(frozen=True)
+class MobileConvSpec:
+    """Inverted bottleneck: 1x1 expansion, depthwise KxK, 1x1 projection (paper, figure 3a).
+
+    Attributes:
+        expansion: hidden channels per input channel, E.
+        kernel_size: K.
+        groups: groups of the middle convolution; 0 makes it depthwise.
+    """
+
+    expansion: int
+    kernel_size: int = 5
+    groups: int = 0
+
+
+OpSpec = ActConvSpec | MobileConvSpec
+
+
+@dataclass(frozen=True)
+class CellFamily:
+    """The operations of one cell's branch, for each place in the network."""
+
+    encoder: tuple[OpSpec, ...]
+    decoder: tuple[OpSpec, ...]
+    preprocess: tuple[OpSpec, ...]
+    postprocess: tuple[OpSpec, ...]
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
@@ -161,3 +209,38 @@ class Cell(nn.Module):
         if self.attention is None:
             return self.skip(x) + RESIDUAL_SCALE * y
         return torch.addcmul(self.skip(x), y, RESIDUAL_SCALE * self.attention.gate(y))
+
+
+_SWISH, _DILATED = ActConvSpec(), ActConvSpec(dilation=2)
+_BN_ELU = ActConvSpec(activation="elu")
+_ELU = ActConvSpec(activation="elu", batchnorm=False)
+_E3, _E6 = MobileConvSpec(3), MobileConvSpec(6)
+_E3_GROUPED = MobileConvSpec(3, groups=8)
+_E6_K11 = MobileConvSpec(6, kernel_size=11)
+
+
+def _everywhere(op: OpSpec) -> CellFamily:
+    return CellFamily((op, op), (op, op), (op, op), (op, op))
+
+
+def _residual_encoder(first: OpSpec, second: OpSpec) -> CellFamily:
+    return CellFamily((first, second), (_E6,), (first, second), (_E3,))
+
+
+CELL_FAMILIES: Registry[CellFamily] = Registry(
+    "model.cell_family",
+    CellFamily,
+    {
+        "res_mbconv": _residual_encoder(_SWISH, _SWISH),
+        "res53_mbconv": _residual_encoder(_DILATED, _SWISH),
+        "res35_mbconv": _residual_encoder(_SWISH, _DILATED),
+        "res55_mbconv": _residual_encoder(_DILATED, _DILATED),
+        "mbconv_sep": CellFamily((_E6,), (_E6,), (_E3,), (_E3,)),
+        "mbconv_sep11": CellFamily((_E6_K11,), (_E6_K11,), (_E3,), (_E3,)),
+        "mbconv_den": CellFamily((_E6,), (_E6,), (_E3_GROUPED,), (_E3_GROUPED,)),
+        "mbconv_res": CellFamily((_E6,), (_SWISH, _SWISH), (_E3,), (_SWISH, _SWISH)),
+        "res_bnswish": _everywhere(_SWISH),
+        "res_bnelu": _everywhere(_BN_ELU),
+        "res_elu": _everywhere(_ELU),
+    },
+)

@@ -1,12 +1,11 @@
-"""What a network is, as plain numbers: the one thing a checkpoint needs to rebuild it."""
+"""What a network is, as plain numbers, and the skeleton of scales and groups that they imply."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nvae.models.families import CELL_FAMILIES, MobileConvSpec
-from nvae.settings import Bounds, check_choice, check_fields
-
-LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
+from nvae.models.cells import CELL_FAMILIES, MobileConvSpec
+from nvae.models.likelihoods import LIKELIHOODS
+from nvae.settings import Bounds, check_fields
 
 _BOUNDS: dict[str, Bounds] = {
     "image_size": (1, 4096),
@@ -44,7 +43,7 @@ class ModelConfig:
         counted_size: side of the central window that the likelihood counts; None: the whole image.
             MNIST padded from 28 to 32 counts 28.
         bits: bits of a pixel value, 1 to 8; the discretised likelihood has ``2**bits`` bins.
-        likelihood: ``bernoulli`` | ``logistic_mixture`` | ``normal``.
+        likelihood: ``bernoulli`` | ``logistic_mixture`` | ``normal``, or ``package.module:Class``.
         num_mixtures: components of the logistic mixture.
         num_scales: number of latent scales, S.
         groups_per_scale: latent groups of the finest scale.
@@ -92,13 +91,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", **_BOUNDS)
-        check_choice("model.likelihood", self.likelihood, LIKELIHOODS)
-        check_choice("model.cell_family", self.cell_family, CELL_FAMILIES)
-        if self.likelihood == "logistic_mixture" and self.image_channels not in (1, 3):
-            raise ValueError(
-                f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "
-                f"{self.image_channels}; likelihood=normal takes any number"
-            )
+        LIKELIHOODS[self.likelihood].check(self)
         halvings = self.preprocess_blocks + self.num_scales - 1
         if self.image_size % 2**halvings:
             raise ValueError(
@@ -149,8 +142,92 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of :meth:`to_dict`; an unknown key is a ValueError that names it."""
+        """Inverse of :meth:`to_dict`, for values that a file holds: nothing is imported for them.
+
+        Raises:
+            ValueError: an unknown key or an impossible value, named in one line.
+        """
         unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"unknown model setting(s): {', '.join(unknown)}")
+        for name, registry in (("likelihood", LIKELIHOODS), ("cell_family", CELL_FAMILIES)):
+            if name in values:
+                registry.check_known(values[name])
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One latent scale.
+
+    Attributes:
+        groups: number of latent groups at this scale.
+        size: side of its feature maps in pixels.
+        encoder_width: channels of the bottom-up features here.
+        decoder_width: channels of the top-down state here.
+    """
+
+    groups: int
+    size: int
+    encoder_width: int
+    decoder_width: int
+
+
+def groups_per_scale(config: ModelConfig) -> tuple[int, ...]:
+    """Latent groups of each scale, finest first (paper, table 6: ``20, 10, 5`` for CelebA-64)."""
+    counts = [config.groups_per_scale]
+    for _ in range(config.num_scales - 1):
+        previous = counts[-1]
+        halved = max(config.min_groups_per_scale, previous // 2)
+        counts.append(halved if config.adaptive_groups else previous)
+    return tuple(counts)
+
+
+def latent_scales(config: ModelConfig) -> tuple[Scale, ...]:
+    """All latent scales, finest first."""
+    scales = []
+    for index, groups in enumerate(groups_per_scale(config)):
+        factor = 2 ** (config.preprocess_blocks + index)
+        scales.append(
+            Scale(
+                groups=groups,
+                size=config.image_size // factor,
+                encoder_width=config.encoder_channels * factor,
+                decoder_width=config.decoder_channels * factor,
+            )
+        )
+    return tuple(scales)
+
+
+def latent_shapes(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
+    """Shape ``(L, h, w)`` of every group's z, coarsest first."""
+    return tuple(
+        (config.latent_channels, scale.size, scale.size)
+        for scale in reversed(latent_scales(config))
+        for _ in range(scale.groups)
+    )
+
+
+def is_vanilla(config: ModelConfig) -> bool:
+    """A single latent group: an ordinary VAE, without towers."""
+    return config.num_scales == 1 and config.groups_per_scale == 1
+
+
+def num_cells(config: ModelConfig) -> int:
+    """Residual cells of the network, those that change the resolution between scales left out."""
+    groups = sum(groups_per_scale(config))
+    around = config.preprocess_blocks * (config.preprocess_cells + config.postprocess_cells)
+    return around + groups * (config.encoder_cells_per_group + config.decoder_cells_per_group)
+
+
+def check_size(config: ModelConfig, tensors: int) -> None:
+    """Refuse a network that is too large for its weights before any of it is made.
+
+    Raises:
+        ValueError: more residual cells than there are tensors; each has several.
+    """
+    cells = num_cells(config)
+    if cells > tensors:
+        raise ValueError(
+            f"its configuration has {cells} residual cells, but it has {tensors} weights"
+        )

@@ -2,15 +2,18 @@
 
 With running statistics a BN is an affine map per channel, so a mobile convolution needs none of
 its four: the maps go into the neighbouring weights. A weight-normalised convolution becomes a plain
-one with the normalised weight.
+one with the normalised weight. What is folded is kept while nothing that it came from changes.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from nvae.models.norm import EPS, BatchNorm
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -74,3 +77,49 @@ def fold_around(before: BatchNorm, conv: nn.Conv2d, after: BatchNorm) -> nn.Conv
     scale, shift = affine(after)
     weight = conv.weight * in_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
     return fixed_conv(weight, scale * (conv.weight.flatten(1) @ in_shift) + shift)
+
+
+class Derived(Generic[T]):
+    """Holds what was derived last, together with the versions of what it was derived from.
+
+    Never stored in a checkpoint; made anew when a source was written to or replaced. Fused
+    optimisers write without counting a version, so a training pass forgets the value; that also
+    frees its memory. Whoever writes through `.data` has to call :func:`forget`.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[int, int], ...] | None = None
+        self._value: T | None = None
+
+    def usable(self, training: bool) -> bool:
+        """Whether derived weights may be used: evaluation, no gradients, nothing being traced."""
+        if torch.compiler.is_compiling():
+            return False
+        if training or torch.is_grad_enabled():
+            self.clear()
+            return False
+        return True
+
+    def get(self, sources: Iterable[Tensor], derive: Callable[[], T]) -> T:
+        """``derive()``, or its last result if no source has changed since."""
+        sources = tuple(sources)
+        if any(source.is_inference() for source in sources):
+            return derive()  # tensors made in inference mode do not count their versions
+        key = tuple((source.data_ptr(), source._version) for source in sources)
+        if key != self._key or self._value is None:
+            # weights in full precision whatever the pass runs in: others will reuse them
+            with torch.autocast(sources[0].device.type, enabled=False):
+                self._key, self._value = key, derive()
+        return self._value
+
+    def clear(self) -> None:
+        """Forget the value."""
+        self._key = self._value = None
+
+
+def forget(module: nn.Module) -> None:
+    """Clear all that was derived inside ``module``, whose tensors were written through `.data`."""
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Derived):
+                value.clear()

@@ -4,63 +4,15 @@ Posterior and prior are two heads on the same state, so training, sampling, enco
 all run this one piece of code.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from nvae.distributions import Normal
-from nvae.models.cells import Cell
-from nvae.models.config import ModelConfig
-from nvae.models.families import CELL_FAMILIES
+from nvae.models.cells import CELL_FAMILIES, Cell
+from nvae.models.config import ModelConfig, Scale
+from nvae.models.distributions import Normal
 from nvae.models.flows import Flow
+from nvae.models.hierarchical import GroupSample
 from nvae.models.layers import WeightNormConv2d
-from nvae.models.topology import Scale
-
-
-@dataclass(frozen=True)
-class GroupSample:
-    """What one group did.
-
-    Attributes:
-        z: the latent that the decoder used, ``(B, L, h, w)``.
-        prior: p(z_g | z_<g).
-        posterior: q(z_g | z_<g, x) before the flow; None where nothing was encoded.
-        posterior_sample: the draw before the flow; ``z`` itself without one.
-        has_flow: z is the posterior's draw moved by a flow.
-    """
-
-    z: Tensor
-    prior: Normal
-    posterior: Normal | None = None
-    posterior_sample: Tensor | None = None
-    has_flow: bool = False
-
-    @property
-    def log_p(self) -> Tensor:
-        """log p(z_g | z_<g) of every element, ``(B, L, h, w)``, in nats."""
-        return self.prior.log_prob(self.z)
-
-    @property
-    def log_q(self) -> Tensor:
-        """log q(z_g | z_<g, x) of every element, ``(B, L, h, w)``, in nats.
-
-        The flow preserves volume: the density is that of the draw before it.
-        """
-        assert self.posterior is not None
-        assert self.posterior_sample is not None
-        return self.posterior.log_prob(self.posterior_sample)
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(q || p) of every element, ``(B, L, h, w)``, in nats.
-
-        In closed form; with a flow the one-sample estimate log q - log p.
-        """
-        if self.has_flow:
-            return self.log_q - self.log_p
-        assert self.posterior is not None
-        return self.posterior.kl(self.prior)
 
 
 class NormalHead(nn.Module):

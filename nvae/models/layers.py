@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.derived import Derived
-from nvae.models.folding import fixed_conv
+from nvae.models.folding import Derived, fixed_conv
 from nvae.ops import depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 

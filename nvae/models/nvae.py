@@ -7,67 +7,77 @@ the other is merged into the state. Training and sampling share this walk: witho
 draws from the priors.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from nvae.likelihoods import PixelDistribution, build_likelihood, logit_channels
-from nvae.models.cells import Cell
-from nvae.models.config import ModelConfig
-from nvae.models.encoder import Encoder
-from nvae.models.families import CELL_FAMILIES
-from nvae.models.latent_group import GroupSample, LatentGroup
+from nvae.models.cells import CELL_FAMILIES, Cell
+from nvae.models.config import ModelConfig, is_vanilla, latent_scales, latent_shapes
+from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
+from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import WeightNormConv2d
-from nvae.models.topology import is_vanilla, latent_scales, latent_shapes
-
-Temperature = float | Sequence[float]
+from nvae.models.likelihoods import logit_channels
 
 
-@dataclass
-class NVAEOutput:
-    """One pass of images through the model; B images, G groups, coarsest first.
+class Encoder(nn.Module):
+    """Stem, pre-processing blocks, and a tower that remembers a map before every group."""
 
-    Densities are worked out when asked for, so a training step pays for no more than it uses.
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        family = CELL_FAMILIES[config.cell_family]
+        cell = partial(Cell, squeeze_excitation=config.squeeze_excitation)
+        width = config.encoder_channels
+        self.stem = WeightNormConv2d(config.image_channels, width, 3)
 
-    Attributes:
-        logits: parameters of the likelihood, ``(B, K, H, W)``.
-        groups: posterior, prior and sample of every group.
-    """
+        self.preprocess = nn.Sequential()
+        for _ in range(config.preprocess_blocks):
+            for _ in range(config.preprocess_cells - 1):
+                self.preprocess.append(cell(family.preprocess, width, width))
+            self.preprocess.append(cell(family.preprocess, width, 2 * width, downsample=True))
+            width *= 2
 
-    logits: Tensor
-    groups: tuple[GroupSample, ...]
+        cells_per_group = 0 if is_vanilla(config) else config.encoder_cells_per_group
+        self.groups = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        self.downsample_before: set[int] = set()
+        for index, scale in enumerate(latent_scales(config)):
+            if index > 0:
+                self.downsample_before.add(len(self.groups))
+                self.downsample.append(
+                    cell(family.encoder, width, scale.encoder_width, downsample=True)
+                )
+                width = scale.encoder_width
+            for _ in range(scale.groups):
+                cells = (cell(family.encoder, width, width) for _ in range(cells_per_group))
+                self.groups.append(nn.Sequential(*cells))
+        # enc0 of the paper's code: the top, seen by the coarsest group alone
+        self.top = nn.Sequential(nn.ELU(), WeightNormConv2d(width, width, 1), nn.ELU())
 
-    @cached_property
-    def kl_per_channel(self) -> tuple[Tensor, ...]:
-        """KL of every latent channel, one ``(B, L)`` a group, in nats."""
-        return tuple(group.kl.sum((2, 3)) for group in self.groups)
-
-    @cached_property
-    def kl_per_group(self) -> Tensor:
-        """KL of every group, ``(B, G)``, in nats."""
-        return torch.stack([kl.sum(1) for kl in self.kl_per_channel], dim=1)
-
-    @cached_property
-    def log_q(self) -> Tensor:
-        """log q(z | x) of the latents drawn, ``(B,)``, in nats."""
-        return torch.stack([group.log_q.sum((1, 2, 3)) for group in self.groups]).sum(0)
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        """log p(z) of the latents drawn, ``(B,)``, in nats."""
-        return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Image ``(B, C, H, W)`` in [0, 1] to one map per group, coarsest first."""
+        features = self.preprocess(self.stem(2 * x - 1))
+        maps: list[Tensor] = []
+        downsample = iter(self.downsample)
+        for index, cells in enumerate(self.groups):
+            if index in self.downsample_before:
+                features = next(downsample)(features)
+            features = cells(features)
+            maps.append(features)
+        maps[-1] = self.top(features)
+        return maps[::-1]
 
 
-class NVAE(nn.Module):
+class NVAE(HierarchicalVAE):
     """The whole network.
 
     Args:
         config: architecture and likelihood.
     """
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,21 +124,10 @@ class NVAE(nn.Module):
             nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3)
         )
 
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> NVAEOutput:
-        """Encode ``x`` and decode a posterior sample.
-
-        Args:
-            x: images in [0, 1], ``(B, C, H, W)``; bits and binarisation already applied.
-            noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
-                drawn here when absent.
-
-        Raises:
-            ValueError: if ``x`` or ``noise`` has the wrong shape, or ``x`` leaves [0, 1].
-        """
-        self.check_images(x)
-        noise = self._noise(x.shape[0], noise)
-        state, groups = self.top_down(noise, encoder_maps=self.encoder(x))
-        return NVAEOutput(self.decode_state(state), groups)
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Image ``(B, C, H, W)`` in [0, 1] to one map per group, coarsest first."""
+        maps: list[Tensor] = self.encoder(x)
+        return maps
 
     def top_down(
         self,
@@ -138,19 +137,7 @@ class NVAE(nn.Module):
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
-        """Walk through the groups, coarsest first (figure 2b of the paper).
-
-        Args:
-            noise: standard normal draws, one a group, each ``(B, L, h, w)``.
-            encoder_maps: the encoder's map for every group: z is drawn from the posteriors.
-                None: from the priors.
-            latents: z itself for some or all groups; None entries are drawn.
-            temperature: factor on the priors' sigma, one number or one a group; only where z is
-                drawn from a prior.
-
-        Returns:
-            The state after the finest group, ``(B, C, h, w)``, and what every group drew.
-        """
+        """Walk through the groups (figure 2b of the paper); see the base class."""
         batch = noise[0].shape[0]
         temperatures = self.group_temperatures(temperature)
         state = self.initial_state.expand(batch, -1, -1, -1)
@@ -173,112 +160,16 @@ class NVAE(nn.Module):
         """Final top-down state to likelihood parameters ``(B, K, H, W)``."""
         return self.image_head(self.postprocess(state))
 
-    def likelihood(self, logits: Tensor) -> PixelDistribution:
-        """The distribution of images that ``logits`` ``(B, K, H, W)`` stand for."""
-        return build_likelihood(self.config, logits)
+    def blocks(self) -> list[nn.Module]:
+        """The residual cells."""
+        return [module for module in self.modules() if isinstance(module, Cell)]
 
-    @torch.no_grad()
-    def sample_logits(
-        self, n: int, temperature: Temperature = 1.0, noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """Logits of ``n`` draws from the prior, ``(n, K, H, W)``.
-
-        Args:
-            n: number of images.
-            temperature: factor on every prior's sigma, >= 0; one number or one a group.
-            noise: as in :meth:`forward`.
-        """
-        state, _ = self.top_down(self._noise(n, noise), temperature=temperature)
-        return self.decode_state(state)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        temperature: Temperature = 1.0,
-        *,
-        pixel_temperature: float = 1.0,
-        noise: Sequence[Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """``n`` images in [0, 1], ``(n, C, H, W)``.
-
-        Args:
-            n: number of images.
-            temperature: of the latents, as in :meth:`sample_logits`.
-            pixel_temperature: of the likelihood, >= 0; 0 takes its mode.
-            noise: latent noise, as in :meth:`forward`.
-            generator: source of the pixels' randomness, and of the latents' unless ``noise`` is
-                given.
-        """
-        if noise is None:
-            noise = self.draw_noise(n, generator)
-        logits = self.sample_logits(n, temperature, noise)
-        return self.likelihood(logits).sample(pixel_temperature, generator)
-
-    def noise_shapes(self, n: int) -> list[tuple[int, int, int, int]]:
-        """Shape ``(n, L, h, w)`` of every group's noise, coarsest first."""
-        return [(n, *shape) for shape in self.latent_shapes]
-
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Standard normal noise for ``n`` images, one tensor a group, coarsest first."""
-        like = self.initial_state
-        return [
-            torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
-            for shape in self.noise_shapes(n)
-        ]
-
-    def _noise(self, n: int, noise: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        if noise is None:
-            return self.draw_noise(n)
-        shapes = self.noise_shapes(n)
-        if len(noise) != len(shapes):
-            raise ValueError(f"noise for {len(noise)} groups, the model has {len(shapes)}")
-        for group, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
-            if tuple(eps.shape) != shape:
-                raise ValueError(
-                    f"noise of group {group} has shape {tuple(eps.shape)}, the model takes {shape}"
-                )
-        return noise
-
-    def group_temperatures(self, temperature: Temperature) -> list[float]:
-        """One temperature a group, coarsest first.
-
-        Raises:
-            ValueError: not one or one a group, below 0, or not finite.
-        """
-        groups = len(self.groups)
-        temperatures = (
-            [temperature] * groups if isinstance(temperature, int | float) else list(temperature)
-        )
-        if len(temperatures) != groups:
-            raise ValueError(f"{len(temperatures)} temperatures for {groups} latent groups")
-        for each in temperatures:
-            if not 0 <= each < math.inf:
-                raise ValueError(f"temperature is {each}; it must be a finite number, 0 or more")
-        return temperatures
-
-    def check_images(self, x: Tensor) -> None:
-        """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W, in [0, 1].
-
-        On a GPU the range is left unchecked while training: looking at it would make every step
-        wait for the device.
-        """
-        side, channels = self.config.image_size, self.config.image_channels
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}, the model takes (B, {channels}, {side}, "
-                f"{side})"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"images are {x.dtype}, the model takes numbers in [0, 1]: divide by 255"
-            )
-        is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
-        if is_traced or not x.numel() or (self.training and x.is_cuda):
-            return
-        low, high = (float(bound) for bound in x.detach().aminmax())
-        if not (low >= 0 and high <= 1):  # a NaN fails both
-            raise ValueError(
-                f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"
-            )
+    def without_encoder(self) -> Self:
+        """A copy in evaluation mode that can only sample: encoder and posteriors are gone."""
+        half = super().without_encoder()
+        del half.encoder
+        for group in half.groups:
+            assert isinstance(group, LatentGroup)
+            group.merge_encoder = group.flow = None
+            del group.posterior
+        return half

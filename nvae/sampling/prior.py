@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nvae.models.config import ModelConfig
+from nvae.models.config import ModelConfig, groups_per_scale
 from nvae.models.nvae import NVAE, Temperature
-from nvae.models.topology import groups_per_scale
 from nvae.modes import eval_mode
 from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render

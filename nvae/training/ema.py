@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from nvae.models.derived import forget
+from nvae.models.folding import forget
 
 
 def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

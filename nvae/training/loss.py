@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nvae.models import NVAE, NVAEOutput
-from nvae.models.topology import groups_per_scale
+from nvae.models import NVAE, Output
+from nvae.models.config import groups_per_scale
 from nvae.objective import Elbo, balancing_alpha, elbo, kl_coefficient
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
 from nvae.training.distributed import mean_over_ranks
@@ -112,7 +112,7 @@ class TrainingLoss(nn.Module):
             config.kl_minimum,
         )
 
-    def elbo(self, output: NVAEOutput, log_likelihood: Tensor, beta: float) -> Elbo:
+    def elbo(self, output: Output, log_likelihood: Tensor, beta: float) -> Elbo:
         """Annealed and balanced ELBO; ``log_likelihood`` ``(B,)`` in nats."""
         alpha = self.alpha if self.config.kl_balancing else None
         return elbo(output, log_likelihood, beta, alpha, mean_over_ranks)

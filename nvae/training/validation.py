@@ -5,8 +5,8 @@ from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
 from nvae.evaluation.result import ACTIVE_UNIT_NATS
-from nvae.models import NVAE, ModelConfig, NVAEOutput
-from nvae.models.topology import latent_shapes
+from nvae.models import NVAE, ModelConfig, Output
+from nvae.models.config import latent_shapes
 from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
 from nvae.objective import bits_per_dim
 
@@ -38,7 +38,7 @@ class ValidationSums:
         keys = keys_of(index, seed=self.seed, stream=STREAM_POSTERIOR)
         return latent_noise(keys, model.latent_shapes, model.initial_state.dtype)
 
-    def add(self, output: NVAEOutput, log_likelihood: Tensor) -> None:
+    def add(self, output: Output, log_likelihood: Tensor) -> None:
         """Count a batch; ``log_likelihood`` ``(B,)`` in nats."""
         channels = torch.stack([kl.double().sum(0) for kl in output.kl_per_channel])
         head = torch.stack(

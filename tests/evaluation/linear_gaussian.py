@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from nvae.distributions import Normal
+from nvae.models.distributions import Normal
 from nvae.models.latent_group import GroupSample
 
 LATENT, PIXELS, SIDE = 2, 4, 2

@@ -2,15 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvae.models.cells import Cell, MobileConv
-from nvae.models.families import CELL_FAMILIES, MobileConvSpec
+from nvae.models.cells import CELL_FAMILIES, Cell, MobileConv, MobileConvSpec
 from nvae.models.norm import BatchNorm
 
 SHAPES = {"stay": (8, 8), "down": (16, 4), "up": (4, 16)}
 
 
 @pytest.mark.parametrize("change", SHAPES)
-@pytest.mark.parametrize("family", CELL_FAMILIES)
+@pytest.mark.parametrize("family", list(CELL_FAMILIES))
 def test_every_family_changes_size_and_width(family: str, change: str) -> None:
     """Output shape, and a gradient for every parameter, in every place of every family."""
     width, size = SHAPES[change]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.models.topology import groups_per_scale
+from nvae.models.config import groups_per_scale
 from nvae.objective import balancing_alpha, elbo
 from nvae.published import name_pairs, published_tensor_names
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs

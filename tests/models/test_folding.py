@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from nvae.models.families import CELL_FAMILIES
+from nvae.models.cells import CELL_FAMILIES
 from nvae.models.folding import Foldable, fold
 from nvae.models.layers import FactorizedSkip, WeightNormConv2d
 from nvae.models.norm import BatchNorm
 from tests.models.small import small_model
 
 
-@pytest.mark.parametrize("family", CELL_FAMILIES)
+@pytest.mark.parametrize("family", list(CELL_FAMILIES))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_every_cell_family_folds_exactly(family: str, memory_format: torch.memory_format) -> None:
     """Encoder and decoder, with statistics far from a fresh network's."""

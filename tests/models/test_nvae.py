@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from nvae.models import NVAE
-from nvae.models.families import CELL_FAMILIES
+from nvae.models.cells import CELL_FAMILIES
 from tests.models.small import small_config, small_model
 
 
-@pytest.mark.parametrize("family", CELL_FAMILIES)
+@pytest.mark.parametrize("family", list(CELL_FAMILIES))
 def test_every_family_trains(family: str) -> None:
     """Shapes, finite loss and a gradient for every parameter: DDP forbids unused ones."""
     model = small_model(cell_family=family, num_flows=1)

@@ -1,6 +1,6 @@
 import pytest
 
-from nvae.models.topology import groups_per_scale, latent_scales, latent_shapes
+from nvae.models.config import groups_per_scale, latent_scales, latent_shapes
 from tests.models.small import small_config
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvae.distributions import Normal
-from nvae.likelihoods import build_likelihood, logit_channels
 from nvae.models import ModelConfig
+from nvae.models.distributions import Normal
+from nvae.models.likelihoods import build_likelihood, logit_channels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LIKELIHOODS = (("bernoulli", 1, 1), ("logistic_mixture", 1, 4), ("logistic_mixture", 3, 8),

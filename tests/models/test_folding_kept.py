@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models import NVAE
-from nvae.models.derived import Derived, forget
+from nvae.models.folding import Derived, forget
 from nvae.training.adamax import Adamax
 from tests.models.small import small_model
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae.distributions import SIGMA_FLOOR, SOFT_CLAMP, Normal, soft_clamp
+from nvae.models.distributions import SIGMA_FLOOR, SOFT_CLAMP, Normal, soft_clamp
 
 
 def normal(mean: float, log_sigma: float) -> Normal:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvae.likelihoods import build_likelihood, logit_channels
 from nvae.models import ModelConfig
+from nvae.models.likelihoods import build_likelihood, logit_channels
 
 KINDS = ("bernoulli", "logistic_mixture", "normal")
 

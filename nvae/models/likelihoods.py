@@ -1,17 +1,20 @@
 """Pixel distributions p(x | z): what the decoder's logits mean.
 
-Each has ``log_prob`` (nats, summed over the counted window), ``sample`` at a pixel temperature and
-``mean``; images are in [0, 1]. All of it is computed in float32 at least.
+A likelihood is one class: derive from :class:`PixelDistribution`, and name it in
+:data:`LIKELIHOODS`, or as ``package.module:Class`` in the configuration. Images are in [0, 1];
+everything is computed in float32 at least.
 """
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.distributions import Normal, at_least_float32
+from nvae.models.distributions import Normal, at_least_float32
+from nvae.registry import Registry
 
 LOG_SCALE_FLOOR = -7.0
 TINY_MASS = 1e-5
@@ -32,8 +35,13 @@ class PixelRandomness(Protocol):
 Randomness = torch.Generator | PixelRandomness | None
 
 
-class LikelihoodConfig(Protocol):
-    """What a likelihood needs to know; :class:`~nvae.models.ModelConfig` has it."""
+class ImageConfig(Protocol):
+    """What the configuration of every model says of its images and their likelihood."""
+
+    @property
+    def image_size(self) -> int:
+        """H and W."""
+        ...
 
     @property
     def likelihood(self) -> str:
@@ -61,42 +69,47 @@ class LikelihoodConfig(Protocol):
         ...
 
 
-class PixelDistribution(Protocol):
-    """A distribution over images ``(B, C, H, W)`` in [0, 1]."""
+class PixelDistribution(ABC):
+    """A distribution over images ``(B, C, H, W)`` in [0, 1].
+
+    Args:
+        logits: its parameters, ``(B, K, H, W)``, in float32 at least.
+        config: of the model.
+    """
+
+    title: ClassVar[str]
+    """What people call it."""
+
+    @abstractmethod
+    def __init__(self, logits: Tensor, config: ImageConfig) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def logit_channels(cls, config: ImageConfig) -> int:
+        """Channels of the image head, K."""
+
+    @classmethod
+    def check(cls, config: ImageConfig) -> None:
+        """Raise a ValueError where the model's channels or bits are not for this likelihood."""
+        del config
+
+    @classmethod
+    def check_data(cls, config: ImageConfig, bits: int) -> None:
+        """Raise a ValueError where images of ``2**bits`` grey levels are not for this model."""
+        del config, bits
 
     @property
+    @abstractmethod
     def mean(self) -> Tensor:
         """A point estimate of the image, ``(B, C, H, W)``."""
-        ...
 
+    @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x | z) over the counted pixels, ``(B,)``, in nats."""
-        ...
 
+    @abstractmethod
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """One image per row; temperature (>= 0) narrows the pixel noise, 0 takes the mode."""
-        ...
-
-
-def logit_channels(config: LikelihoodConfig) -> int:
-    """Channels of the image head, K."""
-    channels = config.image_channels
-    if config.likelihood == "bernoulli":
-        return channels
-    if config.likelihood == "normal":
-        return 2 * channels
-    parameters_per_channel = 3 if channels == 3 else 2
-    return config.num_mixtures * (1 + channels * parameters_per_channel)
-
-
-def build_likelihood(config: LikelihoodConfig, logits: Tensor) -> PixelDistribution:
-    """The distribution that ``config`` names, over ``logits`` ``(B, K, H, W)``."""
-    logits = at_least_float32(logits)
-    if config.likelihood == "bernoulli":
-        return Bernoulli(logits, config.counted_size)
-    if config.likelihood == "normal":
-        return NormalPixels(logits, config.counted_size)
-    return LogisticMixture(logits, config.image_channels, config.bits, config.counted_size)
 
 
 def sum_counted(log_prob: Tensor, counted_size: int | None) -> Tensor:
@@ -128,12 +141,28 @@ def _normal(like: Tensor, generator: Randomness) -> Tensor:
     return generator.normal(like)
 
 
-class Bernoulli:
+class Bernoulli(PixelDistribution):
     """Independent binary pixels with the given log-odds ``(B, C, H, W)``."""
 
-    def __init__(self, logits: Tensor, counted_size: int | None = None) -> None:
+    title = "Bernoulli"
+
+    def __init__(self, logits: Tensor, config: ImageConfig) -> None:
         self.logits = logits
-        self.counted_size = counted_size
+        self.counted_size = config.counted_size
+
+    @classmethod
+    def logit_channels(cls, config: ImageConfig) -> int:
+        """One for every channel of the image."""
+        return config.image_channels
+
+    @classmethod
+    def check_data(cls, config: ImageConfig, bits: int) -> None:
+        """Black and white images only."""
+        if bits != 1:
+            raise ValueError(
+                f"model.likelihood=bernoulli needs black and white pixels, data.bits={bits}; "
+                "set data.bits=1 or use likelihood=logistic_mixture or normal"
+            )
 
     @property
     def mean(self) -> Tensor:
@@ -154,16 +183,23 @@ class Bernoulli:
         return (self.logits > temperature * torch.logit(u)).to(self.logits.dtype)
 
 
-class NormalPixels:
+class NormalPixels(PixelDistribution):
     """Independent Normals over 2x - 1, not discretised; logits are means and log-sigmas.
 
     The density is that of 2x - 1, as published: per dimension log 2 nats below that of x.
     """
 
-    def __init__(self, logits: Tensor, counted_size: int | None = None) -> None:
+    title = "Normal"
+
+    def __init__(self, logits: Tensor, config: ImageConfig) -> None:
         mean, log_sigma = logits.chunk(2, dim=1)
         self.normal = Normal.from_parameters(mean, log_sigma)
-        self.counted_size = counted_size
+        self.counted_size = config.counted_size
+
+    @classmethod
+    def logit_channels(cls, config: ImageConfig) -> int:
+        """Mean and log-sigma of every channel."""
+        return 2 * config.image_channels
 
     @property
     def mean(self) -> Tensor:
@@ -186,7 +222,7 @@ class NormalPixels:
         return ((pixels + 1) / 2).clamp(0, 1)
 
 
-class LogisticMixture:
+class LogisticMixture(PixelDistribution):
     """Mixture of discretised logistics (PixelCNN++, Salimans et al. 2017, section 2).
 
     Per pixel, M components share one mixture weight across the colour channels; green's mean
@@ -200,14 +236,14 @@ class LogisticMixture:
     well as 255; with fewer bits only the last bin, and the masses sum to 1.
     """
 
-    def __init__(
-        self, logits: Tensor, channels: int, bits: int, counted_size: int | None = None
-    ) -> None:
-        self.levels = 2**bits - 1
-        self.counted_size = counted_size
-        per_channel = 3 if channels == 3 else 2
-        batch, total, height, width = logits.shape
-        mixtures = total // (1 + channels * per_channel)
+    title = "mixture of discretized logistics"
+
+    def __init__(self, logits: Tensor, config: ImageConfig) -> None:
+        self.levels = 2**config.bits - 1
+        self.counted_size = config.counted_size
+        channels, mixtures = config.image_channels, config.num_mixtures
+        per_channel = self._parameters_per_channel(config)
+        batch, _, height, width = logits.shape
         self.mixture_logits = logits[:, :mixtures]  # (B, M, H, W)
         parameters = logits[:, mixtures:].view(
             batch, channels, per_channel, mixtures, height, width
@@ -215,6 +251,34 @@ class LogisticMixture:
         self.means = parameters[:, :, 0]  # (B, C, M, H, W)
         self.log_scales = parameters[:, :, 1].clamp(min=LOG_SCALE_FLOOR)
         self.coefficients = torch.tanh(parameters[:, :, 2]) if channels == 3 else None
+
+    @staticmethod
+    def _parameters_per_channel(config: ImageConfig) -> int:
+        return 3 if config.image_channels == 3 else 2
+
+    @classmethod
+    def logit_channels(cls, config: ImageConfig) -> int:
+        """Of every component: its weight, and the parameters of every channel."""
+        per_channel = cls._parameters_per_channel(config)
+        return config.num_mixtures * (1 + config.image_channels * per_channel)
+
+    @classmethod
+    def check(cls, config: ImageConfig) -> None:
+        """Grey and colour only."""
+        if config.image_channels not in (1, 3):
+            raise ValueError(
+                f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "
+                f"{config.image_channels}; likelihood=normal takes any number"
+            )
+
+    @classmethod
+    def check_data(cls, config: ImageConfig, bits: int) -> None:
+        """As many bits as the model's bins."""
+        if bits != config.bits:
+            raise ValueError(
+                f"model.bits={config.bits} does not fit data.bits={bits}; "
+                "set data.bits, the model follows it"
+            )
 
     @property
     def mean(self) -> Tensor:
@@ -285,3 +349,20 @@ class LogisticMixture:
 
 def _logistic_to_image(values: Tensor) -> Tensor:
     return (values.clamp(-1, 1) + 1) / 2
+
+
+LIKELIHOODS: Registry[type[PixelDistribution]] = Registry(
+    "model.likelihood",
+    PixelDistribution,
+    {"bernoulli": Bernoulli, "logistic_mixture": LogisticMixture, "normal": NormalPixels},
+)
+
+
+def logit_channels(config: ImageConfig) -> int:
+    """Channels of the image head, K."""
+    return LIKELIHOODS[config.likelihood].logit_channels(config)
+
+
+def build_likelihood(config: ImageConfig, logits: Tensor) -> PixelDistribution:
+    """The distribution that ``config`` names, over ``logits`` ``(B, K, H, W)``."""
+    return LIKELIHOODS[config.likelihood](at_least_float32(logits), config)

@@ -1,0 +1,310 @@
+"""What every hierarchical VAE of this package is.
+
+A model encodes an image into feature maps, walks top-down through its latent groups from the
+coarsest to the finest, and turns the last state into the parameters of a pixel distribution.
+Training, sampling, evaluation, coding and export talk to :class:`HierarchicalVAE` alone; a model
+adds its layers, :meth:`~HierarchicalVAE.encode`, :meth:`~HierarchicalVAE.top_down` and
+:meth:`~HierarchicalVAE.decode_state`.
+"""
+
+import copy
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from nvae.models.distributions import Normal
+from nvae.models.likelihoods import ImageConfig, PixelDistribution, build_likelihood
+
+Temperature = float | Sequence[float]
+Shape = tuple[int, int, int]
+"""Of one image's latent in one group, ``(L, h, w)``."""
+
+
+@dataclass(frozen=True)
+class GroupSample:
+    """What one group did.
+
+    Attributes:
+        z: the latent that the decoder used, ``(B, L, h, w)``.
+        prior: p(z_g | z_<g).
+        posterior: q(z_g | z_<g, x) before the flow; None where nothing was encoded.
+        posterior_sample: the draw before the flow; ``z`` itself without one.
+        has_flow: z is the posterior's draw moved by a flow.
+    """
+
+    z: Tensor
+    prior: Normal
+    posterior: Normal | None = None
+    posterior_sample: Tensor | None = None
+    has_flow: bool = False
+
+    @property
+    def log_p(self) -> Tensor:
+        """log p(z_g | z_<g) of every element, ``(B, L, h, w)``, in nats."""
+        return self.prior.log_prob(self.z)
+
+    @property
+    def log_q(self) -> Tensor:
+        """log q(z_g | z_<g, x) of every element, ``(B, L, h, w)``, in nats.
+
+        The flow preserves volume: the density is that of the draw before it.
+        """
+        assert self.posterior is not None
+        assert self.posterior_sample is not None
+        return self.posterior.log_prob(self.posterior_sample)
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(q || p) of every element, ``(B, L, h, w)``, in nats.
+
+        In closed form; with a flow the one-sample estimate log q - log p.
+        """
+        if self.has_flow:
+            return self.log_q - self.log_p
+        assert self.posterior is not None
+        return self.posterior.kl(self.prior)
+
+
+@dataclass
+class Output:
+    """One pass of images through the model; B images, G groups, coarsest first.
+
+    Densities are worked out when asked for, so a training step pays for no more than it uses.
+
+    Attributes:
+        logits: parameters of the likelihood, ``(B, K, H, W)``.
+        groups: posterior, prior and sample of every group.
+    """
+
+    logits: Tensor
+    groups: tuple[GroupSample, ...]
+
+    @cached_property
+    def kl_per_channel(self) -> tuple[Tensor, ...]:
+        """KL of every latent channel, one ``(B, L)`` a group, in nats."""
+        return tuple(group.kl.sum((2, 3)) for group in self.groups)
+
+    @cached_property
+    def kl_per_group(self) -> Tensor:
+        """KL of every group, ``(B, G)``, in nats."""
+        return torch.stack([kl.sum(1) for kl in self.kl_per_channel], dim=1)
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """log q(z | x) of the latents drawn, ``(B,)``, in nats."""
+        return torch.stack([group.log_q.sum((1, 2, 3)) for group in self.groups]).sum(0)
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """log p(z) of the latents drawn, ``(B,)``, in nats."""
+        return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
+
+
+class HierarchicalVAE(nn.Module, ABC):
+    """Base class of all models.
+
+    A subclass sets both attributes and implements the three abstract methods.
+
+    Attributes:
+        config: a frozen dataclass with what :class:`~nvae.models.likelihoods.ImageConfig` asks
+            for, ``to_dict`` and ``from_dict``.
+        latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
+    """
+
+    config: ImageConfig
+    latent_shapes: tuple[Shape, ...]
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Sequence[Tensor]:
+        """The bottom-up pass: what :meth:`top_down` takes as ``encoder_maps``.
+
+        Args:
+            x: images in [0, 1], ``(B, C, H, W)``.
+        """
+
+    @abstractmethod
+    def top_down(
+        self,
+        noise: Sequence[Tensor],
+        *,
+        encoder_maps: Sequence[Tensor] | None = None,
+        latents: Sequence[Tensor | None] | None = None,
+        temperature: Temperature = 1.0,
+    ) -> tuple[Tensor, tuple[GroupSample, ...]]:
+        """Walk through the groups, coarsest first.
+
+        Args:
+            noise: standard normal draws, one a group, each ``(B, L, h, w)``.
+            encoder_maps: of :meth:`encode`: z is drawn from the posteriors. None: from the priors.
+            latents: z itself for some or all groups; None entries are drawn.
+            temperature: factor on the priors' sigma, one number or one a group; only where z is
+                drawn from a prior.
+
+        Returns:
+            The state after the finest group, and what every group drew.
+        """
+
+    @abstractmethod
+    def decode_state(self, state: Tensor) -> Tensor:
+        """Final top-down state to likelihood parameters ``(B, K, H, W)``."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks: each may be compiled, or recomputed in the backward pass."""
+        return []
+
+    def without_encoder(self) -> Self:
+        """A copy in evaluation mode that can only sample, without gradients."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    @property
+    def num_groups(self) -> int:
+        """Latent groups, G."""
+        return len(self.latent_shapes)
+
+    @property
+    def groups_per_scale(self) -> tuple[int, ...]:
+        """Latent groups of each resolution in turn, coarsest first; they add up to G."""
+        runs = itertools.groupby(self.latent_shapes, key=lambda shape: shape[1:])
+        return tuple(len(list(run)) for _, run in runs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
+        """Encode ``x`` and decode a posterior sample.
+
+        Args:
+            x: images in [0, 1], ``(B, C, H, W)``; bits and binarisation already applied.
+            noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
+                drawn here when absent.
+
+        Raises:
+            ValueError: if ``x`` or ``noise`` has the wrong shape, or ``x`` leaves [0, 1].
+        """
+        self.check_images(x)
+        noise = self._noise(x.shape[0], noise)
+        state, groups = self.top_down(noise, encoder_maps=self.encode(x))
+        return Output(self.decode_state(state), groups)
+
+    def likelihood(self, logits: Tensor) -> PixelDistribution:
+        """The distribution of images that ``logits`` ``(B, K, H, W)`` stand for."""
+        return build_likelihood(self.config, logits)
+
+    @torch.no_grad()
+    def sample_logits(
+        self, n: int, temperature: Temperature = 1.0, noise: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Logits of ``n`` draws from the prior, ``(n, K, H, W)``.
+
+        Args:
+            n: number of images.
+            temperature: factor on every prior's sigma, >= 0; one number or one a group.
+            noise: as in :meth:`forward`.
+        """
+        state, _ = self.top_down(self._noise(n, noise), temperature=temperature)
+        return self.decode_state(state)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: Temperature = 1.0,
+        *,
+        pixel_temperature: float = 1.0,
+        noise: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """``n`` images in [0, 1], ``(n, C, H, W)``.
+
+        Args:
+            n: number of images.
+            temperature: of the latents, as in :meth:`sample_logits`.
+            pixel_temperature: of the likelihood, >= 0; 0 takes its mode.
+            noise: latent noise, as in :meth:`forward`.
+            generator: source of the pixels' randomness, and of the latents' unless ``noise`` is
+                given.
+        """
+        if noise is None:
+            noise = self.draw_noise(n, generator)
+        logits = self.sample_logits(n, temperature, noise)
+        return self.likelihood(logits).sample(pixel_temperature, generator)
+
+    def noise_shapes(self, n: int) -> list[tuple[int, int, int, int]]:
+        """Shape ``(n, L, h, w)`` of every group's noise, coarsest first."""
+        return [(n, *shape) for shape in self.latent_shapes]
+
+    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Standard normal noise for ``n`` images, one tensor a group, coarsest first."""
+        return [
+            torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+            for shape in self.noise_shapes(n)
+        ]
+
+    def _noise(self, n: int, noise: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if noise is None:
+            return self.draw_noise(n)
+        shapes = self.noise_shapes(n)
+        if len(noise) != len(shapes):
+            raise ValueError(f"noise for {len(noise)} groups, the model has {len(shapes)}")
+        for group, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
+            if tuple(eps.shape) != shape:
+                raise ValueError(
+                    f"noise of group {group} has shape {tuple(eps.shape)}, the model takes {shape}"
+                )
+        return noise
+
+    def group_temperatures(self, temperature: Temperature) -> list[float]:
+        """One temperature a group, coarsest first.
+
+        Raises:
+            ValueError: not one or one a group, below 0, or not finite.
+        """
+        groups = self.num_groups
+        temperatures = (
+            [temperature] * groups if isinstance(temperature, int | float) else list(temperature)
+        )
+        if len(temperatures) != groups:
+            raise ValueError(f"{len(temperatures)} temperatures for {groups} latent groups")
+        for each in temperatures:
+            if not 0 <= each < math.inf:
+                raise ValueError(f"temperature is {each}; it must be a finite number, 0 or more")
+        return temperatures
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W, in [0, 1].
+
+        On a GPU the range is left unchecked while training: looking at it would make every step
+        wait for the device.
+        """
+        side, channels = self.config.image_size, self.config.image_channels
+        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}, the model takes (B, {channels}, {side}, "
+                f"{side})"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images are {x.dtype}, the model takes numbers in [0, 1]: divide by 255"
+            )
+        is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
+        if is_traced or not x.numel() or (self.training and x.is_cuda):
+            return
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not (low >= 0 and high <= 1):  # a NaN fails both
+            raise ValueError(
+                f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"
+            )
