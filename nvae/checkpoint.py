@@ -4,7 +4,8 @@ One format serves training checkpoints and exported weights: a dictionary of pla
 tensors, with the keys
 
 - ``nvae_format``: 1,
-- ``model_config``: :meth:`ModelConfig.to_dict`,
+- ``model``: the model's name in :data:`nvae.models.MODELS`; absent in older files: ``nvae``,
+- ``model_config``: ``model.config.to_dict()``,
 - ``run_config``: the configuration of the run that wrote it, or None,
 - ``state_dict``: the network's entries prefixed ``model.``; averaged weights where the run kept
   an average, with the raw ones in ``current_model_state``,
@@ -20,8 +21,7 @@ import torch
 from torch import Tensor
 
 from nvae.files import replacing
-from nvae.models import NVAE, ModelConfig
-from nvae.models.config import check_size
+from nvae.models import MODELS, HierarchicalVAE
 from nvae.published import is_published, translate_published
 from nvae.torch_file import TorchFileError, read_torch_file
 from nvae.weights_folder import is_weights_folder, read_weights
@@ -35,16 +35,19 @@ class CheckpointError(ValueError):
     """A file that is missing, damaged, of another format, or not to be trusted."""
 
 
-def describe(model: NVAE, run_config: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe(model: HierarchicalVAE, run_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """The entries that make a training checkpoint readable by :func:`load_model`."""
     return {
         "nvae_format": FORMAT,
+        "model": MODELS.name_of(type(model)),
         "model_config": model.config.to_dict(),
         "run_config": run_config,
     }
 
 
-def save_model(model: NVAE, path: str | Path, run_config: dict[str, Any] | None = None) -> None:
+def save_model(
+    model: HierarchicalVAE, path: str | Path, run_config: dict[str, Any] | None = None
+) -> None:
     """Export the weights alone, atomically: ``path`` is either the old file or the whole new one.
 
     Raises:
@@ -75,7 +78,7 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if entries is not None:
-        entries = {"nvae_format", "model_config", "args", "state_dict", *entries}
+        entries = {"nvae_format", "model", "model_config", "args", "state_dict", *entries}
     try:
         checkpoint = read_torch_file(path, entries)
     except TorchFileError as error:
@@ -90,7 +93,7 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
     return checkpoint
 
 
-def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
+def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
     """The network of a checkpoint, in evaluation mode, float32, on the CPU, channels_last.
 
     Args:
@@ -110,13 +113,13 @@ def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
     checkpoint = {} if exported else load_checkpoint(path, _entries(weights))
     try:
         if exported:
-            config, state = read_weights(path)
+            kind, config, state = read_weights(path)
         elif is_published(checkpoint):
-            config, state = translate_published(checkpoint)
+            kind, (config, state) = "nvae", translate_published(checkpoint)
         else:
-            config = ModelConfig.from_dict(checkpoint["model_config"])
+            kind, config = checkpoint.get("model", "nvae"), checkpoint["model_config"]
             state = _network_state(checkpoint, weights)
-        model = _build(config, state)
+        model = _build(kind, config, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a usable model: {detail}") from None
@@ -139,15 +142,22 @@ def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, An
     }
 
 
-def _build(config: ModelConfig, state: Mapping[str, Any]) -> NVAE:
+def _build(kind: str, values: dict[str, Any], state: Mapping[str, Any]) -> HierarchicalVAE:
     """The model with these weights, made only once it is known that they fit.
 
     Raises:
         ValueError: a weight is missing, unknown, of another shape, no tensor, or not finite.
     """
-    check_size(config, len(state))
+    MODELS.check_known(kind)
+    cls = MODELS[kind]
+    config = cls.config_class.from_dict(values)
+    if cls.least_tensors(config) > len(state):
+        raise ValueError(
+            f"its configuration asks for {cls.least_tensors(config)} tensors or more, but it has "
+            f"{len(state)}"
+        )
     with torch.device("meta"):
-        expected = NVAE(config).state_dict()
+        expected = cls(config).state_dict()
     for name, like in expected.items():
         found = state.get(name)
         if not isinstance(found, Tensor):
@@ -161,7 +171,7 @@ def _build(config: ModelConfig, state: Mapping[str, Any]) -> NVAE:
     unknown = sorted(state.keys() - expected.keys())
     if unknown:
         raise ValueError(f"it has a weight that this model lacks: {unknown[0]!r}")
-    model = NVAE(config)
+    model = cls(config)
     model.load_state_dict(state)
     return model
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.cells import Cell, MobileConv
-from nvae.models.config import ModelConfig, check_size
+from nvae.models.config import ModelConfig
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import FactorizedSkip, UpsampleSkip, skip_splits
 from nvae.models.nvae import NVAE
@@ -102,15 +102,16 @@ def model_config(args: Namespace) -> ModelConfig:
         raise ValueError(f"the checkpoint's arguments lack {missing}") from None
 
 
-def translate_published(checkpoint: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration of a published checkpoint, and its weights under this project's names.
+def translate_published(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A published checkpoint's configuration, as values, and its weights under our names.
 
     Raises:
         ValueError: if arguments and weights do not fit together.
     """
     published = checkpoint["state_dict"]
     config = model_config(checkpoint["args"])
-    check_size(config, len(published))
+    if NVAE.least_tensors(config) > len(published):
+        raise ValueError(f"the checkpoint's {len(published)} weights are too few for its arguments")
     with torch.device("meta"):
         model = NVAE(config)
     shapes = {name: like.shape for name, like in model.state_dict().items()}
@@ -135,7 +136,7 @@ def translate_published(checkpoint: dict[str, Any]) -> tuple[ModelConfig, dict[s
     for name in shapes:
         if name.endswith(".initialized"):
             ours[name] = torch.tensor(True)
-    return config, ours
+    return config.to_dict(), ours
 
 
 def _is_redundant(name: Any) -> bool:

@@ -48,6 +48,13 @@ class Registry(Generic[T]):
             message += f"; a class from elsewhere counts only where you name it: plugins=[{name}]"
         raise ValueError(message)
 
+    def name_of(self, thing: T) -> str:
+        """The name that something was found under; for what nobody named, where it is defined."""
+        for name, known in self._known.items():
+            if known is thing:
+                return name
+        return f"{thing.__module__}:{getattr(thing, '__qualname__', '')}"
+
     def _imported(self, name: str) -> T:
         module, _, attribute = name.partition(":")
         try:

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from nvae.files import read_json, replacing, write_json
-from nvae.models import NVAE, ModelConfig
+from nvae.models import MODELS, HierarchicalVAE
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = 1
 
 
-def write_weights(model: NVAE, folder: Path) -> None:
+def write_weights(model: HierarchicalVAE, folder: Path) -> None:
     """Write both files, each of them atomically.
 
     Raises:
@@ -36,7 +36,7 @@ def write_weights(model: NVAE, folder: Path) -> None:
             safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk, and no OSError
             raise OSError(f"{WEIGHTS_FILE}: {error}") from None
-    config = model.config.to_dict()
+    config = {"model": MODELS.name_of(type(model)), **model.config.to_dict()}
     checksum = _checksum(config, folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, "sha256": checksum, **config})
 
@@ -53,8 +53,8 @@ def is_weights_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration and the weights of a folder.
+def read_weights(folder: str | Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The model's name, the values of its configuration, and its weights.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
@@ -72,7 +72,6 @@ def read_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise ValueError(
             f"{CONFIG_FILE} has nvae_format {version}; this version of nvae reads {FORMAT}"
         )
-    config = ModelConfig.from_dict(values)
     # folders of earlier versions have none
     if checksum is not None and checksum != _checksum(values, folder / WEIGHTS_FILE):
         raise ValueError(
@@ -80,9 +79,10 @@ def read_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         )
     safetensors = _safetensors()
     try:
-        return config, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
+    return values.pop("model", "nvae"), values, state
 
 
 def _safetensors() -> ModuleType:

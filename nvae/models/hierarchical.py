@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -107,19 +107,46 @@ class Output:
         return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
 
 
+class Config(ImageConfig, Protocol):
+    """The configuration of a model: a frozen dataclass that checks itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for a checkpoint or JSON."""
+        ...
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`; a ValueError names what is unknown or impossible."""
+        ...
+
+    @property
+    def counted_pixels(self) -> int:
+        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
+        ...
+
+
 class HierarchicalVAE(nn.Module, ABC):
     """Base class of all models.
 
-    A subclass sets both attributes and implements the three abstract methods.
+    A subclass takes its configuration as the one argument, sets the three attributes, implements
+    the abstract methods, and is named in :data:`nvae.models.MODELS` or as ``package.module:Class``
+    in the configuration.
 
     Attributes:
-        config: a frozen dataclass with what :class:`~nvae.models.likelihoods.ImageConfig` asks
-            for, ``to_dict`` and ``from_dict``.
+        config_class: of the configuration.
+        config: the configuration.
         latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
     """
 
-    config: ImageConfig
+    config_class: ClassVar[type[Config]]
+    config: Config
     latent_shapes: tuple[Shape, ...]
+
+    @classmethod
+    def least_tensors(cls, config: Any) -> int:
+        """A lower bound on the number of weights, worked out without making any."""
+        del config
+        return 1
 
     @abstractmethod
     def encode(self, x: Tensor) -> Sequence[Tensor]:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.cells import CELL_FAMILIES, Cell
-from nvae.models.config import ModelConfig, is_vanilla, latent_scales, latent_shapes
+from nvae.models.config import (
+    ModelConfig,
+    groups_per_scale,
+    is_vanilla,
+    latent_scales,
+    latent_shapes,
+)
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import WeightNormConv2d
@@ -77,6 +83,7 @@ class NVAE(HierarchicalVAE):
         config: architecture and likelihood.
     """
 
+    config_class = ModelConfig
     config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
@@ -159,6 +166,13 @@ class NVAE(HierarchicalVAE):
     def decode_state(self, state: Tensor) -> Tensor:
         """Final top-down state to likelihood parameters ``(B, K, H, W)``."""
         return self.image_head(self.postprocess(state))
+
+    @classmethod
+    def least_tensors(cls, config: ModelConfig) -> int:
+        """One for every residual cell, those that change the resolution between scales left out."""
+        groups = sum(groups_per_scale(config))
+        around = config.preprocess_blocks * (config.preprocess_cells + config.postprocess_cells)
+        return around + groups * (config.encoder_cells_per_group + config.decoder_cells_per_group)
 
     def blocks(self) -> list[nn.Module]:
         """The residual cells."""

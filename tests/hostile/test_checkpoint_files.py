@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 
-from nvae import checkpoint
 from nvae.checkpoint import CheckpointError, describe, load_model, save_checkpoint, save_model
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import NVAE, ModelConfig
@@ -185,12 +184,15 @@ def _claiming(tmp_path: Path, *view: Any, numel: Any = 4, stored: int = 4) -> Pa
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        ((0, (4,), (1,)), "residual cells"),  # nothing is wrong with this one but its configuration
+        (
+            (0, (4,), (1,)),
+            "tensors or more",
+        ),  # nothing is wrong with this one but its configuration
         ((0, (5,), (1,)), "leads out of"),
         ((1, (4,), (1,)), "leads out of"),
         ((0, (2, 3), (2, 1)), "leads out of"),
         ((0, (10**12,), (1,)), "leads out of"),
-        ((0, (10**30,), (0,)), "residual cells|damaged"),
+        ((0, (10**30,), (0,)), "tensors or more|damaged"),
         ((-1, (4,), (1,)), "impossible"),
         ((0, (-4,), (1,)), "impossible"),
         ((0, (4,), (-1,)), "impossible"),
@@ -305,7 +307,7 @@ def test_values_of_other_types(tmp_path: Path, model: NVAE, values: tuple[Any, .
             refused(path)
     # a run's configuration matters to no weight; a setting left out takes its default
     assert {name.removeprefix("without ").split("=")[0] for name in harmless} <= {
-        "run_config", *describe(model)["model_config"]
+        "run_config", "model", *describe(model)["model_config"]
     }  # fmt: skip
     assert not [name for name in harmless if "nan" in name and "run_config" not in name]
 
@@ -334,13 +336,13 @@ def test_absurd_networks_are_not_made(
     content = _content(model)
     content["model_config"] |= setting
     save_checkpoint(content, tmp_path / "model.ckpt")
-    build = checkpoint.NVAE
+    build = NVAE.__init__
 
-    def on_meta(config: ModelConfig) -> NVAE:
+    def on_meta(self: NVAE, config: ModelConfig) -> None:
         assert torch.get_default_device().type == "meta"
-        return build(config)
+        build(self, config)
 
-    monkeypatch.setattr(checkpoint, "NVAE", on_meta)
+    monkeypatch.setattr(NVAE, "__init__", on_meta)
     refused(tmp_path / "model.ckpt")
 
 
