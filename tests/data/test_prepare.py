@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from nvae.data.catalog import CONFIG_FOLDER, config_names, load_config
 from nvae.data.config import IN_MEMORY_FORMATS
 from nvae.data.manifest import DataError, read_manifest
 from nvae.data.module import ImageDataModule
-from nvae.data.prepare import CONFIG_FOLDER, config_names, load_config, main
-from nvae.data.sources import open_tables, prepare, prepare_if_missing, prepared_folder
+from nvae.data.places import prepared_folder
+from nvae.data.prepare import main
+from nvae.data.sources import open_tables, prepare, prepare_if_missing
 from tests.data import files
 
 
@@ -34,6 +36,19 @@ def batch_of(config, split="train"):
 
 def run(*arguments):
     return main([str(argument) for argument in arguments])
+
+
+def place(root, size=8):
+    """The prepared form of a folder that holds nothing but pictures: in the cache."""
+    return prepared_folder(replace(load_config("folder"), root=str(root), image_size=size))
+
+
+def listed(folder):
+    """Everything in a folder of the user's, with sizes and times."""
+    return {
+        path: (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in (folder, *folder.rglob("*"))
+    }
 
 
 def idx(folder):
@@ -193,7 +208,8 @@ def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
     config = replace(load_config("folder"), root=str(tmp_path), image_size=16)
     x, _ = batch_of(config)
     assert x.shape == (14, 3, 16, 16)
-    assert prepared_folder(config) == tmp_path / "nvae-16x16x3"
+    assert prepared_folder(config).name == "nvae-16x16x3"
+    assert tmp_path not in prepared_folder(config).parents
     stamp = (prepared_folder(config) / "manifest.json").stat().st_mtime_ns
     prepare_if_missing(config)
     assert (prepared_folder(config) / "manifest.json").stat().st_mtime_ns == stamp
@@ -213,12 +229,14 @@ def test_sizes_and_channels_of_one_folder_live_side_by_side(tmp_path):
         assert open_tables(config)["train"].shape == (size, size, channels)
 
 
-def test_an_archive_is_prepared_beside_itself(tmp_path):
+def test_an_archive_is_prepared_as_a_folder_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for i, image in enumerate(files.pictures(10, 8, 3)):
             archive.writestr(f"{i}.png", files.encoded(image))
+    before = listed(tmp_path)
     assert run(tmp_path / "set.zip", "--size", 8) == 0
-    assert read_manifest(tmp_path / "nvae-8x8x3").splits["train"].count == 9
+    assert read_manifest(place(tmp_path / "set.zip")).splits["train"].count == 9
+    assert listed(tmp_path) == before
 
 
 def test_other_geometry_than_prepared_is_refused(tmp_path):
@@ -235,7 +253,7 @@ def test_other_sizes_than_prepared_are_refused(tmp_path):
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8, train_size=10)
     with pytest.raises(DataError, match=r"has 9 train images, the config says data\.train_size=10"):
         open_tables(config)
-    direct = replace(config, root=str(tmp_path / "nvae-8x8x3"), train_size=None, channels=1)
+    direct = replace(config, root=str(place(tmp_path)), train_size=None, channels=1)
     with pytest.raises(DataError, match="are 8x8x3, the config wants 8x8x1"):
         open_tables(direct)
 
@@ -249,8 +267,8 @@ def test_a_bad_picture_stops_the_preparation_by_name(tmp_path, capsys):
     with_bad_picture(tmp_path)
     assert run(tmp_path, "--size", 8) == 1
     assert capsys.readouterr().err == "error: 0003.png cannot be used: it is empty\n"
-    assert not list(tmp_path.glob("nvae-8x8x3/*.npy"))
-    assert not list(tmp_path.glob("nvae-8x8x3/*.partial"))
+    assert not list(place(tmp_path).glob("*.npy"))
+    assert not list(place(tmp_path).glob("*.partial"))
 
 
 def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
@@ -258,7 +276,7 @@ def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
     options = ("--size", 8, "--train-size", 8, "--valid-size", 2, "--on-corrupt", "skip")
     assert run(tmp_path, *options) == 0
     assert "skipped 0003.png: it is empty" in capsys.readouterr().err
-    manifest = json.loads((tmp_path / "nvae-8x8x3" / "manifest.json").read_text())
+    manifest = json.loads((place(tmp_path) / "manifest.json").read_text())
     assert sum(split["skipped"] for split in manifest["splits"].values()) == 1
     assert manifest["skipped_names"] == ["0003.png: it is empty"]
     # The config names the source's sizes; what was skipped is accounted for.
@@ -306,7 +324,7 @@ def test_a_full_disk_in_the_middle_leaves_the_old_form_and_no_rubbish(tmp_path):
     """The kernel refuses to let a file grow past 20 kB, as a full disk would."""
     files.write_pictures(tmp_path, files.pictures(10, 8, 3))
     assert run(tmp_path, "--size", 8) == 0
-    before = sorted(path.name for path in (tmp_path / "nvae-8x8x3").iterdir())
+    before = sorted(path.name for path in place(tmp_path).iterdir())
     files.write_pictures(tmp_path / "more", files.pictures(200, 8, 3))
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), "--size", "8"],
@@ -316,9 +334,9 @@ def test_a_full_disk_in_the_middle_leaves_the_old_form_and_no_rubbish(tmp_path):
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith(f"error: {tmp_path / 'nvae-8x8x3'} cannot be written")
+    assert done.stderr.startswith(f"error: {place(tmp_path)} cannot be written")
     assert done.stderr.count("\n") == 1
-    assert sorted(path.name for path in (tmp_path / "nvae-8x8x3").iterdir()) == before
+    assert sorted(path.name for path in place(tmp_path).iterdir()) == before
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8)
     assert len(open_tables(config)["train"]) == 9
 
@@ -359,7 +377,7 @@ def test_a_killed_preparation_starts_again_cleanly(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    folder = tmp_path / "nvae-8x8x3"
+    folder = place(tmp_path)
     assert list(folder.glob("*.partial"))
     assert run(tmp_path, "--size", 8) == 0
     assert not list(folder.glob("*.partial"))

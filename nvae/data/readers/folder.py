@@ -1,6 +1,5 @@
 """Folders and archives of pictures, with or without train/valid/test folders in them."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,16 +42,6 @@ def _missing(source: Path) -> MissingSourceError:
         f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
         "also inside zip and tar archives)"
     )
-
-
-def listing_digest(source: Path) -> str:
-    """A digest of the names and sizes of all pictures in a folder: changed, it was added to."""
-    digest = hashlib.sha256()
-    for path in _walk(source):
-        if is_picture(path.name) or is_archive(path):
-            line = f"{path.relative_to(source).as_posix()}\0{path.stat().st_size}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _tar_parts(path: Path, stem: str) -> tuple[list[str], Part]:
