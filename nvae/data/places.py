@@ -42,7 +42,7 @@ def target_folder(config: DataConfig) -> Path:
 
 def prepared_folder(config: DataConfig) -> Path:
     """Where the prepared form is or will be: as `target_folder`, or where earlier versions put
-    it, among the user's pictures, as long as these have not changed since."""
+    it, among the user's pictures, unless it was made from these and they changed since."""
     target = target_folder(config)
     root = Path(config.root)
     inside = root / _shape_name(config)
@@ -50,7 +50,9 @@ def prepared_folder(config: DataConfig) -> Path:
         return target
     try:
         manifest = read_manifest(inside)
-        kept = is_unchanged(root, manifest.format, manifest.source_digest)
+        kept = is_unchanged(root, manifest.format, manifest.source_digest) or (
+            not _same(Path(manifest.source), root) and Path(manifest.source).name == "source"
+        )
     except DataError:
         kept = False
     return inside if kept else target
