@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nvae.data.config import DataConfig
 from nvae.data.readers.archives import is_archive, tar_items, tar_names, zip_items
-from nvae.data.readers.source import Item, MissingSourceError, Part, group_by_split
+from nvae.data.readers.source import Item, MissingSourceError, Part, group_by_split, read_file
 
 PICTURE_SUFFIXES = (
     ".png",
@@ -53,7 +53,7 @@ def _tar_parts(path: Path, stem: str) -> tuple[list[str], Part]:
 
 def _loose(files: list[Path], source: Path) -> list[Item]:
     return [
-        Item(path.relative_to(source).as_posix(), path.read_bytes)
+        Item(path.relative_to(source).as_posix(), read_file(path))
         for path in files
         if is_picture(path.name)
     ]
@@ -92,8 +92,8 @@ def read_folder(source: Path, config: DataConfig) -> dict[str, Part]:
     del config
     if not source.exists():
         raise MissingSourceError(f"{source} does not exist")
-    files = [source] if source.is_file() else _walk(source)
-    root = source.parent if source.is_file() else source
+    files = _walk(source) if source.is_dir() else [source]
+    root = source if source.is_dir() else source.parent
     sources: list[tuple[list[str], Part]] = []
     loose = _loose(files, root)
     if loose:
