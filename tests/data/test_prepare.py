@@ -301,6 +301,11 @@ def test_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):
         (["folder", "--root", "nowhere"], "nowhere does not exist"),
         (["cifar10", "--no-download"], "put cifar-10-python.tar.gz"),
         (["folder", "--size", "0"], "data.image_size is 0; it must be at least 1"),
+        (["folder", "--workers", "-1"], "--workers is -1; allowed: 1 to 256"),
+        (["folder", "--workers", "9999999"], "--workers is 9999999; allowed: 1 to 256"),
+        (["x" * 100_000], "File name too long"),
+        (["../data/cifar10"], "is neither a folder nor a data set"),
+        (["digits"], "digits is made in memory: there is nothing to prepare"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
@@ -309,6 +314,91 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, wor
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["folder", "--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["folder", "--size", "9" * 100_000], "argument --size"),
+        (["folder", "--channels", "2"], "argument --channels: invalid choice: 2"),
+        ([], "the following arguments are required: NAME|FOLDER"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert len(error) < 520
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(MemoryError(), "not enough memory"), (RecursionError("too deep"), "error: too deep")],
+)
+def test_what_python_runs_out_of_is_one_line(tmp_path, monkeypatch, capsys, error, words):
+    files.write_pictures(tmp_path, files.pictures(10, 8, 3))
+
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("nvae.data.conversion.fit", failing)
+    assert run(tmp_path, "--size", 8) == 1
+    out = capsys.readouterr().err
+    assert words in out
+    assert out.count("\n") == 1
+
+
+IMPORT_INTERRUPTED = """
+import builtins, runpy, sys
+real = builtins.__import__
+def interrupted(name, *rest, **options):
+    if name == {name!r}:
+        raise KeyboardInterrupt
+    return real(name, *rest, **options)
+builtins.__import__ = interrupted
+sys.argv = ["prepare", "digits"]
+runpy.run_module("nvae.data.prepare", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "rich.progress"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(name):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_INTERRUPTED.format(name=name)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again\n")
+
+
+def test_ctrl_c_in_the_work_is_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    files.write_pictures(tmp_path, files.pictures(10, 8, 3))
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvae.data.sources.convert", interrupted)
+    monkeypatch.setattr("nvae.command_line.signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, "--size", 8)
+    assert capsys.readouterr().err == "interrupted; run the same command again\n"
+    assert not list(place(tmp_path).glob("*.npy"))
+
+
+def test_one_picture_is_too_few_and_two_are_enough(tmp_path, capsys):
+    """A hint must be one that helps: there is nothing to set."""
+    files.write_pictures(tmp_path, files.pictures(1, 8, 3))
+    assert run(tmp_path, "--size", 8) == 1
+    error = capsys.readouterr().err
+    assert "the source has one picture; it takes at least two" in error
+    assert "data.valid_size" not in error
+    files.write_pictures(tmp_path, files.pictures(2, 8, 3))
+    assert run(tmp_path, "--size", 8) == 0
 
 
 LIMITED = """
