@@ -70,6 +70,19 @@ def plan_splits(parts: dict[str, Part], config: DataConfig) -> Plan:
     return Plan(counts, destination, rule)
 
 
+def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:
+    """The pictures that go to a split, each with its number."""
+    items = part.items()
+    for split in destination:
+        item = next(items, None)
+        if item is None:
+            raise DataError("the source holds fewer pictures than it says, or changed meanwhile")
+        if split >= 0:
+            yield int(split), item
+    if next(items, None) is not None:
+        raise DataError("the source holds more pictures than it says, or changed meanwhile")
+
+
 def _to_array(item: Item, config: DataConfig) -> NDArray[np.uint8] | BadImageError:
     try:
         loaded = item.load()
@@ -161,11 +174,7 @@ def convert(
     total, done = sum(plan.counts.values()), 0
     for part_name, part in parts.items():
         destination = plan.destination[part_name]
-        items = (
-            (int(split), item)
-            for split, item in zip(destination, part.items(), strict=True)
-            if split >= 0
-        )
+        items = _with_split(part, destination)
         workers = workers or min(8, os.cpu_count() or 1)
         for split, item, result in _map_in_order(items, config, workers):
             if isinstance(result, BadImageError):
