@@ -38,14 +38,14 @@ def check_fields(config: Any, prefix: str = "", **bounds: Bounds) -> None:
 
 
 def _check_number(name: str, value: float, least: float | None, most: float | None) -> None:
+    if isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        raise ValueError(f"{name} is too large a number; it must fit in 64 bits")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be a finite number")
     if least is not None and value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least:g}")
     if most is not None and value > most:
         raise ValueError(f"{name} is {value}; it must be at most {most:g}")
-    if isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
-        raise ValueError(f"{name} is {value}; it must fit in 64 bits")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:

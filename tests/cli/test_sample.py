@@ -86,8 +86,8 @@ def test_recalibration_is_cached_by_temperature(sample, checkpoint, tmp_path, mo
     common = (f"checkpoint={checkpoint}", "seeds=0-3", "recalibrate_bn=2", "bn_batch_size=8",
               "npz=true")  # fmt: skip
     sample(*common, "temperature=[0.5,1.0]", "output=new")
-    caches = sorted(f.name for f in tmp_path.glob("*.pt"))
-    assert caches == ["model.bn-t0.5-n2x8-seed0.pt", "model.bn-t1-n2x8-seed0.pt"]
+    caches = sorted(f.name for f in tmp_path.glob("*.npz"))
+    assert caches == ["model.bn-t0.5-n2x8-seed0.npz", "model.bn-t1-n2x8-seed0.npz"]
 
     def computed_again(*_args, **_kwargs):
         raise AssertionError("the cache was not used")
