@@ -3,11 +3,12 @@
 NumPy's own reader believes the sizes that a file states: a few bytes can ask for terabytes.
 """
 
+import io
 import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,10 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename} is not as large as it says")
         array: NDArray[Any] = np.empty(shape, dtype, order)
-        # one byte more than there is: only at the end is the checksum compared
         content = array.reshape(-1, order="A").view(np.uint8) if array.size else bytearray()
-        if file.readinto(content) != len(content) or file.read(1):
+        read = cast(io.BufferedIOBase, file).readinto(content)
+        # one byte more than there is: the checksum is compared at the end of the file only
+        if read != len(content) or file.read(1):
             raise ValueError(f"{member.filename} is cut short")
     return array
 

@@ -91,7 +91,7 @@ class EvaluateConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, **_BOUNDS)
+        check_fields(self, "", **_BOUNDS)
         check_split(self.split)
         check_choice("reference_split", self.reference_split, SPLITS)
         check_choice("weights", self.weights, ("ema", "raw"))

@@ -111,7 +111,7 @@ class SampleConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, **_BOUNDS)
+        check_fields(self, "", **_BOUNDS)
         check_choice("mode", self.mode, MODES)
         check_choice("weights", self.weights, ("ema", "raw"))
         check_choice("source", self.source, ("seeds", "images"))
@@ -204,7 +204,9 @@ def integers(name: str, value: Any) -> list[int]:
     entries = value if isinstance(value, list) else [value]
     ranges = [_range(name, entry) for entry in entries]
     if sum(map(len, ranges)) > MOST_NUMBERS:  # before they are spelled out
-        raise ValueError(f"{name} names more than {MOST_NUMBERS:,} numbers; ask for fewer at a time")
+        raise ValueError(
+            f"{name} names more than {MOST_NUMBERS:,} numbers; ask for fewer at a time"
+        )
     numbers = [number for each in ranges for number in each]
     if not numbers:
         raise ValueError(f"{name} is empty; give at least one number")

@@ -84,9 +84,7 @@ def _read(path: Path, protocol: dict[str, Any], keep: bool) -> FeatureSet | None
     return FeatureSet(moments, torch.from_numpy(features))
 
 
-def _moments(
-    count: NDArray[Any], total: NDArray[Any], outer: NDArray[Any]
-) -> FeatureMoments:
+def _moments(count: NDArray[Any], total: NDArray[Any], outer: NDArray[Any]) -> FeatureMoments:
     if count.shape != () or count.dtype.kind != "i" or count < 1:
         raise ValueError(f"count has shape {count.shape} of {count.dtype}, or is below 1")
     _check_array("total", total, np.float64, (total.size,))
