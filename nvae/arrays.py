@@ -49,7 +49,8 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename} is not as large as it says")
         array: NDArray[Any] = np.empty(shape, dtype, order)
-        content = array.reshape(-1, order="A").view(np.uint8) if array.size else bytearray()
+        flat: Any = array.reshape(-1, order="A")
+        content = flat.view(np.uint8) if array.size else bytearray()
         read = cast(io.BufferedIOBase, file).readinto(content)
         # one byte more than there is: the checksum is compared at the end of the file only
         if read != len(content) or file.read(1):

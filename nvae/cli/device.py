@@ -18,7 +18,7 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
-    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]{1,3}))?", name)
+    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]{1,6}))?", name)
     if not found:
         raise ValueError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
     keep_freed_memory()

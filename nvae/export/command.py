@@ -25,7 +25,8 @@ def _pixel_temperature(text: str) -> PixelTemperature:
 def _batch(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= LARGEST_BATCH:
         raise argparse.ArgumentTypeError(
-            f"{brief(repr(text), 100)}; it takes a number of images, 1 or more, at most {LARGEST_BATCH}"
+            f"{brief(repr(text), 100)}; it takes a number of images, 1 or more, "
+            f"at most {LARGEST_BATCH}"
         )
     return int(text)
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def read_run(path: Path) -> RunRecord:
         raise ValueError(f"{path} is no run's folder: it has neither metrics.jsonl nor config.yaml")
     files = RunFiles(path)
     series, seconds = _metrics(files)
-    starts = [entry for entry, _ in zip(files.json_lines("starts.jsonl"), range(_MOST_STARTS))]
+    starts = list(islice(files.json_lines("starts.jsonl"), _MOST_STARTS))
     finals = (path / name for name in ("samples.png", "reconstructions.png"))
     return RunRecord(
         path=path,
