@@ -67,6 +67,18 @@ class ImageDataModule(pl.LightningDataModule):
         other = {VALID: TEST, TEST: VALID}.get(split, split)
         return split if split in self._tables else other
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run's order of images depends on, in plain types; call `setup()` first.
+
+        Returns:
+            `seed` (`data.seed`) and `splits`: for each, its number of `images` and their `sha256`.
+        """
+        splits = {
+            name: {"images": len(table), "sha256": table.sha256}
+            for name, table in self._tables.items()
+        }
+        return {"seed": self.config.seed, "splits": splits}
+
     @property
     def _shard(self) -> Shard:
         if self.trainer is None:

@@ -158,6 +158,25 @@ def test_without_any_evaluation_images_it_stops(make_config):
         module.setup()
 
 
+def test_a_fingerprint_is_plain_and_tells_other_data_apart(make_config):
+    """It goes into checkpoints; a resume with other images or another order must be seen."""
+
+    def fingerprint(**overrides):
+        module = ImageDataModule(make_config(**overrides))
+        module.setup()
+        return module.fingerprint()
+
+    first = fingerprint()
+    assert json.loads(json.dumps(first)) == first == fingerprint(batch_size=3)
+    assert {name: split["images"] for name, split in first["splits"].items()} == {
+        "train": 50,
+        "valid": 7,
+        "test": 5,
+    }
+    others = [fingerprint(seed=1), fingerprint(split_seed=1), fingerprint(train_size=49)]
+    assert first not in others
+
+
 def test_large_sets_stay_off_the_device(make_config):
     module = ImageDataModule(make_config(on_device="auto", on_device_limit=0))
     module.setup()
