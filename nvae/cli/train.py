@@ -31,7 +31,7 @@ from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun, StopNow, interrupts_stop
-from nvae.training.loggers import build_loggers
+from nvae.training.loggers import build_loggers, log_errors_once
 from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
@@ -151,7 +151,7 @@ def fit(
     while True:
         module, trainer = _build(config, folder, scale, marks)
         try:
-            with interrupts_stop(trainer):
+            with interrupts_stop(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
         except DivergenceError as error:
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
@@ -314,7 +314,7 @@ def should_checkpoint_cells(config: TrainConfig) -> bool:
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:
     for line in folder.passed_over:
-        console.print(f"passed over a newer checkpoint: {line}")
+        console.print(f"passed over a newer checkpoint: {brief(line)}")
     if folder.checkpoint is None:
         console.print(f"run {folder.path}, from the beginning")
     elif is_finished(folder, config):
@@ -325,7 +325,7 @@ def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed:
     else:
         console.print(f"run {folder.path}, resumed from {folder.checkpoint.name}")
     for line in changed:
-        console.print(f"  changed since: {line}")
+        console.print(f"  changed since: {brief(line)}")
 
 
 def _is_first_process() -> bool:

@@ -99,6 +99,7 @@ class BadSteps(pl.Callback):
         self.every_steps = min(every_steps, config.max_consecutive_skips)
         self._counters: Tensor | None = None  # see GuardReading, in its order
         self._steps = 0  # of this start, bad ones too
+        self._trained: list[str] = []  # parameters with a gradient, in the order of their norms
         self._last_step = 0
         self._accepted: int | None = None  # before this start
 
@@ -136,7 +137,10 @@ class BadSteps(pl.Callback):
         """Judge the gradients, clip them, and switch the optimiser on or off."""
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.report is not None
-        gradients = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
+        trained = [(n, p) for n, p in pl_module.model.named_parameters() if p.grad is not None]
+        if not self._trained:  # gradients are gone when the run has ended
+            self._trained = [f"{name} {tuple(p.shape)}" for name, p in trained]
+        gradients = [p.grad for _, p in trained if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = torch.linalg.vector_norm(norms)
         bad = ~(norm.isfinite() & pl_module.report.loss.isfinite())
@@ -213,7 +217,9 @@ class BadSteps(pl.Callback):
         reading = self.read()
         if not self._steps or not reading.streak:
             return
-        most = min(self.config.max_consecutive_skips, LONGEST_STREAK_AT_END)
+        assert isinstance(pl_module, NVAELightning)
+        half = -(-pl_module.total_steps // 2)  # of a run that is shorter than all of these
+        most = min(self.config.max_consecutive_skips, LONGEST_STREAK_AT_END, half)
         if reading.streak >= most or not self._accepted_now():
             raise self._divergence(reading, trainer.global_step, pl_module)
 
@@ -227,8 +233,6 @@ class BadSteps(pl.Callback):
         )
 
     def _culprit(self, reading: GuardReading, model: nn.Module) -> str:
-        trained = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
-        name, parameter = trained[reading.parameter]
         for weight_name, weight in model.named_parameters():
             if not weight.isfinite().all():
                 return f"the weight {weight_name} is not finite"
@@ -239,6 +243,6 @@ class BadSteps(pl.Callback):
         else:
             first = "the loss's parts were finite"
         return (
-            f"at the first of them {first}, and the worst gradient was that of {name} "
-            f"{tuple(parameter.shape)}; the last gradient norm is {reading.norm:.3g}"
+            f"at the first of them {first}, and the worst gradient was that of "
+            f"{self._trained[reading.parameter]}; the last gradient norm is {reading.norm:.3g}"
         )

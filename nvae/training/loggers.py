@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import threading
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,25 @@ class JsonLinesLogger(Logger):
             return int(json.loads(line)["step"]) <= self.start_step
         except (ValueError, KeyError, TypeError):  # the line a killed process was writing
             return False
+
+
+@contextmanager
+def log_errors_once() -> Iterator[None]:
+    """TensorBoard writes in a thread; what fails there is raised at the next reading.
+
+    The thread's own traceback is left out.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def build_loggers(config: LoggerConfig, folder: Path, start_step: int) -> list[Logger]:

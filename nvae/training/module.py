@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -166,6 +167,10 @@ class NVAELightning(pl.LightningModule):
             CheckpointError: the optimiser's state is of other parameters.
         """
         check_optimizer_shapes(checkpoint, list(self.model.parameters()))
+        keeps_average = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not keeps_average:
+            # the optimiser's state belongs to the raw weights; no one else would take them
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         if not self._scale_is_given:
             self.learning_rate_scale = checkpoint["learning_rate_scale"]
 

@@ -98,7 +98,7 @@ def open_run(
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """``key: old -> new`` of every setting that differs, nested keys dotted, sorted."""
     lines: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=str):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
@@ -108,7 +108,21 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def describe_start(folder: RunFolder, config: dict[str, Any], command: list[str]) -> None:
-    """Write `config.yaml`, and append this start to `starts.jsonl`: when, what, with which code."""
+    """Write `config.yaml`, and append this start to `starts.jsonl`: when, what, with which code.
+
+    Raises:
+        ValueError: one of them cannot be written.
+    """
+    try:
+        _describe(folder, config, command)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write config.yaml and starts.jsonl in {folder.path}: "
+            f"{error.strerror or error}; make room or put it right, then run the same command again"
+        ) from error
+
+
+def _describe(folder: RunFolder, config: dict[str, Any], command: list[str]) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with replacing(folder.path / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))
