@@ -1,9 +1,12 @@
-"""SIGTERM and SIGUSR1: save at once, stop, and on SLURM go back to the queue."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: save, stop, and on SLURM go back to the queue."""
 
 import os
 import shutil
 import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,12 +20,51 @@ AGREE_EVERY = 10
 """Optimiser steps between two agreements of several ranks, each of which waits for the device."""
 
 
+ONE_PRESS = 1.0
+"""Seconds within which a further Ctrl-C is the same one."""
+
+
 class InterruptedRun(Exception):  # noqa: N818
     """The run was told to stop and has saved; running the same command again goes on."""
 
     def __init__(self, signal_name: str, step: int) -> None:
         super().__init__(f"{signal_name}: saved at step {step}")
         self.signal_name, self.step = signal_name, step
+
+
+class StopNow(BaseException):
+    """Ctrl-C where nothing is to be saved: before the first step, or for the second time.
+
+    Not KeyboardInterrupt: Lightning makes a crash of that.
+    """
+
+
+@contextmanager
+def interrupts_stop(trainer: pl.Trainer) -> Iterator[None]:
+    """In the block Ctrl-C raises :class:`StopNow`, until :class:`StopOnSignal` takes it over.
+
+    Ranks that this process started end with it: they may be waiting for it. Where SIGINT is
+    ignored, as in a shell's background job, it stays so.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopNow
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except StopNow:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        ranks = list(started)
+        started.clear()  # Lightning watches them, and would call their end a crash
+        for process in ranks:
+            process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class StopOnSignal(pl.Callback):
@@ -39,6 +81,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, checkpoints: Checkpoints, requeue: bool = False) -> None:
         self._checkpoints, self._requeue = checkpoints, requeue
         self._received = 0
+        self._pressed: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over from Lightning, which restores the old handlers at the end.
@@ -46,17 +89,29 @@ class StopOnSignal(pl.Callback):
         Its own SIGTERM handler starts a collective inside the handler, and its loop one (with a
         wait for the device) at every batch.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
         self._launcher = trainer.strategy.launcher
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        if number == signal.SIGINT and self._is_second_press():
+            raise StopNow
+        self._received = max(self._received, number)  # as all ranks do when they agree
+        if number == signal.SIGINT:
+            return  # a terminal has told all ranks; else this one tells them when they agree
         for process in getattr(self._launcher, "procs", []):  # ranks that this process started
             process.send_signal(number)
+
+    def _is_second_press(self) -> bool:
+        """A terminal together with a launcher delivers one press twice, at once."""
+        now = time.monotonic()
+        if self._pressed is None:
+            self._pressed = now
+        return now - self._pressed > ONE_PRESS
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,

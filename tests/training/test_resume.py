@@ -12,7 +12,8 @@ from pytorch_lightning.strategies import Strategy
 from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from nvae.training import checkpointing
 from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, step_checkpoints
-from nvae.training.run_folder import open_run
+from nvae.training.run_folder import RunFolder, open_run
+from nvae.training.shared_folder import Claim
 from nvae.training.trainer import EMAConfig
 from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
@@ -176,10 +177,12 @@ def test_never_starts_beside_and_must_needs_something(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     run(config, StopAt(1))
     values = config.to_dict()
-    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-2"
-    (tmp_path / "run-2").mkdir()
-    (tmp_path / "run-2" / "x").touch()
-    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-3"
+    with Claim(tmp_path / "run", beside=True) as claim:
+        assert claim.path == tmp_path / "run-2"
+        assert open_run(claim.path, "never", values)[0] == RunFolder(tmp_path / "run-2")
+        (tmp_path / "run-2" / "x").touch()
+    with Claim(tmp_path / "run", beside=True) as claim:
+        assert claim.path == tmp_path / "run-3"
     assert open_run(tmp_path / "run", "must", values)[0].step == 1
     with pytest.raises(ValueError, match="has no checkpoint"):
         open_run(tmp_path / "other", "must", values)
