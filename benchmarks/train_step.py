@@ -1,4 +1,4 @@
-"""Time of a whole training step: forward, objective, regularisers, backward, optimiser.
+"""Time of a whole training step: forward, objective, regularizers, backward, optimizer.
 
     python -m benchmarks.train_step experiment=mnist --batch 16
     python -m benchmarks.train_step experiment=cifar10 --batch 32 --device cuda --precision bf16
@@ -15,10 +15,10 @@ from benchmarks.measure import PRECISIONS, measure, parser, set_up
 from nvae.cli.compose import compose_train
 from nvae.cli.train import compile_cells
 from nvae.models import NVAE
-from nvae.training.loss import TrainingLoss, spectral_weight
+from nvae.objective import Loss, Objective
 from nvae.training.optimizer import build_optimizer
 
-BETA = 0.5
+WHEN = {"step": 15, "total_steps": 100}
 """In the middle of annealing, where balancing is on: the dearest phase."""
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     model = NVAE(config.model).to(options.device).to(memory_format=torch.channels_last)
     if options.compile:
         compile_cells(model)
-    loss = TrainingLoss(model, config.objective).to(options.device)
+    objective = Objective(model, config.objective).to(options.device)
     optimizer = build_optimizer(config.optimizer, model.parameters())
     side, channels = config.model.image_size, config.model.image_channels
     levels = 1 if config.model.likelihood == "bernoulli" else 2**config.model.bits - 1
@@ -41,25 +41,18 @@ def main() -> None:
     x = (x / levels).to(memory_format=torch.channels_last)
     dtype = PRECISIONS[options.precision]
     scaler = torch.amp.GradScaler(options.device, enabled=options.precision == "fp16")
-    weight = spectral_weight(config.objective, BETA)
 
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
 
-    def forward() -> torch.Tensor:
+    def forward(*, regularize: bool = False) -> Loss:
         with autocast():
-            output = model(x)
-            log_likelihood = model.likelihood(output.logits).log_prob(x)
-        return loss.elbo(output, log_likelihood, BETA).loss
-
-    def regularizers() -> torch.Tensor:
-        values = loss.regularizers()
-        return weight * (values.spectral + values.batchnorm)
+            noise = model.draw_noise(options.batch)
+            return objective(model, x, noise, regularize=regularize, **WHEN)
 
     def step() -> None:
-        total = forward()
-        if weight > 0:
-            total = total + regularizers()
+        loss = forward(regularize=True)
+        total = loss.data if loss.penalty is None else loss.data + loss.penalty
         scaler.scale(total).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -72,7 +65,11 @@ def main() -> None:
         f"{'compiled' if options.compile else 'not compiled'}, {options.threads} threads, "
         f"torch {torch.__version__}"
     )
-    for what, call in (("step", step), ("forward alone", forward), ("regularisers", regularizers)):
+    for what, call in (
+        ("step", step),
+        ("forward alone", forward),
+        ("regularizers", objective.regularizers),
+    ):
         timing = measure(call, options.device, options.warmup, options.runs)
         peak = f"peak {timing.peak_memory:,.0f} MiB"
         print(f"{timing.row(what, options.batch)}  {peak}", flush=True)

@@ -1,17 +1,21 @@
-"""The training objective: negative ELBO with KL annealing and balancing.
+"""What a training step minimizes, and what is logged of it.
 
-loss = E_batch[ -log p(x|z) + KL term ] + lambda * regularisers (section 3 of the paper and
-appendix A). Everything is in nats.
+loss = E_batch[ -log p(x|z) + KL term ] + lambda * regularizers (section 3 of the paper and
+appendix A). Everything is in nats. A term of one's own goes into :meth:`Objective.forward`: into
+the loss, and under a name into ``terms``, from where it finds its way into every log.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from nvae.models import Output
+from nvae.models import HierarchicalVAE, Output
+from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
+from nvae.settings import check_fields
 
 LN2 = math.log(2.0)
 
@@ -23,7 +27,7 @@ class Elbo:
     Attributes:
         reconstruction: -log p(x | z), ``(B,)``.
         kl: sum of all groups' KL, ``(B,)``.
-        kl_term: the KL term that is optimised, annealed and balanced, ``(B,)``.
+        kl_term: the KL term that is optimized, annealed and balanced, ``(B,)``.
         kl_weights: balancing coefficients of the groups, ``(G,)``, mean 1.
     """
 
@@ -39,7 +43,7 @@ class Elbo:
 
     @property
     def loss(self) -> Tensor:
-        """Batch mean of what is optimised, a scalar, before regularisers."""
+        """Batch mean of what is optimized, a scalar, before regularizers."""
         return (self.reconstruction + self.kl_term).mean()
 
 
@@ -53,7 +57,7 @@ def kl_coefficient(
     """beta(step), from ``minimum`` to 1.
 
     Args:
-        step: optimiser steps done.
+        step: optimizer steps done.
         total_steps: of the whole run, T.
         anneal_portion: a; beta reaches 1 after about a * T steps. 0: no annealing.
         constant_portion: c; beta stays at its minimum for c * T steps.
@@ -109,6 +113,7 @@ def elbo(
     beta: float = 1.0,
     alpha: Tensor | None = None,
     over_ranks: Callable[[Tensor], Tensor] | None = None,
+    free_bits: float = 0.0,
 ) -> Elbo:
     """Assemble the negative ELBO.
 
@@ -118,17 +123,222 @@ def elbo(
         beta: KL coefficient in [0, 1].
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
         over_ranks: see :func:`balancing_weights`.
+        free_bits: nats that every group may carry for nothing: a group whose batch mean is below
+            them adds this constant instead of its KL (Kingma et al. 2016, section 5). 0: none.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
     if alpha is not None and beta < 1:
         weights = balancing_weights(kl_per_group, alpha, over_ranks)
+    optimized = kl_per_group
+    if free_bits > 0:
+        mean = kl_per_group.detach().mean(0)
+        is_free = (mean if over_ranks is None else over_ranks(mean)) < free_bits
+        optimized = torch.where(is_free, free_bits, kl_per_group)
     return Elbo(
         reconstruction=-log_likelihood,
         kl=kl_per_group.sum(1),
-        kl_term=beta * (weights * kl_per_group).sum(1),
+        kl_term=beta * (weights * optimized).sum(1),
         kl_weights=weights,
     )
+
+
+@dataclass
+class ObjectiveConfig:
+    r"""Annealing, balancing and regularization.
+
+    Attributes:
+        kl_anneal_portion: share of all steps over which beta rises to 1; 0 turns annealing off.
+        kl_constant_portion: share of all steps that beta stays at its minimum.
+        kl_minimum: beta's floor, in (0, 1].
+        kl_balancing: balance the groups' KL while beta < 1.
+        spectral_weight: lambda, the weight of spectral and BN regularization; 0 turns both off.
+        spectral_weight_initial: lambda at beta = 0; it moves to `spectral_weight` geometrically
+            as beta rises to 1. null: constant.
+        spectral_iterations: power iterations a step.
+        free_bits: nats that every latent group may carry for nothing; see :func:`elbo`.
+        flooding: b: the loss is kept around it, \|loss - b\| + b, so that training does not drive
+            it further down (Ishida et al. 2020, equation 1), in nats. null: none.
+        encoder_noise: standard deviation of Gaussian noise on the encoder's input, in units of
+            [0, 1]; the likelihood still counts the clean image. 0: none.
+    """
+
+    kl_anneal_portion: float = 0.3
+    kl_constant_portion: float = 1e-4
+    kl_minimum: float = 1e-4
+    kl_balancing: bool = True
+    spectral_weight: float = 1e-2
+    spectral_weight_initial: float | None = None
+    spectral_iterations: int = 4
+    free_bits: float = 0.0
+    flooding: float | None = None
+    encoder_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, "objective.", kl_anneal_portion=(0, 1), kl_constant_portion=(0, 1),
+            kl_minimum=(None, 1), spectral_weight=(0, 1e6), spectral_weight_initial=(None, 1e6),
+            spectral_iterations=(1, 1000), free_bits=(0, None), encoder_noise=(0, 1),
+        )  # fmt: skip
+        if self.kl_minimum <= 0:
+            raise ValueError(f"objective.kl_minimum is {self.kl_minimum}; it must be above 0")
+        initial = self.spectral_weight_initial
+        if initial is not None and (initial <= 0 or self.spectral_weight == 0):
+            raise ValueError(
+                f"objective.spectral_weight_initial={initial} anneals geometrically to "
+                f"spectral_weight={self.spectral_weight}; both must be above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch's loss with its parts; tensors on the device, nothing is read here.
+
+    Attributes:
+        data: batch mean of what is minimized but for the regularizers, a differentiable scalar.
+        penalty: lambda times the regularizers, a differentiable scalar; None where they are off or
+            left to a later micro-batch of the step.
+        terms: what is logged beside the KL per group: scalars by name, without gradient.
+        kl_per_group: ``(G,)``, batch mean in nats, coarsest first, without gradient.
+        coefficients: what is logged of the schedule, by name.
+    """
+
+    data: Tensor
+    penalty: Tensor | None
+    terms: dict[str, Tensor]
+    kl_per_group: Tensor
+    coefficients: dict[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimized, a scalar without gradient."""
+        return self.terms["loss"]
+
+
+class Objective(nn.Module):
+    """The loss of one model, with the spectral vectors as saved state.
+
+    Args:
+        model: its parameters are read, not owned.
+        config: see :class:`ObjectiveConfig`.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        convs = spectral_convs(model)
+        self.spectral_norm = (
+            SpectralNorm(convs, iterations=config.spectral_iterations) if convs else None
+        )
+        # a plain list: the layers belong to the model
+        self._batchnorms = batchnorms(model)
+        self.register_buffer(
+            "alpha", balancing_alpha(model.groups_per_scale[::-1]), persistent=False
+        )
+
+    def forward(
+        self,
+        model: HierarchicalVAE,
+        x: Tensor,
+        noise: Sequence[Tensor],
+        *,
+        step: int,
+        total_steps: int,
+        input_noise: Tensor | None = None,
+        regularize: bool = True,
+    ) -> Loss:
+        """The loss of a micro-batch.
+
+        Args:
+            model: the one of the constructor, in training mode.
+            x: images in [0, 1], ``(B, C, H, W)``.
+            noise: of the posterior, one ``(B, L, h, w)`` a group, coarsest first.
+            step: optimizer steps done.
+            total_steps: of the whole run.
+            input_noise: standard normal, like ``x``; needed where the configuration asks for it.
+            regularize: add the regularizers, once an optimizer step.
+        """
+        beta = self.beta(step, total_steps)
+        if self.config.encoder_noise:
+            assert input_noise is not None
+            model.check_images(x)
+            maps = model.encode(x + self.config.encoder_noise * input_noise)
+            state, groups = model.top_down(noise, encoder_maps=maps)
+            output = Output(model.decode_state(state), groups)
+        else:
+            output = model(x, noise)
+        parts = elbo(
+            output,
+            model.likelihood(output.logits).log_prob(x),
+            beta,
+            self.alpha if self.config.kl_balancing else None,
+            mean_over_ranks,
+            self.config.free_bits,
+        )
+        data = parts.loss
+        if self.config.flooding is not None:
+            data = (data - self.config.flooding).abs() + self.config.flooding
+        terms = {
+            "reconstruction": parts.reconstruction.mean(),
+            "kl": parts.kl.mean(),
+            "kl_balanced": parts.kl_term.mean(),
+            "negative_elbo": parts.negative_elbo.mean(),
+            "loss": data,
+        }
+        penalty, weight = None, self.spectral_weight(beta)
+        if weight > 0 and regularize:
+            values = self.regularizers()
+            penalty = weight * torch.stack(list(values.values())).sum()
+            terms |= values
+            terms["loss"] = data + penalty
+        return Loss(
+            data,
+            penalty,
+            {name: term.detach() for name, term in terms.items()},
+            output.kl_per_group.detach().mean(0),
+            {"beta": beta, "lambda": weight},
+        )
+
+    def beta(self, step: int, total_steps: int) -> float:
+        """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
+        config = self.config
+        return kl_coefficient(
+            step,
+            total_steps,
+            config.kl_anneal_portion,
+            config.kl_constant_portion,
+            config.kl_minimum,
+        )
+
+    def spectral_weight(self, beta: float) -> float:
+        """lambda at a KL coefficient: exp((1 - beta) log lambda_0 + beta log lambda)."""
+        weight, initial = self.config.spectral_weight, self.config.spectral_weight_initial
+        if initial is None:
+            return weight
+        return math.exp((1 - beta) * math.log(initial) + beta * math.log(weight))
+
+    def regularizers(self) -> dict[str, Tensor]:
+        """The regularizers before lambda, in the weights' own precision, by name.
+
+        Advances the spectral vectors.
+        """
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            zero = self.alpha.new_zeros(())
+            return {
+                "spectral": zero if self.spectral_norm is None else self.spectral_norm(),
+                "batchnorm": batchnorm_penalty(self._batchnorms) if self._batchnorms else zero,
+            }
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of ``x`` over the ranks; no gradient. Of one process: ``x``."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:

@@ -10,9 +10,9 @@ from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
 from nvae.models import ModelConfig
+from nvae.objective import ObjectiveConfig
 from nvae.settings import check_choice, check_fields
 from nvae.training.loggers import LoggerConfig
-from nvae.training.loss import ObjectiveConfig
 from nvae.training.optimizer import OptimizerConfig
 from nvae.training.trainer import CallbacksConfig, TrainerConfig
 

@@ -2,7 +2,6 @@
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
@@ -37,12 +36,3 @@ def synchronize_batchnorm(model: nn.Module) -> None:
     """Batch statistics over all ranks of the default group, from now on."""
     for norm in batchnorms(model):
         norm.group = dist.group.WORLD
-
-
-def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Mean of ``x`` over the ranks; no gradient. Of one process: ``x``."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x

@@ -136,14 +136,14 @@ class BadSteps(pl.Callback):
     ) -> None:
         """Judge the gradients, clip them, and switch the optimiser on or off."""
         assert isinstance(pl_module, NVAELightning)
-        assert pl_module.report is not None
+        assert pl_module.last is not None
         trained = [(n, p) for n, p in pl_module.model.named_parameters() if p.grad is not None]
         if not self._trained:  # gradients are gone when the run has ended
             self._trained = [f"{name} {tuple(p.shape)}" for name, p in trained]
         gradients = [p.grad for _, p in trained if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = torch.linalg.vector_norm(norms)
-        bad = ~(norm.isfinite() & pl_module.report.loss.isfinite())
+        bad = ~(norm.isfinite() & pl_module.last.total.isfinite())
         if self.config.skip_threshold is not None:
             bad |= norm > self.config.skip_threshold
         switch = bad.float()
@@ -160,14 +160,14 @@ class BadSteps(pl.Callback):
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _count(self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning) -> None:
-        assert module.report is not None
+        assert module.last is not None
         if self._counters is None:
             self._counters = torch.zeros(6, dtype=torch.float64, device=norm.device)
         skipped, streak, _, *culprit = self._counters.unbind()
-        group_is_bad = ~module.report.kl_per_group.isfinite()
+        group_is_bad = ~module.last.kl_per_group.isfinite()
         group = torch.where(group_is_bad.any(), group_is_bad.int().argmax(), -1)
         # argmax takes a NaN for the largest
-        now = (norms.argmax(), group, module.report.elbo.reconstruction.isfinite().all())
+        now = (norms.argmax(), group, module.last.terms["reconstruction"].isfinite())
         begins = (switch > 0) & (streak == 0)
         self._counters = torch.stack(
             [

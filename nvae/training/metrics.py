@@ -6,7 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from nvae.training.module import NVAELightning, StepReport
+from nvae.objective import Loss
+from nvae.training.module import NVAELightning
 from nvae.training.validation import group_metrics
 
 
@@ -49,8 +50,8 @@ class TrainingMetrics(pl.Callback):
             return
         self._last_step = step
         assert isinstance(pl_module, NVAELightning)
-        assert pl_module.report is not None
-        metrics = read_report(pl_module.report)
+        assert pl_module.last is not None
+        metrics = read_loss(pl_module.last)
         metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         # reading waited for the device, so the clock covers the work
         metrics["train/images_per_second"] = self._images / (time.perf_counter() - self._since)
@@ -60,28 +61,10 @@ class TrainingMetrics(pl.Callback):
             logger.log_metrics(metrics, step)
 
 
-@torch.no_grad()
-def read_report(report: StepReport) -> dict[str, float]:
+def read_loss(loss: Loss) -> dict[str, float]:
     """A step's metrics as Python numbers, by one copy from the device; nats per image."""
-    elbo = report.elbo
-    values = {
-        "train/reconstruction": elbo.reconstruction.mean(),
-        "train/kl": elbo.kl.mean(),
-        "train/kl_balanced": elbo.kl_term.mean(),
-    }
-    if report.regularizers is not None:
-        values["train/spectral"] = report.regularizers.spectral
-        values["train/batchnorm"] = report.regularizers.batchnorm
-    stacked = torch.cat(
-        [torch.stack([v.detach().double() for v in values.values()]), report.kl_per_group.double()]
-    ).tolist()
-    metrics = dict(zip(values, stacked, strict=False))
-    metrics["train/negative_elbo"] = metrics["train/reconstruction"] + metrics["train/kl"]
-    metrics["train/loss"] = metrics["train/reconstruction"] + metrics["train/kl_balanced"]
-    if report.regularizers is not None:
-        metrics["train/loss"] += report.spectral_weight * (
-            metrics["train/spectral"] + metrics["train/batchnorm"]
-        )
-    metrics["train/beta"] = report.beta
-    metrics["train/lambda"] = report.spectral_weight
-    return metrics | group_metrics("train_kl_group", stacked[len(values) :])
+    terms = torch.stack([term.double() for term in loss.terms.values()])
+    values = torch.cat([terms, loss.kl_per_group.double()]).tolist()
+    metrics = {f"train/{name}": value for name, value in zip(loss.terms, values, strict=False)}
+    metrics |= {f"train/{name}": value for name, value in loss.coefficients.items()}
+    return metrics | group_metrics("train_kl_group", values[len(loss.terms) :])

@@ -1,6 +1,5 @@
 """The training step, as Lightning wants it: batch, model, likelihood, ELBO, regularisers."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,39 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
 from nvae.data.module import ImageBatch
-from nvae.models import NVAE
-from nvae.objective import Elbo
+from nvae.models import HierarchicalVAE
+from nvae.objective import Loss, Objective, ObjectiveConfig
 from nvae.training.distributed import synchronize_batchnorm
-from nvae.training.loss import ObjectiveConfig, Regularizers, TrainingLoss, spectral_weight
 from nvae.training.noise import TrainingNoise
 from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.validation import ValidationSums
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a training step leaves for the logs; tensors on the device, nothing is read here.
-
-    Attributes:
-        loss: of this micro-batch, a scalar.
-        elbo: of this micro-batch.
-        kl_per_group: ``(G,)``, batch mean, coarsest first.
-        regularizers: before lambda; None where lambda is 0 or accumulation goes on.
-        beta: KL coefficient.
-        spectral_weight: lambda.
-    """
-
-    loss: Tensor
-    elbo: Elbo
-    kl_per_group: Tensor
-    regularizers: Regularizers | None
-    beta: float
-    spectral_weight: float
-
-
 class NVAELightning(pl.LightningModule):
-    """Trains one :class:`~nvae.models.nvae.NVAE`.
+    """Trains one hierarchical VAE.
 
     Args:
         model: the network.
@@ -60,7 +37,7 @@ class NVAELightning(pl.LightningModule):
 
     def __init__(
         self,
-        model: NVAE,
+        model: HierarchicalVAE,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
         *,
@@ -71,7 +48,7 @@ class NVAELightning(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        self.loss = TrainingLoss(model, objective)
+        self.loss = Objective(model, objective)
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config
@@ -79,27 +56,28 @@ class NVAELightning(pl.LightningModule):
         self.has_started = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
-        self.report: StepReport | None = None
-        self._validation = ValidationSums(model.config)
+        self.last: Loss | None = None
+        self._validation = ValidationSums(model)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, in nats; see equation 8 of the paper's appendix and spec 3."""
-        beta = self.loss.beta(self.global_step, self.total_steps)
-        window, last = self._accumulation(batch_idx)
+        """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
+        window, is_last = self._accumulation(batch_idx)
+        nominal = self.trainer.accumulate_grad_batches
         noise = self._noise(self.model, len(batch.x), self.trainer.fit_loop.total_batch_idx)
-        output = self.model(batch.x, noise)
-        elbo = self.loss.elbo(output, self.model.likelihood(output.logits).log_prob(batch.x), beta)
-        # Lightning divides by the nominal window; an epoch's last one may be shorter
-        loss = elbo.loss * (self.trainer.accumulate_grad_batches / window)
-        weight = spectral_weight(self.loss.config, beta)
-        regularizers = self.loss.regularizers() if weight > 0 and last else None
-        if regularizers is not None:
-            # once per optimiser step, whatever the number of micro-batches
-            penalty = weight * (regularizers.spectral + regularizers.batchnorm)
-            loss = loss + penalty * self.trainer.accumulate_grad_batches
-        self.report = StepReport(
-            loss.detach(), elbo, output.kl_per_group.detach().mean(0), regularizers, beta, weight
+        self.last = self.loss(
+            self.model,
+            batch.x,
+            noise,
+            step=self.global_step,
+            total_steps=self.total_steps,
+            input_noise=self._noise.further(batch.x) if self.loss.config.encoder_noise else None,
+            regularize=is_last,
         )
+        # Lightning divides by the nominal window; an epoch's last one may be shorter
+        loss = self.last.data * (nominal / window)
+        if self.last.penalty is not None:
+            # once per optimizer step, whatever the number of micro-batches
+            loss = loss + self.last.penalty * nominal
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 
 
 class TrainingNoise:
@@ -25,11 +25,17 @@ class TrainingNoise:
         self.seed, self.rank = seed, rank
         self._generator: torch.Generator | None = None
 
-    def __call__(self, model: NVAE, batch_size: int, batch: int) -> Sequence[Tensor]:
+    def __call__(self, model: HierarchicalVAE, batch_size: int, batch: int) -> Sequence[Tensor]:
         """Noise of batch number ``batch`` (counted over the whole run), one tensor a group."""
-        device = model.initial_state.device
+        device = model.device
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device)
         key = np.random.SeedSequence((self.seed, self.rank, batch)).generate_state(1, np.uint64)
         self._generator.manual_seed(int(key[0] >> np.uint64(1)))
         return model.draw_noise(batch_size, self._generator)
+
+    def further(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the same batch that nothing else has used."""
+        return torch.randn(
+            like.shape, generator=self._generator, device=like.device, dtype=like.dtype
+        )

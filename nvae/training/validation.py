@@ -5,8 +5,7 @@ from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
 from nvae.evaluation.result import ACTIVE_UNIT_NATS
-from nvae.models import NVAE, ModelConfig, Output
-from nvae.models.config import latent_shapes
+from nvae.models import HierarchicalVAE, Output
 from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
 from nvae.objective import bits_per_dim
 
@@ -20,12 +19,13 @@ class ValidationSums:
     """Sums over images of the ELBO's parts; every image counts once, whatever the batches.
 
     Args:
-        config: of the model.
+        model: whose images they are.
         seed: of the noise, fixed, so that epochs differ by their weights alone.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, model: HierarchicalVAE, seed: int = 0) -> None:
+        self._shapes, self._pixels = model.latent_shapes, model.config.counted_pixels
+        self.seed = seed
         self.reset()
 
     def reset(self) -> None:
@@ -33,10 +33,10 @@ class ValidationSums:
         self._head: Tensor | None = None  # images, reconstruction, KL
         self._channels: Tensor | None = None  # (G, L) KL
 
-    def noise(self, model: NVAE, index: Tensor) -> list[Tensor]:
+    def noise(self, model: HierarchicalVAE, index: Tensor) -> list[Tensor]:
         """Posterior noise of the images ``index`` ``(B,)``, one tensor a group."""
         keys = keys_of(index, seed=self.seed, stream=STREAM_POSTERIOR)
-        return latent_noise(keys, model.latent_shapes, model.initial_state.dtype)
+        return latent_noise(keys, model.latent_shapes, model.dtype)
 
     def add(self, output: Output, log_likelihood: Tensor) -> None:
         """Count a batch; ``log_likelihood`` ``(B,)`` in nats."""
@@ -53,7 +53,7 @@ class ValidationSums:
 
     def means(self, strategy: Strategy) -> dict[str, float]:
         """Metrics over all ranks' images; a rank may have seen none."""
-        groups, latent = len(latent_shapes(self.config)), self.config.latent_channels
+        groups, latent = len(self._shapes), self._shapes[0][0]
         if self._head is None or self._channels is None:
             sums = torch.zeros(
                 3 + groups * latent, dtype=torch.float64, device=strategy.root_device
@@ -67,7 +67,7 @@ class ValidationSums:
         channels = mean[3:].view(groups, latent)
         return {
             "valid/negative_elbo": reconstruction + kl,
-            "valid/bits_per_dim": bits_per_dim(reconstruction + kl, self.config.counted_pixels),
+            "valid/bits_per_dim": bits_per_dim(reconstruction + kl, self._pixels),
             "valid/reconstruction": reconstruction,
             "valid/kl": kl,
             **group_metrics("valid_kl_group", channels.sum(1).tolist()),

@@ -5,8 +5,8 @@ import copy
 import torch
 
 from nvae.models import NVAE, ModelConfig
+from nvae.objective import Objective, ObjectiveConfig
 from nvae.training.activation_checkpointing import checkpoint_cells
-from nvae.training.loss import ObjectiveConfig, TrainingLoss
 
 CONFIG = ModelConfig(
     image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=2,
@@ -26,12 +26,8 @@ def _step(model: NVAE) -> tuple[torch.Tensor, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(x, noise)
-        loss = (
-            TrainingLoss(model, ObjectiveConfig())
-            .elbo(output, model.likelihood(output.logits).log_prob(x), 0.5)
-            .loss
-        )
+        objective = Objective(model, ObjectiveConfig())
+        loss = objective(model, x, noise, step=15, total_steps=100, regularize=False).data
     held = sum(kept.values())
     loss.backward()
     return loss, held

@@ -14,8 +14,8 @@ from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import NVAE, ModelConfig
+from nvae.objective import Objective, ObjectiveConfig
 from nvae.training.distributed import synchronize_batchnorm
-from nvae.training.loss import ObjectiveConfig, TrainingLoss
 from nvae.training.noise import TrainingNoise
 from tests.training.ranks import run_ranks
 
@@ -37,11 +37,11 @@ def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
     if world > 1:
         synchronize_batchnorm(model)
     mine = slice(rank * total // world, (rank + 1) * total // world)
-    loss_of = TrainingLoss(model, ObjectiveConfig())
-    output = model(x[mine], [eps[mine] for eps in noise])
-    elbo = loss_of.elbo(output, model.likelihood(output.logits).log_prob(x[mine]), beta=0.3)
-    penalty = loss_of.regularizers()
-    (elbo.loss + 1e-2 * (penalty.spectral + penalty.batchnorm)).backward()
+    objective = Objective(model, ObjectiveConfig())
+    mine_noise = [eps[mine] for eps in noise]
+    loss = objective(model, x[mine], mine_noise, step=9, total_steps=100)  # beta is 0.3
+    assert loss.penalty is not None
+    (loss.data + loss.penalty).backward()
     result = {}
     for name, p in model.named_parameters():
         assert p.grad is not None, name

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from nvae.data.module import ImageBatch
-from nvae.objective import kl_coefficient
+from nvae.objective import ObjectiveConfig, kl_coefficient
 from nvae.training.loggers import JsonLinesLogger
-from nvae.training.loss import ObjectiveConfig, spectral_weight
 from nvae.training.module import NVAELightning
 from tests.training.runs import run, small_config
 
@@ -26,14 +25,11 @@ def test_a_step_weighs_its_micro_batches_alike_and_the_penalty_once(
 
     def recorded(self: NVAELightning, batch: ImageBatch, batch_idx: int) -> torch.Tensor:
         loss = original(self, batch, batch_idx)
-        report = self.report
-        assert report is not None
-        penalty = 0.0
-        if report.regularizers is not None:
-            terms = report.regularizers
-            penalty = report.spectral_weight * float(terms.spectral + terms.batchnorm)
+        last = self.last
+        assert last is not None
+        penalty = 0.0 if last.penalty is None else float(last.penalty)
         windows.setdefault(self.global_step, []).append(
-            (float(loss) / 2, float(report.elbo.loss), penalty)  # Lightning divides by 2
+            (float(loss) / 2, float(last.data), penalty)  # Lightning divides by 2
         )
         return loss
 
@@ -71,14 +67,6 @@ def test_beta_and_lambda_go_by_optimiser_steps(tmp_path: Path) -> None:
     assert logged[24]["train/beta"] == 1
 
 
-def test_lambda_is_geometric_between_its_ends() -> None:
-    config = ObjectiveConfig(spectral_weight=1e-2, spectral_weight_initial=1.0)
-    assert spectral_weight(config, 0.0) == pytest.approx(1.0)
-    assert spectral_weight(config, 0.5) == pytest.approx(1e-1)
-    assert spectral_weight(config, 1.0) == pytest.approx(1e-2)
-    assert spectral_weight(ObjectiveConfig(spectral_weight=0.0), 0.3) == 0.0
-
-
 def test_json_lines_of_a_lost_stretch_are_replaced(tmp_path: Path) -> None:
     """A killed run logged on after its last checkpoint; the resumed one writes those steps again.
 
@@ -103,9 +91,9 @@ def test_bfloat16_trains_and_keeps_the_loss_in_float32(tmp_path: Path) -> None:
     _, trainer = run(config)
     module = trainer.lightning_module
     assert isinstance(module, NVAELightning)
-    assert module.report is not None
-    assert module.report.elbo.reconstruction.dtype == torch.float32
-    assert module.report.kl_per_group.dtype == torch.float32
+    assert module.last is not None
+    assert {term.dtype for term in module.last.terms.values()} == {torch.float32}
+    assert module.last.kl_per_group.dtype == torch.float32
     assert all(p.isfinite().all() for p in module.parameters())
 
 
