@@ -107,7 +107,7 @@ SOURCES = {
     ),
     "npz": Source("npz", lambda f: files.write_npz(f, [IMAGES[:2], IMAGES[2:4]], IMAGES[4:])),
     **{
-        kind: Source("folder", _pictures(kind), is_checked=False)
+        kind: Source("folder", _pictures(kind), is_checked=kind == "png")
         for kind in ("png", "jpg", "webp", "gif", "tiff")
     },
     "zip": Source("folder", lambda f: _archive(f, ".zip")),
