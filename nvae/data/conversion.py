@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,7 +109,11 @@ def _map_in_order(
         return [(split, item, _to_array(item, config)) for split, item in chunk]
 
     pending: deque[Future[list[tuple[int, Item, NDArray[np.uint8] | BadImageError]]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="nvae-prepare") as pool:
+    # PIL's warnings about damaged pictures are several lines each; set for all threads at once.
+    with (
+        warnings.catch_warnings(action="ignore"),
+        ThreadPoolExecutor(workers, thread_name_prefix="nvae-prepare") as pool,
+    ):
         try:
             while chunk := list(islice(items, _CHUNK)):
                 pending.append(pool.submit(work, chunk))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nvae.data.manifest import MANIFEST_NAME
-from nvae.data.readers.archives import is_archive
+from nvae.data.readers.archives import ARCHIVE_SUFFIXES
 from nvae.data.readers.folder import is_picture
 
 _WITH_TIMES = "times:"
@@ -29,15 +29,17 @@ def listing_digest(source: Path, kind: str, *, times: bool = True) -> str:
     """
     digest = hashlib.sha256()
     for name, path in sorted(_files(source)):
-        if kind == "folder" and not is_picture(path.name) and not is_archive(path):
+        is_wanted = is_picture(name) or name.lower().endswith(ARCHIVE_SUFFIXES)
+        if kind == "folder" and not is_wanted:
             continue
         try:
-            status = path.stat()
+            status = os.stat(path)
         except OSError:  # a dangling link, or one that leads round in a circle
-            digest.update(f"{name}\0none\n".encode("utf-8", "surrogateescape"))
-            continue
-        line = f"{name}\0{status.st_size}" + (f"\0{status.st_mtime_ns}" if times else "")
-        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+            line = f"{name}\0none\n"
+        else:
+            time = f"\0{status.st_mtime_ns}" if times else ""
+            line = f"{name}\0{status.st_size}{time}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return (_WITH_TIMES if times else "") + digest.hexdigest()
 
 
@@ -48,17 +50,18 @@ def is_unchanged(source: Path, kind: str, digest: str) -> bool:
     return digest == listing_digest(source, kind, times=digest.startswith(_WITH_TIMES))
 
 
-def _files(source: Path) -> Iterator[tuple[str, Path]]:
-    """(path below the source, path) of all files that are not hidden."""
+# Strings and not Path objects: a data set may have millions of files.
+def _files(source: Path) -> Iterator[tuple[str, str]]:
+    """(path below the source with slashes, path) of all files that are not hidden."""
     if not source.is_dir():
-        yield source.name, source
+        yield source.name, str(source)
         return
     for place, folders, files in os.walk(source):
         if MANIFEST_NAME in files and _PREPARED.fullmatch(os.path.basename(place)):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
+        below = "" if place == str(source) else f"{os.path.relpath(place, source)}/"
         for name in files:
             if not name.startswith(".") and name not in _NO_SOURCE:
-                path = Path(place, name)
-                yield path.relative_to(source).as_posix(), path
+                yield f"{below}{name}", os.path.join(place, name)

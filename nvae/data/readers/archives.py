@@ -63,13 +63,25 @@ def zip_items(path: Path, is_picture: Callable[[str], bool]) -> list[Item]:
         return load
 
     members = sorted(archive.infolist(), key=lambda member: member.filename)
+    items = []
     for member in members:
         _check_name(member.filename, path)
-    return [
-        Item(member.filename, loader(member))
-        for member in members
-        if not member.is_dir() and is_picture(member.filename)
-    ]
+        if is_picture(member.filename):
+            items.append(Item(member.filename, loader(member)))
+        else:
+            _check_passed_over(archive, member, path)
+    return items
+
+
+def _check_passed_over(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    """The directory has no checksum; a damaged name must not drop a picture. What is read is
+    compared with the name that stands before the data, and so must be what is not."""
+    try:
+        archive.open(member).close()
+    except RuntimeError:
+        return  # locked, or packed in a way that is not known; nobody wants it
+    except Exception as error:
+        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:

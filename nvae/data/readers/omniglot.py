@@ -21,6 +21,7 @@ _CLASSES = ("double", "single", "uint8", "logical")
 _LARGEST = 1 << 28
 _HEADER_BYTES, _TAG_BYTES, _COMPRESSED = 128, 8, 15
 _COLUMNS = 4096
+_PIECE = 1 << 24
 
 
 def _unpack(data: bytes, path: Path) -> bytes:
@@ -35,11 +36,13 @@ def _unpack(data: bytes, path: Path) -> bytes:
         if kind != _COMPRESSED:
             pieces.append(data[at : body + size])
         else:
-            stream = zlib.decompressobj()
-            pieces.append(stream.decompress(data[body : body + size], left + 1))
-            left -= len(pieces[-1])
-            if left < 0:
-                raise DataError(f"{path} is refused: it unpacks to a hundred times its size")
+            stream, packed = zlib.decompressobj(), data[body : body + size]
+            while packed and not stream.eof:
+                pieces.append(stream.decompress(packed, _PIECE))
+                packed = stream.unconsumed_tail
+                left -= len(pieces[-1])
+                if left < 0:
+                    raise DataError(f"{path} is refused: it unpacks to a hundred times its size")
             if not stream.eof:
                 raise DataError(f"{path} is damaged: an element is cut short")
         at = body + size

@@ -84,7 +84,7 @@ def read_file(path: Path) -> Callable[[], bytes]:
         except OSError as error:
             raise BadImageError(f"it cannot be read: {error.strerror or error}") from error
         except ValueError as error:
-            raise BadImageError(f"it cannot be used: {error}") from error
+            raise BadImageError(error) from error
 
     return load
 

@@ -172,7 +172,7 @@ def decode_example(record: bytes) -> Pixels:
     if not shape or not data or not isinstance(data[0], bytes):
         raise BadImageError("its tf.Example lacks 'shape' or 'data'")
     sides = [side for side in shape if isinstance(side, int)]
-    if len(sides) != 3 or prod(sides) != len(data[0]):
+    if len(sides) != 3 or 0 in sides or prod(sides) != len(data[0]):
         raise BadImageError(f"its data has {len(data[0])} bytes, its shape is {sides}")
     pixels = np.frombuffer(data[0], dtype=np.uint8).reshape(sides)
     if sides[2] in (1, 3):
