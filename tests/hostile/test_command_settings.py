@@ -1,8 +1,7 @@
-"""Every setting of `sample.py` and `evaluate.py`, found in the schema, with values that are none."""
+"""Every setting of `sample.py` and `evaluate.py`, found in the schema, with wrong values."""
 
 import dataclasses
 import math
-import time
 import typing
 from typing import Any
 
@@ -13,6 +12,7 @@ from nvae.cli.device import open_device
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.sample_config import MOST_NUMBERS, SampleConfig, integers
 from nvae.cli.schema import build, schema_of
+from nvae.command_line import brief
 from nvae.evaluation import BoundSettings
 from nvae.metrics import DistanceSettings
 from nvae.sampling import interpolate, prior_latents, sample_images, scale_temperatures, slerp
@@ -31,6 +31,10 @@ NO_NUMBERS = (math.nan, math.inf, -math.inf, 10**19, -(10**19), 10**400, 1e308)
 
 def _numeric(kind: Any) -> bool:
     return kind in (int, float, Any) or any(_numeric(arg) for arg in typing.get_args(kind))
+
+
+def _id(value: Any) -> Any:
+    return getattr(value, "__name__", value)
 
 
 def _fields(config: type) -> list[tuple[str, Any]]:
@@ -62,13 +66,15 @@ def test_no_number_but_a_finite_one(config, name, kind):
             _named(error, name)
 
 
-@pytest.mark.parametrize(("config", "name", "kind"), CASES, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize(("config", "name", "kind"), CASES, ids=_id)
 def test_every_type_works_or_is_one_line(config, name, kind):
+    lines = []
     for value in (None, True, -1, 2.5, "", "x", [], [[]], [None], {}, {"a": 1}, object(), b"x"):
         try:
             config(**{**REQUIRED[config], name: value})
         except ValueError as error:
-            assert "\n" not in str(error)
+            lines.append(str(error))
+    assert not [line for line in lines if "\n" in line or "object at 0x" in brief(line)]
 
 
 def test_the_composed_number_is_named_before_settings_are_compared():
@@ -77,7 +83,7 @@ def test_the_composed_number_is_named_before_settings_are_compared():
 
     composed = OmegaConf.structured(schema_of(EvaluateConfig))
     composed.checkpoint, composed.temperature, composed.metrics = "x", math.nan, ["kid"]
-    with pytest.raises(ValueError, match="^temperature is nan; it must be a finite number$"):
+    with pytest.raises(ValueError, match=r"^temperature is nan; it must be a finite number$"):
         build(EvaluateConfig, composed)
 
 
@@ -89,15 +95,13 @@ def test_the_composed_number_is_named_before_settings_are_compared():
 )  # fmt: skip
 def test_ranges_are_counted_before_they_are_spelled_out(value):
     """The first of these took 14 GB."""
-    started = time.process_time()
     with pytest.raises(ValueError, match=r"seeds.*(more than 1,000,000|too large)"):
         integers("seeds", value)
-    assert time.process_time() - started < 5  # spelled out it would be hours
 
 
 @pytest.mark.parametrize("value", ["1e12", "0-1e12", "-1", "1-", "--", "0x10", "½", 1e12, None, {}])
 def test_other_texts_are_no_numbers(value):
-    with pytest.raises(ValueError, match="images=.* is no number or range"):
+    with pytest.raises(ValueError, match=r"images=.* is no number or range"):
         integers("images", value)
 
 
@@ -120,8 +124,8 @@ def test_what_would_take_years_is_refused(settings, words):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "cuda:", "cuda:-1", "cuda:1:1", "cpu:3", "meta", "mps", "CPU", "cuda:0x1", "cuda:" + "9" * 50,
-     "cpu\n", "0", "\x1b[2J"],
+    ["", "cuda:", "cuda:-1", "cuda:1:1", "cpu:3", "meta", "mps", "CPU", "cuda:0x1",
+     "cuda:" + "9" * 50, "cpu\n", "0", "\x1b[2J"],
 )  # fmt: skip
 def test_devices_that_are_none(name):
     with pytest.raises(ValueError, match=r"allowed: auto, cpu|CUDA device"):
