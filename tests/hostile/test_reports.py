@@ -18,8 +18,8 @@ from tests.test_report import HOSTILE, LIKELIHOOD, PROTOCOL, Page
 
 HUGE = 10**4000
 VALUES = (
-    None, True, -1, 2.5, HUGE, 1e308, -1e308, 5e-324, math.nan, math.inf, "", "5", HOSTILE, "\ud800",
-    "x" * 20_000, [], [1], [[[]]], {}, {"mean": 1}, {"a": {"b": [None]}},
+    None, True, -1, 2.5, HUGE, 1e308, -1e308, 5e-324, math.nan, math.inf, "", "5", HOSTILE,
+    "\ud800", "x" * 20_000, [], [1], [[[]]], {}, {"mean": 1}, {"a": {"b": [None]}},
 )  # fmt: skip
 EVALUATION = {"result": LIKELIHOOD, "samples": {"fid": 12.5}, "protocol": PROTOCOL}
 CONFIG = {
@@ -35,9 +35,8 @@ METRICS = {"step": 3, "time": 1e9, "train/kl": 1.0, "valid_kl_group/00": 1.0,
 def places(value: Any) -> Iterator[tuple[Any, ...]]:
     """The path to every value inside ``value``, and to itself."""
     yield ()
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, dict | list):
-        for key, entry in entries:
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from ((key, *rest) for rest in places(entry))
 
 
@@ -87,8 +86,6 @@ def _confuse(run: Path, name: str, every: int) -> int:
     value, text = FILES[name]
     cases = [(place, other) for place in places(value) for other in VALUES][::every]
     for place, other in cases:
-        if place and isinstance(place[-1], str) and other is HUGE:
-            other = -HUGE
         (run / name).write_text(text(confused(value, place, other)), errors="surrogatepass")
         _is_page(run)
     return len(cases)
