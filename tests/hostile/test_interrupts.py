@@ -29,12 +29,14 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(
-    ("code", "exit_code"),
-    [(ONCE, 130), (HANDLING, 130), (TWICE, -signal.SIGINT)],
-    ids=["once", "while an error is handled", "twice"],
-)
+CASES = [(command, ONCE, 130) for command in COMMANDS] + [
+    ("evaluate", HANDLING, 130),
+    ("train", TWICE, -signal.SIGINT),
+    ("report", TWICE, -signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "exit_code"), CASES)
 def test_while_importing(tmp_path, command, code, exit_code):
     for name in ("yaml", "torch", "hydra"):
         (tmp_path / f"{name}.py").write_text(code)

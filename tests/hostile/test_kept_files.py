@@ -28,6 +28,7 @@ from nvae.bn_recalibration import (
     save_statistics,
 )
 from nvae.checkpoint import CheckpointError, save_model
+from nvae.cli.evaluate import _already_done
 from nvae.cli.evaluate import main as evaluate_main
 from nvae.cli.sample import main as sample_main
 from nvae.cli.sample_output import SampleFolder
@@ -302,20 +303,27 @@ def test_a_samples_manifest_of_any_type_is_somebody_elses(folder):
         assert json.loads(text)["request"] == request
 
 
-def test_a_result_of_any_type_is_somebody_elses(folder, monkeypatch, capsys):
-    run = Commands(evaluate_main, monkeypatch, capsys, folder)
-    arguments = ("checkpoint=model.ckpt", "importance_samples=[]", "output=r.json")
-    for text in ("null", "[]", '"x"', '{"protocol": []}', "[" * 100_000, "", "{", "1" * 10_000):
-        (folder / "r.json").write_text(text)
-        assert "overwrite=true" in run.fails(*arguments)
-        assert (folder / "r.json").read_text() == text
-    (folder / "r.json").unlink()
-    os.mkfifo(folder / "r.json")
-    assert "overwrite=true" in run.fails(*arguments)
+def test_a_result_of_any_type_is_somebody_elses(tmp_path):
+    protocol, path = {"seed": 0}, tmp_path / "r.json"
+    whole = {"result": {}, "protocol": protocol}
+    texts = [
+        json.dumps(confused(whole, place, other)) for place in places(whole) for other in VALUES
+    ]
+    for text in (*texts, "[" * 100_000, "", "{", "1" * 10_000):
+        path.write_text(text)
+        try:
+            _already_done(path, protocol, overwrite=False)
+        except ValueError:
+            continue
+        assert json.loads(text)["protocol"] == protocol
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="overwrite=true"):
+        _already_done(path, protocol, overwrite=False)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
-@pytest.mark.parametrize("value", [None, [], "x", 3, {"data": []}, {"data": {"name": []}}, {1: 2}])
+@pytest.mark.parametrize("value", [[], "x", {"data": []}, {"data": {"name": []}, 1: 2}])
 def test_a_run_config_of_any_type(folder, monkeypatch, capsys, value, command):
     torch.manual_seed(0)
     save_model(small_nvae(), folder / "odd.ckpt", value)
