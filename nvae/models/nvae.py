@@ -278,6 +278,8 @@ class NVAE(nn.Module):
         if is_traced or not x.numel() or (self.training and x.is_cuda):
             return
         low, high = (float(bound) for bound in x.detach().aminmax())
+        if self.training and not (math.isfinite(low) and math.isfinite(high)):
+            return  # a damaged batch makes a bad step, and training leaves those out
         if not (low >= 0 and high <= 1):  # a NaN fails both
             raise ValueError(
                 f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"
