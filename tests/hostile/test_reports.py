@@ -198,6 +198,7 @@ def test_many_readings_metrics_and_starts_are_bounded(run: Path, monkeypatch) ->
     text = write_report(run).read_text(encoding="utf-8")
     assert text.count("<svg") == 20
     assert "only the first 100 readings count" in text
+    assert "no more than 20 metrics" in text
 
 
 def test_numbers_that_a_chart_can_show() -> None:
