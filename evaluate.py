@@ -1,6 +1,9 @@
 """Evaluate a checkpoint: `python evaluate.py checkpoint=...`; `--cfg job` shows every setting."""
 
-from nvae.cli.evaluate import main
+from nvae.command_line import interruptible
 
 if __name__ == "__main__":
-    main()
+    with interruptible():  # the imports take seconds
+        from nvae.cli.evaluate import main
+
+        main()

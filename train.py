@@ -1,6 +1,9 @@
 """Train an NVAE: `python train.py experiment=digits`; `--cfg job` shows every setting."""
 
-from nvae.cli.train import main
+from nvae.command_line import interruptible
 
 if __name__ == "__main__":
-    main()
+    with interruptible():  # the imports take seconds
+        from nvae.cli.train import main
+
+        main()

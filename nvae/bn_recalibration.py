@@ -8,24 +8,29 @@ back afterwards.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nvae.arrays import read_arrays
 from nvae.files import replacing
 from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
 from nvae.models.nvae import NVAE
 from nvae.modes import eval_mode
 from nvae.noise import keys_of, latent_noise
+from nvae.settings import check_fields
 
 STREAM_RECALIBRATION = 105
-_FORMAT = 1
+_FORMAT = 2
+_LARGEST = 1 << 28
+"""Bytes of a cache; the largest model in use has 8 MiB of statistics."""
 
 
 class RecalibrationError(ValueError):
@@ -49,6 +54,11 @@ class RecalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(
+            self, temperature=(None, 1000), batches=(None, 1_000_000), batch_size=(None, 65_536)
+        )
+        if not self.temperature:
+            raise ValueError("temperature is empty; it takes one number a group")
         if min(self.temperature) < 0:
             raise ValueError(f"temperature is {min(self.temperature)}; it must be 0 or more")
         if self.batches < 1:
@@ -203,21 +213,21 @@ def cache_path(checkpoint: Path, settings: RecalibrationSettings) -> Path:
     if len(set(settings.temperature)) > 1:
         listed = ",".join(f"{t:g}" for t in settings.temperature)
         name += f"-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
-    name += f"-n{settings.batches}x{settings.batch_size}-seed{settings.seed}.pt"
+    name += f"-n{settings.batches}x{settings.batch_size}-seed{settings.seed}.npz"
     return checkpoint.with_name(name)
 
 
 def save_statistics(statistics: RecalibratedStatistics, path: Path) -> None:
-    """Write plain types and tensors, atomically."""
-    contents = {
-        "nvae_bn_format": _FORMAT,
-        "settings": asdict(statistics.settings),
-        "fingerprint": statistics.fingerprint,
-        "mean": statistics.mean,
-        "variance": statistics.variance,
+    """Write an npz file, atomically."""
+    arrays = {
+        "format": np.array(_FORMAT),
+        "settings": np.array(_text(statistics.settings)),
+        "fingerprint": np.array(statistics.fingerprint),
+        **{f"mean/{name}": mean.numpy() for name, mean in statistics.mean.items()},
+        **{f"variance/{name}": each.numpy() for name, each in statistics.variance.items()},
     }
-    with replacing(path) as temporary:
-        torch.save(contents, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_statistics(
@@ -226,19 +236,48 @@ def load_statistics(
     """Cached statistics if they are of this network and these settings, else None.
 
     Raises:
-        RecalibrationError: there is a file, but it cannot be read.
+        RecalibrationError: there is a file, but it cannot be read, or its statistics are none that
+            this network could have.
     """
     if not path.is_file():
         return None
     try:
-        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        stored = RecalibrationSettings(**contents["settings"])
-        found = RecalibratedStatistics(
-            stored, contents["fingerprint"], contents["mean"], contents["variance"]
+        found = read_arrays(path, _LARGEST)
+        said = [str(found.pop(name)) for name in ("format", "settings", "fingerprint")]
+        if said != [str(_FORMAT), _text(settings), fingerprint(model)]:
+            return None
+        mean, variance = (
+            {name: torch.from_numpy(found[f"{kind}/{name}"]) for name in _names(found, kind)}
+            for kind in ("mean", "variance")
         )
-    except Exception as error:  # torch.load raises almost anything on a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecalibrationError(f"{path} cannot be read ({reason}); delete it") from None
-    if stored != settings or found.fingerprint != fingerprint(model):
-        return None
-    return found
+        _check(mean, variance, _norms(model))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise RecalibrationError(f"{path} cannot be read ({error}); delete it") from None
+    return RecalibratedStatistics(settings, said[2], mean, variance)
+
+
+def _text(settings: RecalibrationSettings) -> str:
+    return json.dumps(asdict(settings), sort_keys=True)
+
+
+def _names(found: Iterable[str], kind: str) -> list[str]:
+    return [name.removeprefix(f"{kind}/") for name in found if name.startswith(f"{kind}/")]
+
+
+def _check(
+    mean: dict[str, Tensor], variance: dict[str, Tensor], norms: dict[str, BatchNorm]
+) -> None:
+    """Raise a ValueError unless these are statistics of some of the norms."""
+    if not mean or mean.keys() != variance.keys():
+        raise ValueError("means and variances are not of the same norms")
+    for name in mean:
+        if name not in norms:
+            raise ValueError(f"the model has no norm {name}")
+        shape = norms[name].running_mean.shape
+        for each in (mean[name], variance[name]):
+            if each.shape != shape or each.dtype != torch.float32:
+                raise ValueError(f"{name} has shape {tuple(each.shape)} of {each.dtype}")
+            if not torch.isfinite(each).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        if (variance[name] < 0).any():
+            raise ValueError(f"{name} holds variances below 0")

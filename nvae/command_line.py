@@ -18,10 +18,11 @@ FAILURE = 2
 
 
 def brief(message: object, longest: int = LONGEST_MESSAGE) -> str:
-    """A message on one line: no addresses of objects, and no longer than ``longest``."""
+    """A message on one line: no addresses of objects, no control characters, not too long."""
     text = str(message)
     if len(text) > 4 * longest:  # before anything is done with it: some are megabytes long
         text = f"{text[: 2 * longest]} {text[-2 * longest :]}"
+    text = "".join(each if each.isprintable() else " " for each in text)
     text = " ".join(re.sub(r" (?:object )?at 0x[0-9a-fA-F]+", "", text).split())
     if len(text) <= longest:
         return text

@@ -7,11 +7,12 @@ Needs the huggingface_hub package: ``pip install 'nvae[hub]'``. Folders are thos
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
+from nvae.checkpoint import CheckpointError, load_model
 from nvae.export.card import model_card
 from nvae.models import NVAE, ModelConfig
-from nvae.weights_folder import write_weights
+from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, is_weights_folder, write_weights
 
 
 class HubNVAE(NVAE, PyTorchModelHubMixin):
@@ -39,7 +40,46 @@ class HubNVAE(NVAE, PyTorchModelHubMixin):
         write_weights(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "HubNVAE":
-        """As the library does it, but a missing weight is an error unless asked for."""
-        model: HubNVAE = super()._from_pretrained(strict=strict, **kwargs)
-        return model
+    def from_pretrained(  # type: ignore[override]  # no settings for the model
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> "HubNVAE":
+        """The model of a local folder or of the Hub, in evaluation mode, on the CPU.
+
+        Not the library's own way, which takes any settings from `config.json`, fills missing
+        weights with random numbers and falls back to a pickle: two files are fetched, and read as
+        :func:`load_model` reads a folder.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hub.
+            force_download: anew, though there is a copy.
+            token: of an account, as the library takes it.
+            cache_dir: of the copies.
+            local_files_only: take what was fetched before.
+            revision: branch, tag or commit.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or not what the other one says.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    str(pretrained_model_name_or_path),
+                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                    force_download=force_download,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    revision=revision,
+                )
+            )
+        if not is_weights_folder(folder):
+            raise CheckpointError(f"{folder} is no exported folder: it has no {CONFIG_FILE}")
+        return cls.of(load_model(folder))

@@ -108,7 +108,7 @@ def test_statistics_that_are_not_finite_are_refused_and_nothing_changes(model):
 
 def test_cache_serves_only_the_same_weights_and_settings(model, tmp_path):
     path = cache_path(tmp_path / "last.ckpt", settings())
-    assert path.name == "last.bn-t0.7-n3x16-seed0.pt"
+    assert path.name == "last.bn-t0.7-n3x16-seed0.npz"
     assert load_statistics(path, settings(), model) is None
     found = recalibrate(model, settings())
     save_statistics(found, path)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from nvae.report.__main__ import main, write_report
+from nvae.report.command import main, write_report
 from nvae.report.curves import Line, line_chart
 from nvae.report.heat_map import colour, heat_map
 from nvae.report.markup import Markup, element, number, table

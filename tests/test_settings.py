@@ -50,6 +50,11 @@ def test_what_does_not_fit_is_named(name, value, message):
     assert str(raised.value) == message
 
 
+def test_an_integer_too_long_to_print_is_named():
+    with pytest.raises(ValueError, match="is of 16610 bits"):
+        Settings(limit=10**5000)
+
+
 def test_what_fits_passes():
     Settings(count=10, rate=1, some=[0, 1.5], limit=2**62, pair=(1, 2))
 

@@ -1,16 +1,76 @@
-"""The data that a checkpoint is evaluated on: by default, what it was trained on."""
+"""The data that a checkpoint is evaluated on: by default, the set that it was trained on.
+
+A checkpoint may come from anybody, so its word goes no further than :class:`RecordedData`: the name
+of a data set that is configured here, and which of its pixels are meant. Addresses, paths, formats
+and everything else come from the configuration here and from what the user types.
+"""
 
 import dataclasses
+import os.path
 import typing
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nvae.cli.schema import schema_of
+from nvae.command_line import brief, shell
 from nvae.data import DataConfig
+from nvae.data.config import IN_MEMORY_FORMATS
+from nvae.data.manifest import MANIFEST_NAME
 from nvae.data.module import ImageDataModule
+from nvae.data.prepare import CONFIG_FOLDER, load_config
+from nvae.data.sources import prepared_folder
 from nvae.data.tables import SPLITS
 from nvae.models import ModelConfig
+from nvae.settings import check_choice, check_fields
+
+_MOST_IN_MEMORY = 1 << 28
+"""Bytes of images that are made in memory because a checkpoint says so."""
+
+
+@dataclass(frozen=True)
+class RecordedData:
+    """All that is taken from a checkpoint about its data; see :class:`DataConfig`.
+
+    Raises:
+        ValueError: a value is of another type.
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    bits: int
+    likelihood: str
+    counted_size: int | None
+    binarize: str
+    pad: int
+    flip: bool
+    crop: str
+    crop_box: list[int] | None
+    resize: str
+    train_size: int | None
+    valid_size: int | None
+    test_size: int | None
+    split_seed: int
+    seed: int
+    eval_seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the checkpoint's data.")
+
+
+@dataclass(frozen=True)
+class ChosenData:
+    """A data set to open.
+
+    Attributes:
+        config: of the data set.
+        prepare: the user named the set or its folder, so it may be downloaded and prepared.
+    """
+
+    config: DataConfig
+    prepare: bool
 
 
 def data_schema() -> type:
@@ -42,29 +102,91 @@ def split_off_data(composed: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     return own, given
 
 
-def data_config(given: dict[str, Any], run_config: dict[str, Any]) -> DataConfig:
+def choose_data(given: dict[str, Any], run_config: dict[str, Any]) -> ChosenData:
     """The data set: a whole one as given, or the checkpoint's with single fields changed.
 
+    Args:
+        given: what the user typed.
+        run_config: of the checkpoint; see :class:`RecordedData` for what is taken from it.
+
     Raises:
-        ValueError: neither command line nor checkpoint names a data set.
+        ValueError: neither command line nor checkpoint names a data set that is configured here,
+            or the checkpoint names another folder than the configured one.
     """
-    if "format" in given:
-        return DataConfig(**given)
+    if _whole(given):
+        return ChosenData(DataConfig(**given), prepare=True)
     recorded = run_config.get("data")
-    if not isinstance(recorded, dict):
+    name = given.get("name") or (recorded.get("name") if isinstance(recorded, dict) else None)
+    if not isinstance(recorded, dict) or not isinstance(name, str):
         raise ValueError("the checkpoint does not say what it was trained on; give data=NAME")
-    unknown = sorted(recorded.keys() - {f.name for f in dataclasses.fields(DataConfig)})
-    if unknown:
-        raise ValueError(f"the checkpoint's data settings hold unknown keys: {', '.join(unknown)}")
-    return DataConfig(**{**recorded, **given})
+    if name not in configured_names():
+        raise ValueError(
+            f"the checkpoint's data set, {_quoted(name)}, is not configured here; give data=NAME, "
+            "for pictures of your own data=folder data.root=FOLDER"
+        )
+    here = load_config(name)
+    known = [f.name for f in dataclasses.fields(RecordedData)]
+    values = {key: recorded.get(key, getattr(here, key)) for key in known}
+    meant = RecordedData(**{**values, "name": name})
+    if "root" not in given and here.format not in IN_MEMORY_FORMATS:
+        _check_root(recorded.get("root", here.root), here)
+    config = dataclasses.replace(here, **{**dataclasses.asdict(meant), **given})
+    return ChosenData(config, prepare="root" in given)
 
 
-def open_data(config: DataConfig, model: ModelConfig) -> ImageDataModule:
-    """Prepare and open the data, once it is known to fit the model.
+def _whole(given: dict[str, Any]) -> bool:
+    """Whether `data=NAME` was typed: then every field has a value that needs one."""
+    required = {
+        f.name
+        for f in dataclasses.fields(DataConfig)
+        if f.default is f.default_factory is dataclasses.MISSING
+    }
+    return required <= given.keys()
+
+
+def configured_names() -> list[str]:
+    """The data sets of `configs/data`."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def _check_root(recorded: Any, here: DataConfig) -> None:
+    if isinstance(recorded, str) and os.path.abspath(recorded) == os.path.abspath(here.root):
+        return
+    raise ValueError(
+        f"the checkpoint was trained on {here.name} in {_quoted(recorded)}, a folder that is not "
+        f"read on a checkpoint's word; give data.root=FOLDER (data={here.name} takes {here.root})"
+    )
+
+
+def _quoted(text: Any) -> str:
+    """Text of a stranger: short, and repr lets no control character through."""
+    return brief(repr(text), 100)
+
+
+def open_data(chosen: ChosenData, model: ModelConfig) -> ImageDataModule:
+    """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
         ValueError: sizes, channels or grey levels do not fit, or there is no data.
     """
+    config = chosen.config
+    _check_fits(config, model)
+    data = ImageDataModule(config)
+    if chosen.prepare:
+        data.prepare_data()
+    elif config.format in IN_MEMORY_FORMATS:
+        _check_memory(config)
+    elif not (prepared_folder(config) / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{config.name} is not prepared in {config.root}, and a checkpoint's word prepares "
+            f"nothing: {shell('python', '-m', 'nvae.data.prepare', config.name)}, "
+            f"or give data={config.name}"
+        )
+    data.setup()
+    return data
+
+
+def _check_fits(config: DataConfig, model: ModelConfig) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),
@@ -82,16 +204,20 @@ def open_data(config: DataConfig, model: ModelConfig) -> ImageDataModule:
         raise ValueError(
             f"data.bits={config.bits} does not fit the checkpoint's model, which has {model.bits}"
         )
-    data = ImageDataModule(config)
-    data.prepare_data()
-    data.setup()
-    return data
+
+
+def _check_memory(config: DataConfig) -> None:
+    images = sum(size or 0 for size in (config.train_size, config.valid_size, config.test_size))
+    if images * config.stored_size**2 * config.channels > _MOST_IN_MEMORY:
+        raise ValueError(
+            f"the checkpoint asks for {images} images of {config.name} in memory; give "
+            f"data={config.name} if that is meant"
+        )
 
 
 def check_split(split: str) -> None:
     """Raise a ValueError unless ``split`` is one."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
+    check_choice("split", split, SPLITS)
 
 
 _CHANGES_NO_PIXEL = (

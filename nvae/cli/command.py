@@ -6,8 +6,9 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from nvae.cli.compose import CONFIGS
 from nvae.cli.errors import UserError, run
+from nvae.cli.schema import CONFIGS
+from nvae.command_line import brief
 
 _BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
 
@@ -29,10 +30,19 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
         try:
             work(config)
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-            raise UserError(" ".join(str(error).split())) from error
-        except torch.OutOfMemoryError as error:
+            raise UserError(brief(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise UserError(
                 f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
             ) from error
 
     run(compose, checked, schema)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it, on the CPU words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)
+    )

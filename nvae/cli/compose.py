@@ -1,13 +1,11 @@
 """A training configuration without the command line: for benchmarks, notebooks and tests."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
 from nvae.cli.config import TrainConfig, register, train_config
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from nvae.cli.schema import CONFIGS
 
 
 def compose_train(overrides: Sequence[str] = ()) -> TrainConfig:

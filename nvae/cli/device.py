@@ -1,5 +1,7 @@
 """Which device a command runs on, and with which arithmetic."""
 
+import re
+
 import torch
 
 from nvae.host_memory import keep_freed_memory
@@ -16,21 +18,20 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]{1,6}))?", name)
+    if not found:
+        raise ValueError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} is unknown; allowed: auto, cpu, cuda, cuda:N")
-    index = int(name.partition(":")[2] or 0)  # torch.device keeps eight bits of it
-    if device.type == "cuda" and index >= torch.cuda.device_count():
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(found[1] or 0)
+    if index >= torch.cuda.device_count():
         raise ValueError(
             f"device={name} is not here: torch sees {torch.cuda.device_count()} CUDA device(s); "
             "device=cpu works everywhere"
         )
-    return device
+    return torch.device("cuda" if found[1] is None else f"cuda:{index}")

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.schema import lookup, unknown_key
+from nvae.cli.schema import CONFIGS, lookup, takes_group, unknown_key
 from nvae.command_line import fail, interruptible
 from nvae.settings import describe_type
 
@@ -43,11 +44,33 @@ def run(
     composed: list[DictConfig] = []
     try:
         with interruptible():
-            compose(composed.append)
+            _compose(compose, composed)
             for config in composed:
                 work(config)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         raise fail(one_line(error, schema)) from None
+    except RecursionError:
+        raise fail("settings, or the content of a file, are nested too deep") from None
+    except MemoryError:
+        raise fail("this machine's memory is not enough") from None
+
+
+def _compose(
+    compose: Callable[[Callable[[DictConfig], None]], None], composed: list[DictConfig]
+) -> None:
+    """Fill ``composed``; whatever Hydra does not foresee is the command line's fault too."""
+    try:
+        compose(composed.append)
+    except (HydraException, OmegaConfBaseException, RecursionError, MemoryError):
+        raise
+    except Exception as error:
+        groups = {"hydra", *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
+        for argument in sys.argv[1:]:
+            group, equals, value = argument.partition("=")
+            no_name = value == "null" or not re.match(r"[A-Za-z_]", value)
+            if equals and no_name and group in groups:
+                raise UserError(takes_group(group, value)) from error
+        raise UserError(f"the settings cannot be composed: {error}") from error
 
 
 def one_line(error: BaseException, schema: type) -> str:
@@ -75,12 +98,15 @@ def _missing_config(error: MissingConfigException) -> str:
 
 
 def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -> str:
-    key, message = str(error.full_key), " ".join(str(error.msg).split())
+    key, message = str(error.full_key), " ".join(str(error.msg).partition("full_key:")[0].split())
     path, in_list, _ = key.partition("[")
     holder, unknown = lookup(schema, path)
     if unknown is not None:
         return unknown_key(path, [f.name for f in dataclasses.fields(holder)])
     kind = typing.get_type_hints(holder).get(path.split(".")[-1])
+    if "not Optional" in message and not in_list:
+        is_group = kind is None  # then the path leads to the holder itself
+        return takes_group(path, None) if is_group else f"{key}=null is not {describe_type(kind)}"
     entry = _entry_type(kind)
     if entry is not None and not in_list:
         return _no_list(key, messages)

@@ -1,6 +1,5 @@
 """`evaluate.py`: the likelihood of a checkpoint, as one JSON file and a table."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nvae.cli.checkpoint_data import (
-    data_config,
+    choose_data,
     open_data,
     pixel_protocol,
     split_off_data,
@@ -37,7 +36,7 @@ from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
-from nvae.files import write_json
+from nvae.files import read_json, write_json
 from nvae.models import NVAE
 
 SCHEMA = with_data(EvaluateConfig)
@@ -57,11 +56,11 @@ def _run(composed: DictConfig) -> None:
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
     opened = open_checkpoint(config.checkpoint, config.weights)
     model = opened.model
-    data_settings = data_config(given, opened.run_config)
+    chosen = choose_data(given, opened.run_config)
     with process_group() as (rank, world):
         device = _device(config, rank, world)
         extractor = open_extractor(config, device)
-        data = open_data(data_settings, model.config)
+        data = open_data(chosen, model.config)
         likelihood = _protocol(config, opened, data)
         protocol = likelihood
         if extractor is not None:
@@ -112,7 +111,7 @@ def _bound(
     images = len(range(rank, len(data.table(config.split)), world))
     draws = config.bounds.draws
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
-        return evaluate(
+        result = evaluate(
             model,
             share_of(data.batches(config.split, device), rank, world),
             importance_samples=config.importance_samples,
@@ -123,6 +122,12 @@ def _bound(
             store=store,
             distributed=world > 1,
         )
+    if result.images != len(data.table(config.split)):
+        raise ValueError(
+            f"{store.folder} holds results of images that are not in split={config.split}; "
+            "delete it and evaluate again"
+        )
+    return result
 
 
 def _quality_table(quality: dict[str, Any]) -> str:
@@ -181,10 +186,10 @@ def _already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> bo
     if overwrite or not output.exists():
         return False
     try:
-        same = json.loads(output.read_text()).get("protocol") == protocol
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        same = False
-    if not same:
+        found = read_json(output)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("protocol") != protocol:
         raise ValueError(
             f"{output} is there already and holds something else; give another output or "
             "overwrite=true"

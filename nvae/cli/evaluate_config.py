@@ -5,10 +5,22 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.cli.sample_config import check_temperature, pixel_setting
+from nvae.data.tables import SPLITS
 from nvae.evaluation import BoundSettings
 from nvae.metrics import DistanceSettings
 from nvae.metrics.distances import check_metrics
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.settings import Bounds, check_choice, check_fields
+
+_BOUNDS: dict[str, Bounds] = {
+    "recalibrate_bn": (0, 1_000_000),
+    "bn_batch_size": (2, 65_536),
+    "generated": (2, 10_000_000),
+    "sample_batch_size": (1, 65_536),
+    "neighbours": (1, 1_000_000),
+    "kid_subsets": (1, 100_000),
+    "kid_subset_size": (2, 1_000_000),
+}
 
 
 @dataclass
@@ -79,16 +91,10 @@ class EvaluateConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "", **_BOUNDS)
         check_split(self.split)
-        check_split(self.reference_split)
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"weights={self.weights!r} is unknown; allowed: ema, raw")
-        for name, least in (
-            ("recalibrate_bn", 0), ("generated", 2), ("sample_batch_size", 1),
-            ("neighbours", 1), ("kid_subsets", 1), ("kid_subset_size", 2),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_choice("reference_split", self.reference_split, SPLITS)
+        check_choice("weights", self.weights, ("ema", "raw"))
         for name in ("temperature", "bn_temperature"):
             if getattr(self, name) is not None:
                 check_temperature(name, getattr(self, name))

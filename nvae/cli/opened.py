@@ -17,7 +17,8 @@ class OpenedCheckpoint:
         file: holds the weights; what is made of them goes beside it.
         model: in evaluation mode, on the CPU.
         weights: ``averaged`` | ``raw`` | ``exported``.
-        run_config: the configuration of the run that wrote it, if it says.
+        run_config: the configuration of the run that wrote it, if it says; nothing in it has been
+            checked.
     """
 
     file: Path
@@ -42,6 +43,6 @@ def open_checkpoint(path: str, weights: str) -> OpenedCheckpoint:
         return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
     checkpoint = load_checkpoint(path)
     averaged = weights == "ema" and "current_model_state" in checkpoint
-    return OpenedCheckpoint(
-        Path(path), model, "averaged" if averaged else "raw", checkpoint.get("run_config") or {}
-    )
+    said = checkpoint.get("run_config")
+    run_config = said if isinstance(said, dict) else {}
+    return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nvae.cli.checkpoint_data import (
-    data_config,
+    choose_data,
     open_data,
     pixel_protocol,
     split_off_data,
@@ -64,7 +64,7 @@ def _run(composed: DictConfig) -> None:
     opened = open_checkpoint(config.checkpoint, config.weights)
     model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
-    data = open_data(data_config(given, opened.run_config), model.config) if needs_data else None
+    data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
     request = _request(config, opened.file, data)
     path = _folder(config, opened.file, request)
     folder = SampleFolder(path, request, overwrite=config.overwrite)

@@ -1,8 +1,8 @@
 """The settings of `sample.py`, checked."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 from nvae.animation import check_format
@@ -10,9 +10,29 @@ from nvae.cli.checkpoint_data import check_split
 from nvae.models import ModelConfig
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 from nvae.sampling.prior import scale_temperatures
+from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
 
 MODES = ("prior", "reconstruct", "interpolate", "partial", "traverse", "nearest")
 _FROM_SEEDS_OR_IMAGES = ("interpolate", "partial", "traverse")
+
+MOST_NUMBERS = 1_000_000
+"""Of seeds or images in one request."""
+
+HOTTEST = 1000.0
+"""Temperature; far beyond anything that gives a picture."""
+
+_BOUNDS: dict[str, Bounds] = {
+    "recalibrate_bn": (0, 1_000_000),
+    "bn_batch_size": (2, 65_536),
+    "steps": (2, 10_000),
+    "frames": (0, 10_000),
+    "draws": (1, 10_000),
+    "neighbours": (1, 10_000),
+    "batch_size": (1, 65_536),
+    "columns": (1, 65_536),
+    "keep": (0, 10_000),
+    "groups": (0, 10_000),
+}
 
 
 @dataclass
@@ -91,18 +111,12 @@ class SampleConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, MODES)
-        _one_of("weights", self.weights, ("ema", "raw"))
-        _one_of("source", self.source, ("seeds", "images"))
+        check_fields(self, "", **_BOUNDS)
+        check_choice("mode", self.mode, MODES)
+        check_choice("weights", self.weights, ("ema", "raw"))
+        check_choice("source", self.source, ("seeds", "images"))
         check_split(self.split)
         check_format(self.animation)
-        for name, least in (
-            ("recalibrate_bn", 0), ("frames", 0), ("steps", 2), ("draws", 1),
-            ("neighbours", 1), ("batch_size", 1), ("columns", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
         check_pixel_temperature(self.pixels)
         _ = self.seed_list, self.image_list
         for name in ("keep", "groups", "scale_temperatures", "group_temperatures"):
@@ -133,7 +147,10 @@ class SampleConfig:
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"temperature names {label} twice")
-        for value in [*values, *(self.scale_temperatures or ()), *(self.group_temperatures or ())]:
+        for name in ("scale_temperatures", "group_temperatures"):
+            for value in getattr(self, name) or ():
+                check_temperature(name, value)
+        for value in values:
             check_temperature("temperature", value)
 
     @property
@@ -185,24 +202,37 @@ def integers(name: str, value: Any) -> list[int]:
         ValueError: anything else.
     """
     entries = value if isinstance(value, list) else [value]
-    numbers: list[int] = []
-    for entry in entries:
-        first, dash, last = str(entry).strip().partition("-")
-        if isinstance(entry, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(
-                f"{name}={entry} is no number or range; allowed: 7, 0-63 or [0,5,9-12]"
-            )
-        start, stop = int(first), int(last if dash else first)
-        if stop < start:
-            raise ValueError(f"{name}={entry} runs backwards; write {stop}-{start}")
-        if stop >= 2**63:
-            raise ValueError(f"{name}={entry} is too large; allowed: 0 to 2^63 - 1")
-        numbers.extend(range(start, stop + 1))
+    ranges = [_range(name, entry) for entry in entries]
+    # before they are spelled out; len() has no more than 63 bits
+    if sum(each.stop - each.start for each in ranges) > MOST_NUMBERS:
+        raise ValueError(
+            f"{name} names more than {MOST_NUMBERS:,} numbers; ask for fewer at a time"
+        )
+    numbers = [number for each in ranges for number in each]
     if not numbers:
         raise ValueError(f"{name} is empty; give at least one number")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name} names a number twice")
     return numbers
+
+
+def _range(name: str, entry: Any) -> range:
+    """The numbers of ``7`` or ``"0-63"``, none of them made yet."""
+    found = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", "" if _is_no_text(entry) else str(entry))
+    if found is None:
+        raise ValueError(f"{name}={entry} is no number or range; allowed: 7, 0-63 or [0,5,9-12]")
+    if max(map(len, found.groups(""))) > 19:
+        raise ValueError(f"{name}={entry} is too large; allowed: 0 to 2^63 - 1")
+    start, last = int(found[1]), int(found[2] or found[1])
+    if last < start:
+        raise ValueError(f"{name}={entry} runs backwards; write {last}-{start}")
+    if last > LARGEST_INTEGER:
+        raise ValueError(f"{name}={entry} is too large; allowed: 0 to 2^63 - 1")
+    return range(start, last + 1)
+
+
+def _is_no_text(entry: Any) -> bool:
+    return isinstance(entry, bool) or not isinstance(entry, int | str)
 
 
 def pixel_setting(value: Any) -> PixelTemperature:
@@ -215,13 +245,18 @@ def pixel_setting(value: Any) -> PixelTemperature:
         return "mean"
     if isinstance(value, list):
         raise ValueError(f"pixel_temperature={value} is not one number or mean")
-    return _numbers("pixel_temperature", value)[0]
+    number = _numbers("pixel_temperature", value)[0]
+    if number > HOTTEST:
+        raise ValueError(f"pixel_temperature is {number:g}; it must be at most {HOTTEST:g}")
+    return number
 
 
 def check_temperature(name: str, value: float) -> None:
-    """Raise a ValueError unless ``value`` is a number >= 0."""
-    if not (isfinite(value) and value >= 0):
+    """Raise a ValueError unless ``value`` is a number from 0 to ``HOTTEST``."""
+    if not value >= 0:
         raise ValueError(f"{name} is {value:g}; it must be 0 or more")
+    if value > HOTTEST:
+        raise ValueError(f"{name} is {value:g}; it must be at most {HOTTEST:g}")
 
 
 def _numbers(name: str, value: Any) -> list[float]:
@@ -235,8 +270,3 @@ def _numbers(name: str, value: Any) -> list[float]:
 
 def _label(values: Sequence[float]) -> str:
     return ", ".join(f"{v:g}" for v in values)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")

@@ -1,6 +1,5 @@
 """The folder that `sample.py` writes: pictures, arrays, and a manifest to repeat them."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from nvae.animation import save_animation
-from nvae.files import replacing, write_json
+from nvae.files import read_json, replacing, write_json
 from nvae.images import save_grids_side_by_side, save_image, save_rows
 from nvae.sampling.sheets import Sheet
 
@@ -54,9 +53,10 @@ class SampleFolder:
         if not manifest.exists():
             return not any(self.path.iterdir())
         try:
-            return bool(json.loads(manifest.read_text())["request"] == self.request)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            found = read_json(manifest)
+        except ValueError:
             return False
+        return isinstance(found, dict) and found.get("request") == self.request
 
     def _file(self, name: str) -> Path:
         if not self.files:  # an interrupted request finds its own folder again

@@ -6,12 +6,17 @@ result runs their own checks.
 
 import dataclasses
 import difflib
+import math
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 T = TypeVar("T")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""What Hydra composes from."""
 
 
 def schema_of(cls: type) -> type:
@@ -45,11 +50,30 @@ def build(cls: type[T], config: DictConfig) -> T:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
-    values = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    values = OmegaConf.to_container(config, resolve=True)
+    _check_finite(values, "")
     return _from_dict(cls, values, "")
 
 
-def _from_dict(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+def _check_finite(value: Any, path: str) -> None:
+    """Raise a ValueError that names the first number that is not finite.
+
+    Before the dataclasses check how their numbers fit each other: there the innocent one may be
+    named.
+    """
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_finite(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for entry in value:
+            _check_finite(entry, path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}; it must be a finite number")
+
+
+def _from_dict(cls: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, dict):
+        raise ValueError(takes_group(prefix.removesuffix("."), values))
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -58,6 +82,14 @@ def _from_dict(cls: type[T], values: dict[str, Any], prefix: str) -> T:
         nested = dataclasses.is_dataclass(hints[name])
         arguments[name] = _from_dict(hints[name], value, f"{prefix}{name}.") if nested else value
     return cls(**arguments)
+
+
+def takes_group(path: str, value: Any) -> str:
+    """What to say about something else in the place of a group of settings."""
+    shown = "null" if value is None else value
+    place = path.replace(".", "/")
+    where = f", see configs/{place}" if (CONFIGS / place).is_dir() else ""
+    return f"{path}={shown}: it takes a group of settings{where}"
 
 
 def unknown_key(path: str, allowed: list[str]) -> str:

@@ -16,6 +16,12 @@ from torch import Tensor
 from nvae.evaluation.records import ImageRecords
 from nvae.models.nvae import NVAE, NVAEOutput
 from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
+from nvae.settings import check_fields
+
+MOST_DRAWS = 10_000_000
+"""Of one image; more would take years."""
+
+_MOST_BOUNDS = 1000
 
 Progress = Callable[[int], None]
 """Called with the number of rows just done; a row is one draw of one image."""
@@ -32,7 +38,7 @@ class BoundSettings:
         chunk: rows (images times draws) in one top-down pass; bounds the memory.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, beyond reason, or none.
     """
 
     importance_samples: tuple[int, ...] = ()
@@ -41,9 +47,12 @@ class BoundSettings:
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("elbo_samples", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(
+            self, importance_samples=(None, MOST_DRAWS), elbo_samples=(1, MOST_DRAWS),
+            chunk=(1, MOST_DRAWS),
+        )  # fmt: skip
+        if len(self.importance_samples) > _MOST_BOUNDS:
+            raise ValueError(f"importance_samples holds more than {_MOST_BOUNDS} values of K")
         if any(k < 1 for k in self.importance_samples):
             raise ValueError(
                 f"importance_samples holds {min(self.importance_samples)}; every K must be "

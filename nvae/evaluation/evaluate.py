@@ -63,6 +63,9 @@ def evaluate(
     """
     settings = BoundSettings(tuple(importance_samples), elbo_samples, seed, chunk)
     _check_precision(model)
+    if store is not None:
+        groups, channels = len(model.latent_shapes), model.config.latent_channels
+        store.check_shapes(groups, channels, len(settings.importance_samples))
     try:
         with eval_mode(model):
             records = _all_records(model, batches, settings, progress, store)

@@ -5,7 +5,6 @@ is what makes a result independent of batches, workers and devices, and a killed
 """
 
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,10 +13,14 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from nvae.arrays import read_arrays
 from nvae.files import replacing
 
 _FORMAT = 1
 _SAVE_EVERY_SECONDS = 15.0
+_DIMENSIONS = {
+    "index": 1, "reconstruction": 1, "kl_per_channel": 3, "log_evidence": 2, "effective_samples": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,26 @@ def pool_ranks(records: ImageRecords | None) -> ImageRecords:
     return concatenate([part for part in parts if part is not None])
 
 
+class _OtherSettingsError(ValueError):
+    pass
+
+
+def _check(records: ImageRecords) -> None:
+    """Raise a ValueError unless types, shapes and numbers are those of records."""
+    images = len(records.index) if records.index.ndim == 1 else -1
+    for name, dimensions in _DIMENSIONS.items():
+        array = getattr(records, name)
+        wanted = np.int64 if name == "index" else np.float64
+        if array.dtype != wanted or array.ndim != dimensions or len(array) != images:
+            raise ValueError(f"{name} has shape {array.shape} of {array.dtype}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if records.log_evidence.shape != records.effective_samples.shape:
+        raise ValueError("its arrays do not fit each other")
+    if (records.index < 0).any():
+        raise ValueError("index holds numbers below 0")
+
+
 class RecordStore:
     """Finished images on disk, so that a killed evaluation goes on where it stopped.
 
@@ -90,14 +113,25 @@ class RecordStore:
 
     def _read(self, path: Path) -> ImageRecords:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if int(file["format"]) != _FORMAT or str(file["protocol"]) != self._protocol:
-                    raise ValueError(
-                        f"{path} was begun with other settings; delete it or choose another output"
-                    )
-                return ImageRecords(*(file[field.name] for field in fields(ImageRecords)))
-        except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            found = read_arrays(path)
+            if str(found["format"]) != str(_FORMAT) or str(found["protocol"]) != self._protocol:
+                raise _OtherSettingsError(
+                    f"{path} was begun with other settings; delete it or choose another output"
+                )
+            records = ImageRecords(*(found[field.name] for field in fields(ImageRecords)))
+            _check(records)
+        except _OtherSettingsError:
+            raise
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete it") from None
+        return records
+
+    def check_shapes(self, groups: int, channels: int, bounds: int) -> None:
+        """Raise a ValueError unless what is there has these numbers of groups, channels and K."""
+        for records in self._others + self._own:
+            shape = (*records.kl_per_channel.shape[1:], records.log_evidence.shape[1])
+            if shape != (groups, channels, bounds):
+                raise ValueError(f"{self.folder} holds results of another model; delete it")
 
     @property
     def done(self) -> frozenset[int]:

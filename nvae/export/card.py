@@ -1,7 +1,9 @@
 """The model card: what the weights are, what they were trained on, how to use them."""
 
+import re
 from typing import Any
 
+from nvae.command_line import brief
 from nvae.models import NVAE
 from nvae.models.topology import groups_per_scale
 
@@ -48,8 +50,9 @@ def _network(model: NVAE) -> list[str]:
 
 
 def _training(run: dict[str, Any]) -> list[str]:
-    data = run.get("data") or {}
-    trainer = run.get("trainer") or {}
+    data, trainer = (
+        value if isinstance(value := run.get(name), dict) else {} for name in ("data", "trainer")
+    )
     facts = {
         "run": run.get("name"),
         "data set": data.get("name"),
@@ -67,8 +70,8 @@ def _training(run: dict[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Text of a configuration must not end the table."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text of a configuration, which may be anybody's: no markup, and it must not end the table."""
+    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", brief(value, 300)).replace("<", "&lt;")
 
 
 def _table(facts: dict[str, str]) -> str:

@@ -59,12 +59,14 @@ def export(
         ValueError: the folder holds something, a program disagrees with the model, or there is no
             compiler.
         ModuleNotFoundError: safetensors is not installed.
+        FloatingPointError: pictures are not made of finite numbers.
         OSError: the disk is full or the folder cannot be written to.
     """
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
     model = load_model(checkpoint, weights)
-    run_config = load_checkpoint(checkpoint).get("run_config") if checkpoint.is_file() else None
+    said = load_checkpoint(checkpoint).get("run_config") if checkpoint.is_file() else None
+    run_config = said if isinstance(said, dict) else None
     with _whole_folder(folder) as building:
         write_weights(model, building)
         (building / "README.md").write_text(model_card(model, run_config), encoding="utf-8")

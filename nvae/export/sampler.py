@@ -23,7 +23,7 @@ MOST_FLIPPED = 1e-4
 """Share of drawn pixels that may differ: rounding can turn a coin that lands on its edge."""
 
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
-_LARGEST_BATCH = 1 << 16
+LARGEST_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def export_sampler(sampler: Sampler) -> ExportedProgram:
 
     The result's ``module()`` takes what :meth:`Sampler.forward` takes.
     """
-    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    batch = Dim("batch", min=1, max=LARGEST_BATCH)
     arguments = sampler.example(_EXAMPLE_BATCH)
     noise, _, pixel_noise = arguments
     shapes = ([{0: batch}] * len(noise), None, [{0: batch}] * len(pixel_noise))
@@ -165,11 +165,20 @@ def largest_difference(
         sampler: eager.
         run: takes what :meth:`Sampler.forward` takes.
         batches: batch sizes to compare at.
+
+    Raises:
+        FloatingPointError: a picture is not made of finite numbers.
     """
     worst = 0.0
     for batch in batches:
         arguments = sampler.example(batch, seed=batch)
-        difference = (run(*arguments) - sampler(*arguments)).abs().flatten()
+        found, expected = run(*arguments), sampler(*arguments)
+        for what, images in (("model", expected), ("program", found)):
+            if not torch.isfinite(images).all():
+                raise FloatingPointError(
+                    f"the {what}'s pictures are not made of finite numbers; nothing was written"
+                )
+        difference = (found - expected).abs().flatten()
         flipped = int(MOST_FLIPPED * len(difference)) if sampler.pixel_inputs else 0
         worst = max(worst, float(difference.sort(descending=True).values[flipped]))
     return worst

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvae.metrics.moments import FeatureMoments
 from nvae.metrics.prdc import check_neighbours, prdc
+from nvae.settings import check_fields
 
 METRICS = ("fid", "kid", "prdc", "is")
 NEEDS_FEATURES = frozenset({"kid", "prdc"})
@@ -41,7 +42,10 @@ class DistanceSettings:
         kid_subsets: subsets that KID is averaged over.
         kid_subset_size: images in each.
         is_splits: parts that the Inception score is averaged over.
-        seed: of the subsets and of the order of the parts.
+        seed: of the subsets and of the order of the parts; numpy's, at most 32 bits.
+
+    Raises:
+        ValueError: a number is out of bounds.
     """
 
     neighbours: int = 5
@@ -49,6 +53,12 @@ class DistanceSettings:
     kid_subset_size: int = 1000
     is_splits: int = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, neighbours=(1, 1_000_000), kid_subsets=(1, 100_000),
+            kid_subset_size=(2, 1_000_000), is_splits=(1, 1_000_000), seed=(0, 2**32 - 1),
+        )  # fmt: skip
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -124,6 +134,11 @@ def distances(
         names, real.moments.count, generated.moments.count,
         logits=generated.logits is not None, settings=settings,
     )  # fmt: skip
+    if real.moments.total.shape != generated.moments.total.shape:
+        raise ValueError(
+            f"{len(real.moments.total)} features of data images cannot be compared with "
+            f"{len(generated.moments.total)} of samples"
+        )
     found: dict[str, float] = {}
     for name in names:
         if name == "fid":

@@ -6,11 +6,13 @@ was defined with; other ports give other numbers.
 
 import hashlib
 import importlib
+import re
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 from urllib.error import URLError
 
@@ -46,14 +48,25 @@ class FeatureExtractor:
         pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
         if self.colour and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
-        found = self.function(pixels)
-        features, logits = found if isinstance(found, tuple) else (found, None)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        try:
+            found = self.function(pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"feature extractor {self.name} failed: {_reason(error)}") from error
+        features, logits = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        features = self._checked("features", features, len(images)).float()
+        return features, None if logits is None else self._checked("logits", logits, len(images))
+
+    def _checked(self, kind: str, found: Any, images: int) -> Tensor:
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != images:
             raise ValueError(
-                f"feature extractor {self.name} must give (B, D) features, not "
-                f"{tuple(features.shape) if isinstance(features, Tensor) else type(features)}"
+                f"feature extractor {self.name} must give (B, D) {kind}, not "
+                f"{tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
             )
-        return features.float(), logits
+        if not torch.isfinite(found).all():
+            raise ValueError(f"feature extractor {self.name} gives {kind} that are not finite")
+        return found
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -75,13 +88,14 @@ def load_extractor(
 
     Args:
         attribute: of an importable module: a function or network as in
-            :attr:`FeatureExtractor.function`, or a class that makes one without arguments.
+            :attr:`FeatureExtractor.function`, or a class that makes one without arguments. See
+            :func:`_may_be_called` for what it must be; importing the module runs its code.
         weights: file with Inception's weights; None downloads them once.
         sha256: how the file's SHA-256 must begin; None: as that of the published weights.
         device: where networks run.
 
     Raises:
-        ValueError: no such attribute, no network, or a file with another checksum.
+        ValueError: no such attribute, none that may be called, or a file with another checksum.
     """
     if attribute is not None:
         return _own(attribute, torch.device(device))
@@ -89,21 +103,55 @@ def load_extractor(
 
 
 def _own(attribute: str, device: torch.device) -> FeatureExtractor:
-    module_name, colon, name = attribute.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"feature_extractor={attribute} must be written module:attribute")
+    given = f"feature_extractor={attribute}"
+    named = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)", attribute)
+    if named is None:
+        raise ValueError(f"{given} must be written module:attribute")
+    module_name, name = named.groups()
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{given}: {module_name} is a module of Python's own; {_ALLOWED}")
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"feature_extractor={attribute} cannot be imported: {error}") from None
-    if isinstance(function, type):
-        function = function()
-    if not callable(function):
-        raise ValueError(f"feature_extractor={attribute} is not callable")
-    if isinstance(function, nn.Module):
-        function = function.to(device).eval()
-    return FeatureExtractor(f"{attribute} {_fingerprint(module, function)}", function, colour=False)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{given} cannot be imported: {_reason(error)}") from None
+    if not _may_be_called(function, module_name):
+        raise ValueError(f"{given} is not what may be called; {_ALLOWED}")
+    try:
+        if isinstance(function, type):
+            function = function()
+        if isinstance(function, nn.Module):
+            function = function.to(device).eval()
+        described = f"{attribute} {_fingerprint(module, function)}"
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{given} cannot be made: {_reason(error)}") from None
+    return FeatureExtractor(described, function, colour=False)
+
+
+_ALLOWED = (
+    "allowed: a torch.nn.Module, or a function or a class with __call__ that is defined in that "
+    "very module, no part of Python itself"
+)
+
+
+def _may_be_called(found: Any, module: str) -> bool:
+    """Whether it is a network or its class, or else a function or callable of that very module.
+
+    What a module has merely imported, such as ``os.system``, is none of its own.
+    """
+    kind = found if isinstance(found, type) else type(found)
+    if issubclass(kind, nn.Module):
+        return True
+    if isinstance(found, FunctionType):
+        return found.__module__ == module
+    calls = any("__call__" in vars(each) for each in kind.__mro__)
+    return kind.__module__ == module and calls
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _fingerprint(module: ModuleType, function: Any) -> str:

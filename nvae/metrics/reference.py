@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from nvae.arrays import read_arrays
 from nvae.files import replacing
 from nvae.metrics.distances import FeatureSet
 from nvae.metrics.moments import FeatureMoments
@@ -21,8 +21,7 @@ _FORMAT = 1
 
 def reference_path(folder: Path, protocol: dict[str, Any]) -> Path:
     """Where the features of a protocol lie."""
-    text = json.dumps(protocol, sort_keys=True)
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    return folder / f"{hashlib.sha256(_text(protocol).encode()).hexdigest()[:16]}.npz"
 
 
 def reference_features(
@@ -44,7 +43,7 @@ def reference_features(
             and alone is sure to get every image's features; the others get the moments.
 
     Raises:
-        ValueError: there is a file, but it cannot be read.
+        ValueError: there is a file, but it cannot be read, or not all of it makes sense.
     """
     path = reference_path(folder, protocol)
     first = not distributed or dist.get_rank() == 0
@@ -71,22 +70,43 @@ def _agreed(found: FeatureSet | None) -> FeatureSet | None:
 
 def _read(path: Path, protocol: dict[str, Any], keep: bool) -> FeatureSet | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if int(file["format"]) != _FORMAT or json.loads(str(file["protocol"])) != protocol:
-                return None
-            moments = FeatureMoments(
-                int(file["count"]), torch.from_numpy(file["total"]), torch.from_numpy(file["outer"])
-            )
-            features = torch.from_numpy(file["features"]) if "features" in file else None
-            return None if keep and features is None else FeatureSet(moments, features)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        found = read_arrays(path)
+        if str(found["format"]) != str(_FORMAT) or str(found["protocol"]) != _text(protocol):
+            return None
+        features = found.get("features")
+        moments = _moments(found["count"], found["total"], found["outer"])
+        if features is not None:
+            _check_array("features", features, np.float32, (moments.count, len(moments.total)))
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it") from None
+    if features is None:
+        return None if keep else FeatureSet(moments)
+    return FeatureSet(moments, torch.from_numpy(features))
+
+
+def _moments(count: NDArray[Any], total: NDArray[Any], outer: NDArray[Any]) -> FeatureMoments:
+    if count.shape != () or count.dtype.kind != "i" or count < 1:
+        raise ValueError(f"count has shape {count.shape} of {count.dtype}, or is below 1")
+    _check_array("total", total, np.float64, (total.size,))
+    _check_array("outer", outer, np.float64, (total.size, total.size))
+    return FeatureMoments(int(count), torch.from_numpy(total), torch.from_numpy(outer))
+
+
+def _check_array(name: str, array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape} of {array.dtype}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def _text(protocol: dict[str, Any]) -> str:
+    return json.dumps(protocol, sort_keys=True)
 
 
 def _write(path: Path, protocol: dict[str, Any], found: FeatureSet) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "format": np.array(_FORMAT),
-        "protocol": np.array(json.dumps(protocol, sort_keys=True)),
+        "protocol": np.array(_text(protocol)),
         "count": np.array(found.moments.count),
         "total": found.moments.total.numpy(),
         "outer": found.moments.outer.numpy(),

@@ -7,10 +7,20 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from nvae.files import read_bytes
 
 _WIDEST = 2000
 """Pictures that are wider are reduced: the page holds them all."""
+
+_LONGEST = 32_000
+_MOST_PIXELS = 1 << 26
+_LARGEST = 1 << 26
+"""Sides, pixels and bytes of a picture; those of a run are far smaller."""
+
+LONGEST_TEXT = 2000
+"""Characters of one piece of a run's text; what is longer loses its middle."""
 
 
 class Markup(str):
@@ -19,7 +29,17 @@ class Markup(str):
 
 def escape(value: object) -> str:
     """For element content and quoted attributes."""
-    return value if isinstance(value, Markup) else html.escape(str(value), quote=True)
+    if isinstance(value, Markup):
+        return value
+    return html.escape(_short(value), quote=True)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def element(tag: str, *content: object, **attributes: object) -> Markup:
@@ -55,20 +75,29 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
 def picture(path: Path, alternative: str) -> Markup:
     """A PNG within the page; pixels stay sharp. A file that is no picture is said to be none."""
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file.copy()
-            if image.width > _WIDEST:
-                image = image.resize((_WIDEST, round(image.height * _WIDEST / image.width)))
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG", optimize=True)
-            width, height = image.size
-    except (OSError, UnidentifiedImageError, SyntaxError):
+        image = _read_png(read_bytes(path, _LARGEST))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return element("p", f"{path.name} cannot be read.", class_="missing")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return Markup(
-        f'<img alt="{escape(alternative)}" width="{width}" height="{height}" '
+        f'<img alt="{escape(alternative)}" width="{image.width}" height="{image.height}" '
         f'src="data:image/png;base64,{data}">'
     )
+
+
+def _read_png(content: bytes) -> Image.Image:
+    """The pixels alone: what else a file holds does not go on."""
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
+        width, height = file.size
+        if max(width, height) > _LONGEST or width * height > _MOST_PIXELS:
+            raise ValueError(f"it has {width} x {height} pixels")
+        image = file.convert("L" if file.mode in ("1", "L") else "RGB")
+    image.info.clear()
+    if width > _WIDEST:
+        image = image.resize((_WIDEST, max(1, round(height * _WIDEST / width))))
+    return image
 
 
 def number(value: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nvae.report.curves import Line, line_chart
 from nvae.report.heat_map import heat_map
+from nvae.report.inside import whole
 from nvae.report.markup import Markup, element, joined, number, picture, table
 from nvae.report.record import Evaluation, Point, RunRecord
 
@@ -118,9 +119,9 @@ def latent_groups(run: RunRecord) -> Markup:
     if kl:
         maps.append(heat_map(f"KL per group, {where}", "nats, coarsest group first", kl))
     if active:
-        largest = float(channels) if isinstance(channels, int) else None
-        unit = f"of {channels} latent channels" if largest else "latent channels"
-        maps.append(heat_map("Active units, validation", unit, active, largest=largest))
+        largest = whole(channels, 1_000_000)
+        unit = f"of {largest} latent channels" if largest else "latent channels"
+        maps.append(heat_map("Active units, validation", unit, active, largest=largest or None))
     if not maps:
         maps.append(_missing("No readings of single groups."))
     return _section("Latent groups", *maps)
@@ -142,7 +143,7 @@ def pictures(run: RunRecord) -> Markup:
         ("Temperatures, at the end", "samples.png"),
         ("Test images and reconstructions, at the end", "reconstructions.png"),
     ):
-        file = run.file(name)
+        file = run.finals.get(name)
         shown = (
             _strip(file, title)
             if file

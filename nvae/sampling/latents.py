@@ -6,6 +6,8 @@ sampling would have needed to draw just this z. In these coordinates images and 
 space where every group is standard normal, so paths are drawn there.
 """
 
+import math
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -180,8 +182,7 @@ def interpolate(model: NVAE, start: Latents, end: Latents, steps: int) -> Latent
     Raises:
         ValueError: fewer than 2 steps, or unequal numbers of ends.
     """
-    if steps < 2:
-        raise ValueError(f"steps is {steps}; a path needs at least 2")
+    _check_steps("a path", steps)
     if len(start) != len(end):
         raise ValueError(f"{len(start)} starts for {len(end)} ends; give as many")
     position = torch.linspace(0, 1, steps)
@@ -190,6 +191,11 @@ def interpolate(model: NVAE, start: Latents, end: Latents, steps: int) -> Latent
         for a, b in zip(start.noise, end.noise, strict=True)
     ]
     return from_noise(model, noise)
+
+
+def _check_steps(what: str, steps: int) -> None:
+    if not isinstance(steps, numbers.Integral) or steps < 2:
+        raise ValueError(f"steps is {steps}; {what} needs at least 2")
 
 
 def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
@@ -201,8 +207,13 @@ def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
     Args:
         start: ``(B, ...)``.
         end: same shape.
-        position: 0 gives ``start``, 1 gives ``end``.
+        position: 0 gives ``start``, 1 gives ``end``; beyond them the circle goes on.
+
+    Raises:
+        ValueError: ``position`` is not finite.
     """
+    if not math.isfinite(position):
+        raise ValueError(f"position is {position}; it must be a finite number")
     a, b = start.flatten(1), end.flatten(1)
     tiny = torch.finfo(a.dtype).tiny
     length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
@@ -267,8 +278,7 @@ def traverse(model: NVAE, latents: Latents, group: int, steps: int, seeds: Tenso
     groups = len(latents.z)
     if not 0 <= group < groups:
         raise ValueError(f"group is {group}; allowed: 0 (coarsest) to {groups - 1}")
-    if steps < 2:
-        raise ValueError(f"steps is {steps}; a traversal needs at least 2")
+    _check_steps("a traversal", steps)
     start = latents.noise[group]
     if start[0].numel() < 2:
         raise ValueError(f"group {group} is a single number; there is no circle to turn on")

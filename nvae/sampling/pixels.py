@@ -1,7 +1,10 @@
 """From logits to images: the likelihood's mean, or a draw with one stream an image."""
 
+import math
+import numbers
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from nvae.models.nvae import NVAE
@@ -11,10 +14,11 @@ PixelTemperature = float | Literal["mean"]
 
 
 def check_pixel_temperature(pixel_temperature: PixelTemperature) -> None:
-    """Raise a ValueError unless it is ``"mean"`` or a number >= 0."""
-    if pixel_temperature != "mean" and (
-        isinstance(pixel_temperature, str) or not pixel_temperature >= 0
-    ):
+    """Raise a ValueError unless it is ``"mean"`` or a finite number >= 0."""
+    if pixel_temperature == "mean":
+        return
+    is_number = isinstance(pixel_temperature, numbers.Real)
+    if not is_number or not 0 <= float(pixel_temperature) < math.inf:
         raise ValueError(
             f"pixel_temperature is {pixel_temperature!r}; allowed: mean, or a number >= 0"
         )
@@ -31,7 +35,17 @@ def render(
         seeds: ``(B,)`` int64; an image's pixel noise depends on its seed only.
         pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise;
             0 takes the mode.
+
+    Raises:
+        FloatingPointError: logits are not finite; the message names the seed.
     """
+    finite = torch.isfinite(logits).flatten(1).all(1)
+    if not finite.all():  # a draw from them would look like a picture
+        seed = int(seeds[int(finite.logical_not().nonzero()[0])])
+        raise FloatingPointError(
+            f"the picture of seed {seed} is not made of finite numbers; the temperature may be too "
+            "high for this model"
+        )
     likelihood = model.likelihood(logits)
     if pixel_temperature == "mean":
         return likelihood.mean

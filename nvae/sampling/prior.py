@@ -1,5 +1,6 @@
 """Images from the prior, each a function of its own seed."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,9 +21,13 @@ def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[
     """One temperature a group from one a scale; both coarsest first.
 
     Raises:
-        ValueError: not as many temperatures as the model has scales.
+        ValueError: not as many temperatures as the model has scales, or one that is no number
+            >= 0.
     """
     groups = groups_per_scale(config)[::-1]
+    for each in per_scale:
+        if not 0 <= each < math.inf:
+            raise ValueError(f"scale_temperatures holds {each}; allowed: finite numbers >= 0")
     if len(per_scale) != len(groups):
         raise ValueError(
             f"{len(per_scale)} temperatures for {len(groups)} latent scales; give one a scale, "
@@ -67,7 +72,8 @@ def sample_images(
         ``(N, C, H, W)`` in [0, 1], on the CPU.
 
     Raises:
-        ValueError: no seeds, or a negative temperature.
+        ValueError: no seeds, or a temperature that is no number >= 0.
+        FloatingPointError: a picture is not made of finite numbers.
     """
     check_pixel_temperature(pixel_temperature)
     if batch_size < 1:

@@ -145,7 +145,7 @@ def test_recalibrated_statistics_change_the_numbers_and_are_named(evaluate, chec
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["result"]["negative_elbo"] != b["result"]["negative_elbo"]
     assert b["protocol"]["batch_norm"]["batches"] == 2
-    assert len(list(tmp_path.glob("model.bn-t1-*.pt"))) == 1
+    assert len(list(tmp_path.glob("model.bn-t1-*.npz"))) == 1
 
 
 def test_another_data_set_can_be_named_and_must_fit(evaluate, checkpoint, tmp_path):

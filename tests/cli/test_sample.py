@@ -86,8 +86,8 @@ def test_recalibration_is_cached_by_temperature(sample, checkpoint, tmp_path, mo
     common = (f"checkpoint={checkpoint}", "seeds=0-3", "recalibrate_bn=2", "bn_batch_size=8",
               "npz=true")  # fmt: skip
     sample(*common, "temperature=[0.5,1.0]", "output=new")
-    caches = sorted(f.name for f in tmp_path.glob("*.pt"))
-    assert caches == ["model.bn-t0.5-n2x8-seed0.pt", "model.bn-t1-n2x8-seed0.pt"]
+    caches = sorted(f.name for f in tmp_path.glob("*.npz"))
+    assert caches == ["model.bn-t0.5-n2x8-seed0.npz", "model.bn-t1-n2x8-seed0.npz"]
 
     def computed_again(*_args, **_kwargs):
         raise AssertionError("the cache was not used")
@@ -164,7 +164,7 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
     ("settings", "words"),
     [
         ({"temperature": -0.1}, "0 or more"),
-        ({"temperature": float("nan")}, "0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
         ({"temperature": "warm"}, "not a number"),
         ({"temperature": []}, "not a number"),
         ({"temperature": True}, "not a number"),
@@ -183,7 +183,8 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
         ({"seeds": "a-b"}, "no number or range"),
         ({"seeds": [1, 1]}, "twice"),
         ({"seeds": []}, "empty"),
-        ({"seeds": 2**63}, "too large"),
+        ({"seeds": 2**63}, "64 bits"),
+        ({"seeds": str(2**63)}, "too large"),
         ({"mode": "inpaint"}, "allowed: prior"),
         ({"mode": "interpolate", "temperature": [0.5, 1]}, "one temperature"),
         ({"mode": "reconstruct", "recalibrate_bn": 5}, "fits the prior"),

@@ -35,3 +35,36 @@ class Weighted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.flatten(1)[:, :4].to(torch.bfloat16)) * self.scale
+
+
+class Callable:
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1)
+
+
+CALLABLE = Callable()
+
+
+class Plain:
+    """Cannot be called once made."""
+
+
+class Needy(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+def broken(images: Tensor) -> Tensor:
+    return images / (1 // 0)
+
+
+def not_finite(images: Tensor) -> Tensor:
+    return torch.full((len(images), 2), torch.nan)
+
+
+def three(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return images, images, images
+
+
+def wrong_logits(images: Tensor) -> tuple[Tensor, Tensor]:
+    return images.float().flatten(1), images

@@ -151,7 +151,18 @@ def test_pixels_reach_the_function_as_bytes():
         ("no.such.module:f", "cannot be imported"),
         ("tests.metrics.extractors:missing", "cannot be imported"),
         ("tests.metrics.extractors", "module:attribute"),
-        ("tests.metrics.extractors:NOT_A_FUNCTION", "not callable"),
+        ("tests.metrics.extractors:NOT_A_FUNCTION", "not what may be called"),
+        ("tests.metrics.extractors:nn", "not what may be called"),
+        ("tests.metrics.extractors:Tensor", "not what may be called"),
+        ("tests.metrics.extractors:Plain", "not what may be called"),
+        ("tests.metrics.extractors:Needy", "cannot be made"),
+        ("os:system", "Python's own"),
+        ("os.path:exists", "Python's own"),
+        ("builtins:exec", "Python's own"),
+        ("subprocess:Popen", "Python's own"),
+        ("torch.hub:os", "not what may be called"),
+        ("..os:system", "module:attribute"),
+        ("tests.metrics.extractors:pixels.__call__", "module:attribute"),
     ],
 )
 def test_extractors_that_are_none_are_refused(attribute, words):
@@ -178,6 +189,33 @@ def test_an_extractor_is_named_by_its_code_and_weights(tmp_path, monkeypatch):
     (tmp_path / "broken_features.py").write_text("def f(x:\n")
     with pytest.raises(ValueError, match="cannot be imported"):
         load_extractor("broken_features:f")
+
+
+@pytest.mark.parametrize("name", ["CALLABLE", "Callable", "mean_and_spread", "Rows"])
+def test_extractors_of_every_kind(name):
+    features, _ = load_extractor(f"tests.metrics.extractors:{name}")(torch.zeros(2, 1, 4, 4))
+    assert len(features) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken", "failed: ZeroDivisionError"),
+        ("not_finite", "features that are not finite"),
+        ("three", r"\(B, D\) features, not tuple"),
+        ("wrong_logits", r"\(B, D\) logits"),
+    ],
+)
+def test_what_goes_wrong_in_an_extractor_is_one_line(name, words):
+    with pytest.raises(ValueError, match=words):
+        load_extractor(f"tests.metrics.extractors:{name}")(torch.zeros(2, 1, 4, 4))
+
+
+def test_a_module_that_ends_the_program_does_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ends_at_once.py").write_text("raise SystemExit('gone')\n")
+    with pytest.raises(ValueError, match="cannot be imported: SystemExit: gone"):
+        load_extractor("ends_at_once:f")
 
 
 def test_an_extractor_of_the_wrong_shape_is_refused():
