@@ -10,7 +10,7 @@ from nvae.files import read_yaml
 
 _DATA_SETS = Path(__file__).parents[2] / "configs" / "data"
 
-_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*")
+_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
 """What Hydra takes without quotes; spaces inside are fine."""
 
 

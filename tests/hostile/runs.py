@@ -43,6 +43,8 @@ class Job:
         self.folder = folder
         names = [folder / f"{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
         self._out, self._err = names
+        for name in names:
+            name.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "nvae.cli.train", "tensorboard"])
         self.process = context.Process(
@@ -56,6 +58,10 @@ class Job:
             if not self.process.is_alive():
                 raise AssertionError(f"it has ended: {self.ended()}")
             time.sleep(0.01)
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
 
     def signal(self, number: int) -> None:
         """As `kill` does."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_number_that_is_not_finite_is_named(
 
 def _scalars(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(cls):
-        kind = __import__("typing").get_type_hints(cls)[field.name]
+        kind = typing.get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(kind):
             yield from _scalars(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
@@ -125,7 +126,7 @@ CHECKED = (
 HARMLESS = (
     "model_config.", "run_config.", "fingerprint.model.", "param_groups", "lr_schedulers",
     ".validate_loop", ".test_loop", ".predict_loop", "manual_optimization", "val_loop",
-    "fingerprint.data", "state_dict", "optimizer_states.0.state.",
+    "fingerprint.data", "fingerprint.seed", "state_dict", "optimizer_states.0.state.",
 )  # fmt: skip
 """Values that are compared, replaced at the start, or not used: other ones are another setting."""
 
@@ -150,18 +151,24 @@ def test_every_entry_of_another_type_is_refused(stopped: Path) -> None:
                 continue
             holder[entry[-1]] = wrong
             tried += 1
-            try:
-                check_resumable(edited, path)
-            except CheckpointError as error:
-                assert "\n" not in str(error)
+            refusal = _refusal(edited, path)
+            if refusal is not None:
+                assert "\n" not in refusal
                 continue
             is_optional = wrong is None and name.endswith(".best")
             is_optional |= name.endswith(".best") and isinstance(wrong, int | float)
-            is_optional |= isinstance(wrong, dict | list) and entry[0] == "loops"
             assert is_optional or any(text in f".{name}." for text in HARMLESS), (name, wrong)
             passed += 1
     assert tried > 1000
     assert passed < tried / 2
+
+
+def _refusal(checkpoint: dict[str, Any], path: Path) -> str | None:
+    try:
+        check_resumable(checkpoint, path)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 EDITS: dict[str, tuple[tuple[Any, ...], Any]] = {
@@ -294,11 +301,12 @@ def test_second_process_of_a_name_is_refused_until_the_first_is_dead(tmp_path: P
     assert_one_line(second, f"runs/r is in use by process {job.process.pid} on host", " since ")
     assert job.process.is_alive()
     job.signal(signal.SIGKILL)
-    job.ended_by_kill = job.process.join()  # type: ignore[attr-defined]
+    job.process.join()
     assert (tmp_path / "runs" / "r" / LOCK_FILE).exists()  # of a dead process: locks nothing
     again = Job(tmp_path, "trainer.epochs=400")
-    again.until(lambda: "run runs/r, " in again._out.read_text())
+    again.until(lambda: "run runs/r, " in again.said())
     again.signal(signal.SIGKILL)
+    again.process.join()
 
 
 def test_processes_that_start_at_once_beside_get_a_folder_each(tmp_path: Path) -> None:
@@ -335,7 +343,7 @@ def test_stale_lock_is_taken_whatever_it_holds(tmp_path: Path, content: bytes) -
     with RunLock(tmp_path):
         assert (tmp_path / LOCK_FILE).read_text().startswith(f"{os.getpid()}\n")
         (tmp_path / LOCK_FILE).write_bytes(content)
-        with pytest.raises(FolderInUseError, match="is in use by (another )?process"):
+        with pytest.raises(FolderInUseError, match=r"is in use by (another )?process"):
             RunLock(tmp_path)
     RunLock(tmp_path).release()
 
@@ -368,29 +376,20 @@ def test_file_system_without_locks_is_said_and_used(
 
 
 def _slow_steps() -> None:
+    """A step takes 1.6 seconds, and says when it has begun."""
     original = NVAELightning.training_step
 
     def slow(self: NVAELightning, *arguments: Any) -> torch.Tensor:
-        for _ in range(300):
+        Path("in_step").touch()
+        for _ in range(160):
             time.sleep(0.01)
         return original(self, *arguments)
 
     NVAELightning.training_step = slow  # type: ignore[method-assign]
 
 
-def _in_first_step() -> None:
-    _slow_steps()
-    slow = NVAELightning.training_step
-
-    def marked(self: NVAELightning, *arguments: Any) -> torch.Tensor:
-        Path("in_step").touch()
-        return slow(self, *arguments)
-
-    NVAELightning.training_step = marked  # type: ignore[method-assign]
-
-
 def _signalled(folder: Path, *signals: tuple[int, float], slow: bool = False) -> Ended:
-    job = Job(folder, "trainer.epochs=400", before=_in_first_step if slow else None)
+    job = Job(folder, "trainer.epochs=400", before=_slow_steps if slow else None)
     job.until((folder / "in_step").exists if slow else lambda: _logs(folder))
     for number, pause in signals:
         job.signal(number)
@@ -409,7 +408,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 
 def test_one_press_that_comes_twice_is_one(tmp_path: Path) -> None:
-    """Of a terminal and a launcher; inside a step of three seconds, which is finished."""
+    """Of a terminal and a launcher; inside a step, which is finished."""
     ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), slow=True)
     assert (ended.code, ended.err) == (130, "")
     assert "saved at step 1" in ended.out
@@ -541,7 +540,7 @@ def test_folder_deleted_meanwhile_is_one_line(tmp_path: Path) -> None:
     job.until(lambda: bool(step_checkpoints(run / "checkpoints")))
     while run.exists():
         shutil.rmtree(run, ignore_errors=True)
-    assert_one_line(job.ended(), "its folder is gone")
+    assert_one_line(job.ended(), "then run the same command again")
     assert not run.exists()
 
 
@@ -564,9 +563,6 @@ def test_run_that_trained_nothing_fails(tmp_path: Path, kind: str) -> None:
 
 
 def test_model_that_no_memory_holds_is_one_line(tmp_path: Path) -> None:
-    def no_memory() -> None: ...
-
-    del no_memory
     ended = train(tmp_path, before=_NoMemory())
     assert_one_line(ended, "not enough memory to build this model", "lower model.")
 
