@@ -30,12 +30,13 @@ from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.guard import DivergenceError
-from nvae.training.interruption import InterruptedRun, StopNow, interrupts_stop
+from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers, log_errors_once
 from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
 from nvae.training.shared_folder import Claim
+from nvae.training.stop_now import StopNow, StopsNow
 from nvae.training.trainer import build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -151,7 +152,7 @@ def fit(
     while True:
         module, trainer = _build(config, folder, scale, marks)
         try:
-            with interrupts_stop(trainer), log_errors_once():
+            with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
         except DivergenceError as error:
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:

@@ -1,6 +1,8 @@
 """Settings that are no numbers, hand-made checkpoints, two processes, signals, full disks."""
 
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import errno
 import json
@@ -8,10 +10,12 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,14 @@ import torch
 from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import compose_train
 from nvae.cli.config import TrainConfig
+from nvae.training import stop_now
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.module import NVAELightning
 from nvae.training.resuming import check_resumable
 from nvae.training.run_lock import LOCK_FILE, FolderInUseError, RunLock, lock_unused
-from tests.hostile.runs import Ended, Job, assert_one_line, numeric_settings, takes, train
+from tests.hostile.runs import TINY, Ended, Job, assert_one_line, numeric_settings, takes, train
 
+ROOT = Path(__file__).parents[2]
 NUMBERS = numeric_settings(TrainConfig)
 NOT_YET = ("data.", "model.")
 """Sections whose dataclasses are checked elsewhere."""
@@ -388,9 +394,11 @@ def _slow_steps() -> None:
     NVAELightning.training_step = slow  # type: ignore[method-assign]
 
 
-def _signalled(folder: Path, *signals: tuple[int, float], slow: bool = False) -> Ended:
-    job = Job(folder, "trainer.epochs=400", before=_slow_steps if slow else None)
-    job.until((folder / "in_step").exists if slow else lambda: _logs(folder))
+def _signalled(
+    folder: Path, *signals: tuple[int, float], before: Callable[[], None] | None = None
+) -> Ended:
+    job = Job(folder, "trainer.epochs=400", before=before)
+    job.until((folder / "in_step").exists if before else lambda: _logs(folder))
     for number, pause in signals:
         job.signal(number)
         time.sleep(pause)
@@ -409,22 +417,40 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 def test_one_press_that_comes_twice_is_one(tmp_path: Path) -> None:
     """Of a terminal and a launcher; inside a step, which is finished."""
-    ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), slow=True)
+    ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), before=_slow_steps)
     assert (ended.code, ended.err) == (130, "")
     assert "saved at step 1" in ended.out
 
 
 def test_second_press_stops_at_once(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), slow=True)
+    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_slow_steps)
     assert ended.code == 130
     assert ended.err == "interrupted; run the same command again\n"
     assert not list((tmp_path / "runs" / "r" / "checkpoints").iterdir())
 
 
+def _stuck_step() -> None:
+    """The main thread waits outside Python and answers no signal, as for a rank that hangs."""
+
+    def stuck(*_: Any) -> torch.Tensor:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        Path("in_step").touch()
+        ctypes.CDLL(None).sleep(60)
+        raise AssertionError
+
+    NVAELightning.training_step = stuck  # type: ignore[method-assign]
+    stop_now._GRACE = 0.2
+
+
+def test_second_press_ends_a_run_that_is_stuck(tmp_path: Path) -> None:
+    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_stuck_step)
+    assert (ended.code, ended.err) == (130, "interrupted; run the same command again\n")
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_is_kept_beside_an_interrupt(tmp_path: Path, first: signal.Signals) -> None:
     second = ({signal.SIGTERM, signal.SIGINT} - {first}).pop()
-    ended = _signalled(tmp_path, (first, 0.1), (second, 0), slow=True)
+    ended = _signalled(tmp_path, (first, 0.1), (second, 0), before=_slow_steps)
     assert (ended.code, ended.err) == (143, "")
     assert "stopped by SIGTERM: saved at step 1" in ended.out
 
@@ -573,3 +599,57 @@ class _NoMemory:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate")
 
         pytest.MonkeyPatch().setattr("nvae.models.nvae.NVAE.__init__", fails)
+
+
+def _two_ranks(folder: Path) -> subprocess.Popen[str]:
+    """A command that starts its second rank itself, in a process group of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TINY, "trainer.devices=2", "trainer.epochs=4000",
+         "trainer.accelerator=cpu"],
+        cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def _ranks_left(group: int) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group and "train.py" in _command(process):
+                found.append(process.name)
+    return found
+
+
+def _command(process: Path) -> str:
+    return (process / "cmdline").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, True], ids=["in training", "in setup"])
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the first alone", "a terminal"])
+def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool) -> None:
+    """Of the first alone, as `kill` does, and of all, as a terminal does; nobody is left behind."""
+    job = _two_ranks(tmp_path)
+    try:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            if len(_ranks_left(job.pid)) == 2 if early else _logs(tmp_path):
+                break
+            time.sleep(0.02)
+        if whole_group:
+            os.killpg(job.pid, signal.SIGINT)
+        else:
+            job.send_signal(signal.SIGINT)
+        out, err = job.communicate(timeout=60)
+        ended = Ended(job.returncode, out, err)
+        assert ended.code == 130, ended
+        assert "Traceback" not in err
+        assert not early or err.count("interrupted; run the same command again") >= 1
+        assert early or "stopped by SIGINT: saved at step" in out
+        while _ranks_left(job.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _ranks_left(job.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
