@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
@@ -205,8 +206,8 @@ def _ended(
     error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
 ) -> Exception | SystemExit:
     """What an error in training is to the user: one line, or a crash with all there is to know."""
-    if isinstance(error, OSError):
-        # a full disk, a folder that is gone: nothing is wrong here
+    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and module.has_started):
+        # a full disk, a folder that is gone, a file that reads other than it was written
         return UserError(
             f"{error}; {_last_good(folder)}; make room or put it right, then run the same command "
             "again"

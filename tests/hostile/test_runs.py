@@ -570,6 +570,18 @@ def test_folder_deleted_meanwhile_is_one_line(tmp_path: Path) -> None:
     assert not run.exists()
 
 
+def test_written_file_that_reads_otherwise_is_one_line(tmp_path: Path) -> None:
+    ended = train(tmp_path, before=_read_back_wrongly)
+    assert_one_line(ended, ".ckpt is damaged", "then run the same command again")
+
+
+def _read_back_wrongly() -> None:
+    def damaged(path: Path) -> None:
+        raise CheckpointError(f"{path} is damaged")
+
+    pytest.MonkeyPatch().setattr("nvae.training.checkpointing.load_whole", damaged)
+
+
 @pytest.mark.parametrize("runs", ["/dev/null", "/proc", "/dev/null/x", "file"])
 def test_runs_dir_that_is_none_is_one_line(tmp_path: Path, runs: str) -> None:
     (tmp_path / "file").touch()
