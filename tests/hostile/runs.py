@@ -123,3 +123,8 @@ def numeric_settings(cls: type, prefix: str = "") -> list[tuple[str, bool]]:
 def takes(kind: Any, wanted: type) -> bool:
     """Whether an annotation mentions a type."""
     return kind is wanted or any(takes(each, wanted) for each in typing.get_args(kind))
+
+
+def has_logged(folder: Path) -> bool:
+    """Whether the run has made a step."""
+    return (folder / "runs" / "r" / "metrics.jsonl").exists()

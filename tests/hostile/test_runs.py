@@ -1,21 +1,14 @@
-"""Settings that are no numbers, hand-made checkpoints, two processes, signals, full disks."""
+"""Settings that are no numbers, hand-made checkpoints, runs of others, locks."""
 
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import errno
-import json
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +18,11 @@ import torch
 from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import compose_train
 from nvae.cli.config import TrainConfig
-from nvae.training import stop_now
 from nvae.training.checkpointing import step_checkpoints
-from nvae.training.module import NVAELightning
 from nvae.training.resuming import check_resumable
 from nvae.training.run_lock import LOCK_FILE, FolderInUseError, RunLock, lock_unused
-from tests.hostile.runs import TINY, Ended, Job, assert_one_line, numeric_settings, takes, train
+from tests.hostile.runs import Job, assert_one_line, has_logged, numeric_settings, takes, train
 
-ROOT = Path(__file__).parents[2]
 NUMBERS = numeric_settings(TrainConfig)
 NOT_YET = ("data.", "model.")
 """Sections whose dataclasses are checked elsewhere."""
@@ -296,13 +286,9 @@ def test_damaged_newest_checkpoint_is_told_of(tmp_path: Path, stopped: Path) -> 
     assert second == f"run runs/r, resumed from {one_before.name}"
 
 
-def _logs(folder: Path) -> bool:
-    return (folder / "runs" / "r" / "metrics.jsonl").exists()
-
-
 def test_second_process_of_a_name_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     job = Job(tmp_path, "trainer.epochs=400")
-    job.until(lambda: _logs(tmp_path))
+    job.until(lambda: has_logged(tmp_path))
     second = train(tmp_path, "trainer.epochs=400")
     assert_one_line(second, f"runs/r is in use by process {job.process.pid} on host", " since ")
     assert job.process.is_alive()
@@ -379,289 +365,3 @@ def test_file_system_without_locks_is_said_and_used(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "file system without locks" in err
-
-
-def _slow_steps() -> None:
-    """A step takes 1.6 seconds, and says when it has begun."""
-    original = NVAELightning.training_step
-
-    def slow(self: NVAELightning, *arguments: Any) -> torch.Tensor:
-        Path("in_step").touch()
-        for _ in range(160):
-            time.sleep(0.01)
-        return original(self, *arguments)
-
-    NVAELightning.training_step = slow  # type: ignore[method-assign]
-
-
-def _signalled(
-    folder: Path, *signals: tuple[int, float], before: Callable[[], None] | None = None
-) -> Ended:
-    job = Job(folder, "trainer.epochs=400", before=before)
-    job.until((folder / "in_step").exists if before else lambda: _logs(folder))
-    for number, pause in signals:
-        job.signal(number)
-        time.sleep(pause)
-    return job.ended()
-
-
-def test_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 0))
-    (path,) = step_checkpoints(tmp_path / "runs" / "r" / "checkpoints")[-1:]
-    step = torch.load(path, weights_only=True)["global_step"]
-    assert ended.code == 130, ended
-    assert not ended.err
-    last = f"stopped by SIGINT: saved at step {step}; run the same command again to go on"
-    assert ended.out.splitlines()[-1] == last
-
-
-def test_one_press_that_comes_twice_is_one(tmp_path: Path) -> None:
-    """Of a terminal and a launcher; inside a step, which is finished."""
-    ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), before=_slow_steps)
-    assert (ended.code, ended.err) == (130, "")
-    assert "saved at step 1" in ended.out
-
-
-def test_second_press_stops_at_once(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_slow_steps)
-    assert ended.code == 130
-    assert ended.err == "interrupted; run the same command again\n"
-    assert not list((tmp_path / "runs" / "r" / "checkpoints").iterdir())
-
-
-def _stuck_step() -> None:
-    """The main thread waits outside Python and answers no signal, as for a rank that hangs."""
-
-    def stuck(*_: Any) -> torch.Tensor:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        Path("in_step").touch()
-        ctypes.CDLL(None).sleep(60)
-        raise AssertionError
-
-    NVAELightning.training_step = stuck  # type: ignore[method-assign]
-    stop_now._GRACE = 0.2
-
-
-def test_second_press_ends_a_run_that_is_stuck(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_stuck_step)
-    assert (ended.code, ended.err) == (130, "interrupted; run the same command again\n")
-
-
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_is_kept_beside_an_interrupt(tmp_path: Path, first: signal.Signals) -> None:
-    second = ({signal.SIGTERM, signal.SIGINT} - {first}).pop()
-    ended = _signalled(tmp_path, (first, 0.1), (second, 0), before=_slow_steps)
-    assert (ended.code, ended.err) == (143, "")
-    assert "stopped by SIGTERM: saved at step 1" in ended.out
-
-
-BEFORE_TRAINING = {
-    "nvae.data.module.ImageDataModule.prepare_data": "data",
-    "nvae.models.nvae.NVAE.__init__": "model",
-    "nvae.training.run_folder.git_revision": "start",
-    "nvae.training.module.NVAELightning.configure_optimizers": "Lightning's setup",
-    "nvae.training.ema.MovingAverage.setup": "a callback's setup",
-    "nvae.cli.report.sample_grid": "the report",
-}
-
-
-def _interrupt_in(where: str) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(5)
-
-    pytest.MonkeyPatch().setattr(where, interrupted)
-
-
-class _InterruptIn:
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __call__(self) -> None:
-        _interrupt_in(self.where)
-
-
-@pytest.mark.parametrize("where", BEFORE_TRAINING, ids=BEFORE_TRAINING.get)
-def test_interrupt_outside_training_is_one_line(tmp_path: Path, where: str) -> None:
-    ended = train(
-        tmp_path, "callbacks.ema.decay=0.9", "trainer.epochs=1", before=_InterruptIn(where)
-    )
-    assert ended.code == 130, ended
-    assert ended.err == "interrupted; run the same command again\n"
-
-
-class _FullDisk:
-    """Files whose name holds a text cannot be written, after the first few times."""
-
-    def __init__(self, text: str, after: int = 0) -> None:
-        self.text, self.left = text, after
-
-    def __call__(self) -> None:
-        original = pathlib.Path.open
-
-        def full(path: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
-            if self.text in str(path.name) and ("w" in mode or "a" in mode):
-                self.left -= 1
-                if self.left < 0:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-            return original(path, mode, *arguments, **more)
-
-        pathlib.Path.open = full  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize(
-    ("file", "after", "told"),
-    [
-        (".config", 0, "cannot write config.yaml and starts.jsonl in runs/r: No space left"),
-        ("starts.jsonl", 0, "cannot write config.yaml and starts.jsonl in runs/r: No space left"),
-        ("metrics.jsonl", 0, "cannot write runs/r/metrics.jsonl: No space left on device"),
-        ("metrics.jsonl", 20, "cannot write runs/r/metrics.jsonl: No space left on device"),
-        (".step_", 0, "cannot write runs/r/checkpoints/step_00000008.ckpt"),
-        (".step_", 1, "cannot write runs/r/checkpoints/step_00000016.ckpt"),
-    ],
-)
-def test_full_disk_is_one_line(tmp_path: Path, file: str, after: int, told: str) -> None:
-    ended = train(tmp_path, before=_FullDisk(file, after))
-    assert_one_line(ended, told, "then run the same command again")
-    again = train(tmp_path)  # with room again
-    assert again.code == 0, again
-    steps = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert sorted(set(steps)) == list(range(1, 17))
-    assert steps == sorted(steps)
-
-
-class _SmallFiles:
-    def __init__(self, largest: int) -> None:
-        self.largest = largest
-
-    def __call__(self) -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest, self.largest))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("largest", [3000, 5000, 20_000, 60_000, 100_000])
-def test_files_that_cannot_grow_are_one_line(tmp_path: Path, largest: int) -> None:
-    """All logs on: TensorBoard fails in a thread of its own."""
-    logs = ("logger.tensorboard=true", "logger.csv=true")
-    assert_one_line(train(tmp_path, *logs, before=_SmallFiles(largest)), "the same command again")
-
-
-def test_picture_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "r").mkdir(parents=True)
-    (tmp_path / "runs" / "r" / "pictures").touch()
-    ended = train(tmp_path, "callbacks.pictures.every_epochs=1")
-    assert ended.code == 0
-    assert ended.err.count("could not be written") == 4
-    assert "Traceback" not in ended.err
-
-
-def test_folder_deleted_meanwhile_is_one_line(tmp_path: Path) -> None:
-    job = Job(tmp_path, "trainer.epochs=400", "logger.jsonl=false")
-    run = tmp_path / "runs" / "r"
-    job.until(lambda: bool(step_checkpoints(run / "checkpoints")))
-    while run.exists():
-        shutil.rmtree(run, ignore_errors=True)
-    assert_one_line(job.ended(), "then run the same command again")
-    assert not run.exists()
-
-
-def test_written_file_that_reads_otherwise_is_one_line(tmp_path: Path) -> None:
-    ended = train(tmp_path, before=_read_back_wrongly)
-    assert_one_line(ended, ".ckpt is damaged", "then run the same command again")
-
-
-def _read_back_wrongly() -> None:
-    def damaged(path: Path) -> None:
-        raise CheckpointError(f"{path} is damaged")
-
-    pytest.MonkeyPatch().setattr("nvae.training.checkpointing.load_whole", damaged)
-
-
-@pytest.mark.parametrize("runs", ["/dev/null", "/proc", "/dev/null/x", "file"])
-def test_runs_dir_that_is_none_is_one_line(tmp_path: Path, runs: str) -> None:
-    (tmp_path / "file").touch()
-    assert_one_line(train(tmp_path, f"runs_dir={runs}"), f"{runs}/r cannot be the run's folder")
-
-
-BAD = {
-    "nothing": ("trainer.guard.skip_threshold=1e-9", "16 steps in a row"),
-    "nearly nothing": ("optimizer.learning_rate=1000", "steps in a row"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_run_that_trained_nothing_fails(tmp_path: Path, kind: str) -> None:
-    override, told = BAD[kind]
-    assert_one_line(train(tmp_path, override), "training diverged at step 16", told, "at the first")
-
-
-def test_model_that_no_memory_holds_is_one_line(tmp_path: Path) -> None:
-    ended = train(tmp_path, before=_NoMemory())
-    assert_one_line(ended, "not enough memory to build this model", "lower model.")
-
-
-class _NoMemory:
-    def __call__(self) -> None:
-        def fails(*_: Any) -> None:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate")
-
-        pytest.MonkeyPatch().setattr("nvae.models.nvae.NVAE.__init__", fails)
-
-
-def _two_ranks(folder: Path) -> subprocess.Popen[str]:
-    """A command that starts its second rank itself, in a process group of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *TINY, "trainer.devices=2", "trainer.epochs=4000",
-         "trainer.accelerator=cpu"],
-        cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def _ranks_left(group: int) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.getpgid(int(process.name)) == group and "train.py" in _command(process):
-                found.append(process.name)
-    return found
-
-
-def _command(process: Path) -> str:
-    return (process / "cmdline").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("early", [False, True], ids=["in training", "in setup"])
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the first alone", "a terminal"])
-def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool) -> None:
-    """Of the first alone, as `kill` does, and of all, as a terminal does; nobody is left behind."""
-    job = _two_ranks(tmp_path)
-    try:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline:
-            if len(_ranks_left(job.pid)) == 2 if early else _logs(tmp_path):
-                break
-            time.sleep(0.02)
-        if whole_group:
-            os.killpg(job.pid, signal.SIGINT)
-        else:
-            job.send_signal(signal.SIGINT)
-        out, err = job.communicate(timeout=60)
-        ended = Ended(job.returncode, out, err)
-        assert ended.code == 130, ended
-        assert "Traceback" not in err
-        assert not early or err.count("interrupted; run the same command again") >= 1
-        assert early or "stopped by SIGINT: saved at step" in out
-        while _ranks_left(job.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not _ranks_left(job.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
