@@ -12,18 +12,18 @@ tensors, with the keys
 beside whatever the trainer needs to resume. The published format is read too.
 """
 
-import argparse
-import pickle
-import re
-import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from nvae.files import replacing
 from nvae.models import NVAE, ModelConfig
-from nvae.published import is_published, load_published
+from nvae.models.topology import check_size
+from nvae.published import is_published, translate_published
+from nvae.torch_file import TorchFileError, read_torch_file
 from nvae.weights_folder import is_weights_folder, read_weights
 
 FORMAT = 1
@@ -60,8 +60,13 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) -> dict[str, Any]:
     """The dictionary of a checkpoint of this project or of the published format, on the CPU.
+
+    Args:
+        path: of the file.
+        entries: keys wanted; None: all. Every byte that they need is compared with its checksum,
+            which takes as long as reading it.
 
     Raises:
         CheckpointError: one line that says what is wrong with the file.
@@ -69,23 +74,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
+    if entries is not None:
+        entries = {"nvae_format", "model_config", "args", "state_dict", *entries}
     try:
-        # mmap reads only what is used: a training checkpoint is mostly optimiser state
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        first_line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {first_line}") from None
-    if not isinstance(checkpoint, dict) or not (
-        is_published(checkpoint) or _is_ours(checkpoint, path)
-    ):
+        checkpoint = read_torch_file(path, entries)
+    except TorchFileError as error:
+        raise CheckpointError(str(error)) from None
+    if not is_published(checkpoint) and not _is_ours(checkpoint, path):
         raise CheckpointError(
             f"{path} holds neither a checkpoint of this project nor one of the published format"
         )
+    for key, kind in (("state_dict", dict), ("model_config", dict), ("run_config", dict | None)):
+        if not isinstance(checkpoint.get(key, {}), kind):
+            raise CheckpointError(f"{path} is no usable checkpoint: its {key} is no dictionary")
     return checkpoint
 
 
@@ -100,21 +101,22 @@ def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format, would run code, or
-            if its weights do not fit its configuration.
+            if its weights do not fit its configuration or are not finite.
         ModuleNotFoundError: a folder, and safetensors is not installed.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: ema, raw")
     exported = is_weights_folder(path)
-    checkpoint = {} if exported else load_checkpoint(path)
+    checkpoint = {} if exported else load_checkpoint(path, _entries(weights))
     try:
         if exported:
-            model = read_weights(path)
+            config, state = read_weights(path)
         elif is_published(checkpoint):
-            model = load_published(checkpoint)
+            config, state = translate_published(checkpoint)
         else:
-            model = NVAE(ModelConfig.from_dict(checkpoint["model_config"]))
-            model.load_state_dict(_network_state(checkpoint, weights))
+            config = ModelConfig.from_dict(checkpoint["model_config"])
+            state = _network_state(checkpoint, weights)
+        model = _build(config, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a usable model: {detail}") from None
@@ -122,33 +124,54 @@ def load_model(path: str | Path, weights: Weights = "ema") -> NVAE:
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, torch.Tensor]:
+def _entries(weights: Weights) -> list[str]:
+    return ["current_model_state"] if weights == "raw" else []
+
+
+def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Any]:
     state = checkpoint["state_dict"]
     if weights == "raw":
         state = checkpoint.get("current_model_state", state)
     return {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in state.items()
-        if name.startswith(MODEL_PREFIX)
+        if isinstance(name, str) and name.startswith(MODEL_PREFIX)
     }
+
+
+def _build(config: ModelConfig, state: Mapping[str, Any]) -> NVAE:
+    """The model with these weights, made only once it is known that they fit.
+
+    Raises:
+        ValueError: a weight is missing, unknown, of another shape, no tensor, or not finite.
+    """
+    check_size(config, len(state))
+    with torch.device("meta"):
+        expected = NVAE(config).state_dict()
+    for name, like in expected.items():
+        found = state.get(name)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"it lacks the weight {name!r}")
+        if found.shape != like.shape:
+            raise ValueError(
+                f"its {name!r} has shape {tuple(found.shape)}, {tuple(like.shape)} is expected"
+            )
+        if not found.isfinite().all():
+            raise ValueError(f"its {name!r} holds numbers that are not finite")
+    unknown = sorted(state.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"it has a weight that this model lacks: {unknown[0]!r}")
+    model = NVAE(config)
+    model.load_state_dict(state)
+    return model
 
 
 def _is_ours(checkpoint: dict[str, Any], path: Path) -> bool:
     version = checkpoint.get("nvae_format")
     if version is None:
         return False
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise CheckpointError(
             f"{path} has format version {version}; this version of nvae reads {FORMAT}"
         )
     return {"model_config", "state_dict"} <= checkpoint.keys()
-
-
-def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
-    if found:
-        return (
-            f"{path} is refused: it asks for {found[1]}, which could run code; nothing was run. "
-            "Checkpoints hold tensors and plain types only"
-        )
-    return f"{path} is damaged or no checkpoint: it cannot be read as tensors and plain types"

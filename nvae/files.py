@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -76,20 +76,28 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_bytes(path: str | Path, largest: int) -> bytes:
-    """A regular file's content.
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file opened for reading; pipes and devices are refused before they are waited for.
 
-    Pipes and devices are refused before they are waited for.
+    Raises:
+        ValueError: no regular file.
+        OSError: it is not there or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path, largest: int) -> bytes:
+    """A regular file's content; see :func:`open_regular`.
 
     Raises:
         ValueError: no regular file, or more than ``largest`` bytes.
         OSError: it is not there or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} is no regular file")
+    with open_regular(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"{path} has more than the {largest} bytes that such a file may have")

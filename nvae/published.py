@@ -17,6 +17,7 @@ from nvae.models.config import ModelConfig
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import FactorizedSkip, UpsampleSkip, skip_splits
 from nvae.models.nvae import NVAE
+from nvae.models.topology import check_size
 
 _EARLY_DEFAULTS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 
@@ -102,46 +103,48 @@ def model_config(args: Namespace) -> ModelConfig:
         raise ValueError(f"the checkpoint's arguments lack {missing}") from None
 
 
-def load_published(checkpoint: dict[str, Any]) -> NVAE:
-    """Build the network of a published checkpoint and fill it, on the CPU in float32.
+def translate_published(checkpoint: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration of a published checkpoint, and its weights under this project's names.
 
     Raises:
         ValueError: if arguments and weights do not fit together.
     """
-    model = NVAE(model_config(checkpoint["args"]))
     published = checkpoint["state_dict"]
-    ours = model.state_dict()
+    config = model_config(checkpoint["args"])
+    check_size(config, len(published))
+    with torch.device("meta"):
+        model = NVAE(config)
+    shapes = {name: like.shape for name, like in model.state_dict().items()}
+    ours: dict[str, Tensor] = {}
     used: set[str] = set()
     for target, sources in name_pairs(model):
-        missing = [name for name in sources if name not in published]
-        if missing:
-            raise ValueError(f"the checkpoint lacks the weight {missing[0]!r}")
+        for name in sources:
+            if not isinstance(published.get(name), Tensor):
+                raise ValueError(f"the checkpoint lacks the weight {name!r}")
         used.update(sources)
-        tensor = torch.cat([published[name] for name in sources]) if len(sources) > 1 else (
-            published[sources[0]]
-        )  # fmt: skip
-        if tensor.numel() != ours[target].numel():
+        parts = [published[name] for name in sources]
+        if sum(part.numel() for part in parts) != shapes[target].numel():
             raise ValueError(
-                f"the checkpoint's {sources[0]!r} has shape {tuple(tensor.shape)}, "
-                f"{tuple(ours[target].shape)} is expected"
+                f"the checkpoint's {sources[0]!r} has shape {tuple(parts[0].shape)}, "
+                f"{tuple(shapes[target])} is expected"
             )
-        ours[target] = tensor.reshape(ours[target].shape).to(ours[target].dtype)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        ours[target] = tensor.reshape(shapes[target])
     unknown = [n for n in published if n not in used and not _is_redundant(n)]
     if unknown:
         raise ValueError(f"the checkpoint has a weight this model lacks: {unknown[0]!r}")
-    for name in ours:
+    for name in shapes:
         if name.endswith(".initialized"):
             ours[name] = torch.tensor(True)
-    model.load_state_dict(ours)
-    return model
+    return config, ours
 
 
-def _is_redundant(name: str) -> bool:
+def _is_redundant(name: Any) -> bool:
     """Stored in the format but not part of the model's state.
 
     Mobile convolutions appear twice; a vanilla model stores a constant that it does not use.
     """
-    return name.endswith(".weight_normalized") or name == "prior_ftr0"
+    return str(name).endswith(".weight_normalized") or name == "prior_ftr0"
 
 
 NamePair = tuple[str, list[str]]

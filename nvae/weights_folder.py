@@ -1,15 +1,19 @@
 """A model as a folder of two plain files: `model.safetensors` and `config.json`.
 
 The names are those that other programs look for. `config.json` is the model's configuration, with
-the format's version beside it; the tensors have the names of :meth:`NVAE.state_dict`.
+the format's version and a checksum beside it; the tensors have the names of
+:meth:`NVAE.state_dict`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nvae.files import replacing, write_json
+from torch import Tensor
+
+from nvae.files import read_json, replacing, write_json
 from nvae.models import NVAE, ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -32,7 +36,16 @@ def write_weights(model: NVAE, folder: Path) -> None:
             safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk, and no OSError
             raise OSError(f"{WEIGHTS_FILE}: {error}") from None
-    write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, **model.config.to_dict()})
+    config = model.config.to_dict()
+    checksum = _checksum(config, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, "sha256": checksum, **config})
+
+
+def _checksum(config: dict[str, Any], weights: Path) -> str:
+    """SHA-256, in hexadecimal, of a configuration and the file that it belongs to."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def is_weights_folder(path: str | Path) -> bool:
@@ -40,41 +53,36 @@ def is_weights_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read_weights(folder: str | Path) -> NVAE:
-    """The model of a folder, float32, on the CPU.
+def read_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration and the weights of a folder.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
         ValueError: a file is missing, damaged, or of another format.
-        RuntimeError: the tensors do not fit the configuration.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"the folder has no {name}")
-    model = NVAE(_read_config(folder / CONFIG_FILE))
+    values = read_json(folder / CONFIG_FILE)
+    if not isinstance(values, dict):
+        raise ValueError(f"{CONFIG_FILE} is no JSON object")
+    version, checksum = values.pop("nvae_format", None), values.pop("sha256", None)
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(
+            f"{CONFIG_FILE} has nvae_format {version}; this version of nvae reads {FORMAT}"
+        )
+    config = ModelConfig.from_dict(values)
+    # folders of earlier versions have none
+    if checksum is not None and checksum != _checksum(values, folder / WEIGHTS_FILE):
+        raise ValueError(
+            f"{CONFIG_FILE} or {WEIGHTS_FILE} is damaged: the checksum is another; export it again"
+        )
     safetensors = _safetensors()
     try:
-        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        return config, safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
-    model.load_state_dict(state)
-    return model
-
-
-def _read_config(file: Path) -> ModelConfig:
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.name} is no JSON object")
-    version = values.pop("nvae_format", None)
-    if version != FORMAT:
-        raise ValueError(
-            f"{file.name} has nvae_format {version}; this version of nvae reads {FORMAT}"
-        )
-    return ModelConfig.from_dict(values)
 
 
 def _safetensors() -> ModuleType:

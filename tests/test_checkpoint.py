@@ -84,7 +84,7 @@ def test_a_file_that_carries_code_is_refused_and_nothing_runs(tmp_path: Path, pl
         args = argparse.Namespace(x=evil) if place == "args" else argparse.Namespace()
         top = {"evil": evil} if place == "top" else {}
         torch.save({"args": args, "state_dict": {}, **top}, path)
-    with pytest.raises(CheckpointError, match=r"refused|cannot be read") as error:
+    with pytest.raises(CheckpointError, match=r"is refused|no archive") as error:
         load_model(path)
     assert "\n" not in str(error.value)
     assert not marker.exists()
@@ -104,7 +104,7 @@ def test_what_it_asked_for_is_named(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "no checkpoint at"),
         (lambda path: path.write_bytes(b""), "damaged or no checkpoint"),
         (lambda path: path.write_text("hello"), "damaged or no checkpoint"),
-        (lambda path: torch.save([1, 2], path), "neither a checkpoint of this project"),
+        (lambda path: torch.save([1, 2], path), "does not hold a dictionary"),
         (lambda path: torch.save({"weights": 1}, path), "neither a checkpoint of this project"),
         (lambda path: torch.save({"nvae_format": 7}, path), "format version 7.*reads 1"),
         (
@@ -115,7 +115,7 @@ def test_what_it_asked_for_is_named(tmp_path: Path) -> None:
         ),
         (
             lambda path: torch.save({"nvae_format": 1, "model_config": {}, "state_dict": {}}, path),
-            "does not describe a usable model: .*Missing key",
+            "does not describe a usable model: .*72 residual cells, but it has 0 weights",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from nvae.checkpoint import load_checkpoint
 from nvae.models import NVAE
 from nvae.models.families import CELL_FAMILIES
-from nvae.published import is_published, load_published, model_config, name_pairs
+from nvae.published import is_published, model_config, name_pairs, translate_published
 from tests.models.small import small_model
 from tests.reference import checkpoint_path
 
@@ -47,13 +47,13 @@ def test_early_files_lack_three_arguments(published: dict[str, Any]) -> None:
 def test_misfits_are_named(published: dict[str, Any], change: dict[str, Any], message: str) -> None:
     published["args"] = Namespace(**{**vars(published["args"]), **change})
     with pytest.raises(ValueError, match=message):
-        load_published(published)
+        translate_published(published)
 
 
 def test_surplus_weights_are_named(published: dict[str, Any]) -> None:
     published["state_dict"]["dec_tower.99.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"this model lacks: .dec_tower\.99\.weight"):
-        load_published(published)
+        translate_published(published)
 
 
 def test_one_mixture_means_a_normal(published: dict[str, Any]) -> None:

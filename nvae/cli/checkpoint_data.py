@@ -96,7 +96,7 @@ def check_split(split: str) -> None:
 
 _CHANGES_NO_PIXEL = (
     *("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit"),
-    *("root", "source", "download", "licence", "citation", "homepage", "urls", "files"),
+    *("root", "source", "cache", "download", "licence", "citation", "homepage", "urls", "files"),
 )
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from nvae.settings import LARGEST_INTEGER, check_fields
+
 IN_MEMORY_FORMATS = ("digits", "random")
 """Made in memory at start: nothing on disk, nothing to prepare."""
 
@@ -31,14 +33,30 @@ RESIZES = ("nearest", "box", "bilinear", "bicubic", "lanczos")
 ON_DEVICE = ("auto", "always", "never")
 
 
+MOST_IMAGES = 100_000_000
+"""Of a split: what orders are drawn of, and still fits in memory as such."""
+
+_BOUNDS: dict[str, tuple[int, int]] = {
+    "image_size": (1, 4096),
+    "counted_size": (1, 4096),
+    "pad": (0, 2048),
+    "crop_box": (0, 65_536),
+    "batch_size": (1, 65_536),
+    "eval_batch_size": (1, 65_536),
+    "num_workers": (0, 256),
+    "on_device_limit": (0, 1 << 24),
+    "train_size": (1, MOST_IMAGES),
+    "valid_size": (0, MOST_IMAGES),
+    "test_size": (0, MOST_IMAGES),
+    "split_seed": (0, LARGEST_INTEGER),
+    "seed": (0, LARGEST_INTEGER),
+    "eval_seed": (0, LARGEST_INTEGER),
+}
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"data.{name} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ValueError(f"data.{name} is {value}; it must be at least {least}")
 
 
 @dataclass
@@ -53,8 +71,11 @@ class DataConfig:
         format: kind of the source files (`SOURCE_FORMATS`), or made in memory
             (`IN_MEMORY_FORMATS`).
         root: folder of the data set; the prepared form lies in a folder inside, named after its
-            shape. A folder that has a `manifest.json` is taken as the prepared form itself.
+            shape. A folder that is a prepared form is taken as such. Where the pictures lie in
+            `root` itself (or it is an archive of them), nothing is written there: see `cache`.
         source: folder or file that holds the source files; null means `root/source`.
+        cache: where the prepared forms of folders go that hold nothing but the user's pictures;
+            null means `nvae/data` in `$XDG_CACHE_HOME` or `~/.cache`.
         image_size: side of the model's input, padding included.
         channels: 1 (grey) or 3 (colour).
         bits: grey levels of the input are 2^bits (spec, section 1); 1 where binarised.
@@ -99,6 +120,7 @@ class DataConfig:
     likelihood: str
     root: str = "data"
     source: str | None = None
+    cache: str | None = None
     counted_size: int | None = None
     binarize: str = "none"
     pad: int = 0
@@ -126,6 +148,7 @@ class DataConfig:
     citation: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.", **_BOUNDS)
         _one_of("format", self.format, IN_MEMORY_FORMATS + SOURCE_FORMATS)
         _one_of("likelihood", self.likelihood, LIKELIHOODS)
         _one_of("binarize", self.binarize, BINARIZE)
@@ -139,19 +162,6 @@ class DataConfig:
             )
         if self.torchvision is not None:
             _one_of("torchvision", self.torchvision, TORCHVISION_SETS)
-        for name, least in (
-            ("image_size", 1),
-            ("counted_size", 1),
-            ("pad", 0),
-            ("batch_size", 1),
-            ("eval_batch_size", 1),
-            ("num_workers", 0),
-            ("on_device_limit", 0),
-            ("train_size", 1),
-            ("valid_size", 0),
-            ("test_size", 0),
-        ):
-            _at_least(name, getattr(self, name), least)
         self._check_pixels()
         self._check_geometry()
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +71,19 @@ def plan_splits(parts: dict[str, Part], config: DataConfig) -> Plan:
     return Plan(counts, destination, rule)
 
 
+def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:
+    """The pictures that go to a split, each with its number."""
+    items = part.items()
+    for split in destination:
+        item = next(items, None)
+        if item is None:
+            raise DataError("the source holds fewer pictures than it says, or changed meanwhile")
+        if split >= 0:
+            yield int(split), item
+    if next(items, None) is not None:
+        raise DataError("the source holds more pictures than it says, or changed meanwhile")
+
+
 def _to_array(item: Item, config: DataConfig) -> NDArray[np.uint8] | BadImageError:
     try:
         loaded = item.load()
@@ -95,7 +109,11 @@ def _map_in_order(
         return [(split, item, _to_array(item, config)) for split, item in chunk]
 
     pending: deque[Future[list[tuple[int, Item, NDArray[np.uint8] | BadImageError]]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="nvae-prepare") as pool:
+    # PIL's warnings about damaged pictures are several lines each; set for all threads at once.
+    with (
+        warnings.catch_warnings(action="ignore"),
+        ThreadPoolExecutor(workers, thread_name_prefix="nvae-prepare") as pool,
+    ):
         try:
             while chunk := list(islice(items, _CHUNK)):
                 pending.append(pool.submit(work, chunk))
@@ -161,11 +179,7 @@ def convert(
     total, done = sum(plan.counts.values()), 0
     for part_name, part in parts.items():
         destination = plan.destination[part_name]
-        items = (
-            (int(split), item)
-            for split, item in zip(destination, part.items(), strict=True)
-            if split >= 0
-        )
+        items = _with_split(part, destination)
         workers = workers or min(8, os.cpu_count() or 1)
         for split, item, result in _map_in_order(items, config, workers):
             if isinstance(result, BadImageError):

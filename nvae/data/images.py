@@ -1,14 +1,21 @@
 """One picture in, one uint8 array of the prepared size out. Used in preparation only."""
 
 import io
-import warnings
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from nvae.command_line import brief
 from nvae.data.config import DataConfig
+from nvae.data.manifest import LARGEST_SIDE
+
+LARGEST_AREA = (1 << 30) // 4 // 3
+"""Pixels of a picture: more are taken for an attack, as PIL does."""
+
+_KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""What a picture may be, whatever its name says; PIL would start a PostScript interpreter."""
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -21,6 +28,17 @@ _FILTERS = {
 
 class BadImageError(ValueError):
     """A picture cannot be read; the message says why, without its name."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message, 300))
+
+
+def check_sides(width: int, height: int) -> None:
+    """Raise a BadImageError unless a picture has a size that pictures have."""
+    if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE):
+        raise BadImageError(f"it is {width}x{height}; allowed are 1 to {LARGEST_SIDE} a side")
+    if width * height > LARGEST_AREA:
+        raise BadImageError(f"it is {width}x{height}, more than {LARGEST_AREA} pixels")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -57,18 +75,17 @@ def decode(data: bytes, channels: int) -> Image.Image:
     if not data:
         raise BadImageError("it is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_channels(upright, channels)
+        image = Image.open(io.BytesIO(data), formats=_KINDS)
+        check_sides(*image.size)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return _to_channels(upright, channels)
     except BadImageError:
         raise
     # PIL's decoders raise almost anything on damaged input.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImageError(reason.replace("<_io.BytesIO object at ", "<")) from error
+        raise BadImageError(reason) from error
 
 
 def _crop(image: Image.Image, config: DataConfig) -> Image.Image:
@@ -98,6 +115,7 @@ def fit(image: Image.Image, *, size: int, config: DataConfig) -> NDArray[np.uint
     if config.crop == "random":
         short = min(image.size)
         target = (image.width * size // short, image.height * size // short)
+        check_sides(*target)
     else:
         target = (size, size)
     if image.size != target:
@@ -111,6 +129,7 @@ def fit_array(
 ) -> NDArray[np.uint8]:
     """The same for pixels that need no decoding, (H, W, 1 or 3) uint8."""
     height, width, have = pixels.shape
+    check_sides(width, height)
     if (height, width, have) == (size, size, channels) and config.crop_box is None:
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if have == 1 else pixels)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvae.data.sampler import EvalSampler, TrainSampler
 from nvae.data.tables import ImageTable
+from nvae.settings import LARGEST_INTEGER
 
 _BATCHES_AHEAD_PER_WORKER = 2
 
@@ -163,8 +164,14 @@ class TrainLoader(_Loader):
         """Continue from a state.
 
         Raises:
-            ValueError: The state belongs to another data set or another seed.
+            ValueError: The state belongs to another data set or another seed, or is none.
         """
+        for key in ("epoch", "position", "size", "seed"):
+            value = state_dict.get(key) if isinstance(state_dict, dict) else None
+            if type(value) is not int or not 0 <= value <= LARGEST_INTEGER:
+                raise ValueError(f"the checkpoint's state of the training data has no {key}")
+        if state_dict["position"] > state_dict["size"]:
+            raise ValueError("the checkpoint's state of the training data is behind their end")
         for key, have in (("size", self._sampler.size), ("seed", self._sampler.seed)):
             if state_dict[key] != have:
                 raise ValueError(

@@ -13,6 +13,12 @@ from nvae.data.images import fit_array
 from nvae.data.splits import draw_splits, split_counts
 from nvae.data.tables import TRAIN, DenseTable, ImageTable
 
+_LARGEST = 1 << 31
+"""Bytes of a set that is made in memory."""
+
+_CHUNK = 1 << 22
+"""Pixels made at a time, of eight bytes each until they are done."""
+
 
 def _digits(config: DataConfig) -> Tensor:
     """The 1797 handwritten digits of scikit-learn, 8x8, levels 0..16 as 0, 16, ..., 240, 255."""
@@ -33,9 +39,19 @@ def _random(config: DataConfig) -> Tensor:
         raise ValueError("data.train_size is not given; random images need their number")
     n = config.train_size + (config.valid_size or 0) + (config.test_size or 0)
     size = config.stored_size
-    keys = image_keys(torch.arange(n), seed=config.split_seed, epoch=0, stream=STREAM_CONTENT)
-    bits = uniform_bits(keys, size * size * config.channels) >> (UNIFORM_BITS - 8)
-    return bits.to(torch.uint8).view(n, size, size, config.channels)
+    if n * size * size * config.channels > _LARGEST:
+        raise ValueError(
+            f"{n} random images of {size}x{size}x{config.channels} take more than {_LARGEST} "
+            "bytes: set a smaller data.train_size"
+        )
+    out = torch.empty(n, size, size, config.channels, dtype=torch.uint8)
+    pixels = out.view(n, -1)
+    chunk = max(1, _CHUNK // pixels.shape[1])
+    for start in range(0, n, chunk):
+        index = torch.arange(start, min(start + chunk, n))
+        keys = image_keys(index, seed=config.split_seed, epoch=0, stream=STREAM_CONTENT)
+        pixels[index] = (uniform_bits(keys, pixels.shape[1]) >> (UNIFORM_BITS - 8)).to(torch.uint8)
+    return out
 
 
 def open_in_memory(config: DataConfig) -> dict[str, ImageTable]:

@@ -1,5 +1,6 @@
 """The one place where data meets Lightning."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._transform = InputTransform.from_config(config)
         self._tables: dict[str, ImageTable] = {}
         self._device_tables: dict[tuple[str, torch.device], DenseTable] = {}
+        self._noted = False
 
     def prepare_data(self) -> None:
         """Download and convert what is missing; one process of a machine does it."""
@@ -107,6 +109,8 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader | EvalLoader:
         """Shuffled, resumable loader of the training images.
 
+        Where there are fewer images than a batch, it is as large as they allow.
+
         With `Trainer(overfit_batches=...)` it is neither: the same batches at every epoch.
         """
         table = self.table(TRAIN)
@@ -114,8 +118,21 @@ class ImageDataModule(pl.LightningDataModule):
         # The attribute is set by the Trainer's constructor, but not declared.
         if getattr(self.trainer, "overfit_batches", 0) > 0:
             return self._eval_loader(TRAIN, config.batch_size)
-        sampler = TrainSampler(len(table), config.batch_size, config.seed, self._shard)
+        sampler = TrainSampler.fitting(len(table), config.batch_size, config.seed, self._shard)
+        self._note_smaller_batch(sampler)
         return TrainLoader(sampler, table, TRAIN, **self._options(table))
+
+    def _note_smaller_batch(self, sampler: TrainSampler) -> None:
+        """Say once, in the first process, that there are fewer images than a step was to take."""
+        if sampler.batch_size == self.config.batch_size or self._noted or sampler.shard.rank:
+            return
+        self._noted = True
+        print(
+            f"note: there are only {sampler.size} training images; a step takes "
+            f"{sampler.global_batch_size} of them, not data.batch_size={self.config.batch_size} "
+            "on each device",
+            file=sys.stderr,
+        )
 
     def _eval_loader(self, split: str, batch_size: int | None = None) -> EvalLoader:
         name = self._resolve(split)

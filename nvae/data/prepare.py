@@ -3,45 +3,31 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
-from rich.progress import Progress as ProgressBar
+from nvae.command_line import brief, fail, interruptible
 
-from nvae.data.config import CROPS, RESIZES, SOURCE_FORMATS, DataConfig
-from nvae.data.manifest import DataError, Manifest
-from nvae.data.sources import open_tables, prepare, prepared_folder
+with interruptible():  # the imports below take seconds
+    from rich.progress import Progress as ProgressBar
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
+    from nvae.data.catalog import FOLDER, OPTIONS, config_names, is_known, load_config
+    from nvae.data.config import CROPS, RESIZES, SOURCE_FORMATS, DataConfig
+    from nvae.data.manifest import DataError, Manifest
+    from nvae.data.places import prepared_folder
+    from nvae.data.sources import open_tables, prepare
 
-
-def config_names() -> list[str]:
-    """Data sets that have a file in configs/data and need preparation."""
-    names = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
-    return [name for name in names if load_config(name).format in SOURCE_FORMATS]
+MOST_WORKERS = 256
 
 
-def load_config(name: str) -> DataConfig:
-    """`configs/data/NAME.yaml` as a typed config.
-
-    Raises:
-        DataError: No such file, or one that does not fit `DataConfig`.
-    """
-    path = CONFIG_FOLDER / f"{name}.yaml"
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise DataError(f"{path} does not exist") from None
-    unknown = sorted(set(values) - {f.name for f in fields(DataConfig)})
-    if unknown:
-        raise DataError(f"{path} has unknown settings: {', '.join(unknown)}")
-    return DataConfig(**values)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise fail(f"{message}; {self.prog} --help lists what there is")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m nvae.data.prepare",
         description="Turn source files into the compact local form that training reads.",
     )
@@ -50,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--source", type=Path, help="where the source files are")
     parser.add_argument("--root", type=Path, help="where the prepared form goes (data.root)")
+    parser.add_argument(
+        "--cache", type=Path, help="where it goes for a folder without --root (data.cache)"
+    )
     parser.add_argument("--format", choices=SOURCE_FORMATS, help="kind of source files")
     parser.add_argument("--size", type=int, help="side of the model's input (data.image_size)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour")
@@ -84,25 +73,24 @@ def config_from_arguments(arguments: argparse.Namespace) -> DataConfig:
     """
     given = Path(arguments.data)
     values: dict[str, Any] = {}
-    if arguments.data in config_names():
+    names = config_names()
+    if arguments.data in names or (is_known(arguments.data) and not given.exists()):
         config = load_config(arguments.data)
     elif given.exists():
-        config = load_config("folder")
+        config = load_config(FOLDER)
         values["name"] = given.resolve().stem
-        values["root"] = str(given if given.is_dir() else given.parent)
-        if given.is_file() or arguments.root is not None:
+        values["root"] = str(given)
+        if arguments.root is not None:
             values["source"] = str(given)
     else:
         raise DataError(
-            f"{arguments.data} is neither a folder nor a data set; known: "
-            f"{', '.join(config_names())}"
+            f"{brief(arguments.data, 100)} is neither a folder nor a data set; known: "
+            f"{', '.join(names)}"
         )
-    renamed = {"size": "image_size"}
-    names = "source root format size channels crop crop_box resize train_size valid_size test_size"
-    for name in names.split():
-        value = getattr(arguments, name)
+    for name, option in OPTIONS.items():
+        value = getattr(arguments, option.strip("-").replace("-", "_"))
         if value is not None:
-            values[renamed.get(name, name)] = str(value) if isinstance(value, Path) else value
+            values[name] = str(value) if isinstance(value, Path) else value
     if arguments.no_download:
         values["download"] = False
     return replace(config, **values)
@@ -114,7 +102,7 @@ def _report(config: DataConfig, manifest: Manifest) -> None:
         shape = "x".join(map(str, split.shape))
         print(f"{name:>6}: {split.count} images of {shape}")
     for line in manifest.skipped_names:
-        print(f"skipped {line}", file=sys.stderr)
+        print(f"skipped {brief(line)}", file=sys.stderr)
     skipped = sum(split.skipped for split in manifest.splits.values())
     if skipped:
         print(f"skipped {skipped} unreadable images (see {folder / 'manifest.json'})")
@@ -123,8 +111,15 @@ def _report(config: DataConfig, manifest: Manifest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 on success, 1 after one line on what is wrong."""
-    arguments = _parser().parse_args(argv)
+    with interruptible():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
+        arguments = _parser().parse_args(argv)
+        if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
+            raise DataError(f"--workers is {arguments.workers}; allowed: 1 to {MOST_WORKERS}")
         config = config_from_arguments(arguments)
         with ProgressBar(disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(config.name, total=None)
@@ -136,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         open_tables(config)
         _report(config, manifest)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except MemoryError:
+        print("error: there is not enough memory for these files", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
-        return 130
+    except (ValueError, OSError, RecursionError) as error:
+        print(f"error: {brief(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ class TrainSampler:
                 f"data.batch_size={self.batch_size} on {self.shard.world_size} device(s) needs "
                 f"{self.global_batch_size} training images a step, but there are {self.size}"
             )
+
+    @classmethod
+    def fitting(cls, size: int, batch_size: int, seed: int, shard: Shard) -> Self:
+        """A sampler with as large a batch as there are images for, `batch_size` at most.
+
+        Raises:
+            ValueError: There is not one image for each device.
+        """
+        if size < shard.world_size:
+            raise ValueError(
+                f"{shard.world_size} devices need as many training images at least, but there are "
+                f"{size}: set trainer.devices={size}"
+            )
+        return cls(size, min(batch_size, size // shard.world_size), seed, shard)
 
     @property
     def global_batch_size(self) -> int:

@@ -5,13 +5,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nvae.data.catalog import prepare_command
 from nvae.data.config import IN_MEMORY_FORMATS, DataConfig
 from nvae.data.conversion import Progress, check_space, convert, plan_splits
 from nvae.data.download import by_hand, download
+from nvae.data.listing import listing_digest
 from nvae.data.manifest import MANIFEST_NAME, DataError, Manifest, read_manifest
 from nvae.data.memory import open_in_memory
+from nvae.data.places import (
+    can_be_fetched,
+    is_among_pictures,
+    is_current,
+    prepared_folder,
+    source_folder,
+    target_folder,
+)
 from nvae.data.readers import MissingSourceError, Part, detect_format, read_source
-from nvae.data.readers.folder import listing_digest
+from nvae.data.splits import TOO_FEW
 from nvae.data.store import open_store
 from nvae.data.store_writer import StoreWriter, exclusive
 from nvae.data.tables import SPLITS, TEST, TRAIN, VALID, ImageTable
@@ -23,36 +33,12 @@ def geometry(config: DataConfig) -> dict[str, Any]:
     return {"crop_box": box, "crop": config.crop, "resize": config.resize}
 
 
-def prepared_folder(config: DataConfig) -> Path:
-    """Where the prepared form is or will be: `root` itself if it is one, else inside it."""
-    root = Path(config.root)
-    if (root / MANIFEST_NAME).exists():
-        return root
-    size = config.stored_size
-    suffix = "" if config.crop == "center" else f"-{config.crop}"
-    return root / f"nvae-{size}x{size}x{config.channels}{suffix}"
-
-
-def _can_be_fetched(config: DataConfig) -> bool:
-    """Whether we know where the files come from, by download or by hand."""
-    return bool(config.torchvision or config.urls or config.files)
-
-
-def source_folder(config: DataConfig) -> Path:
-    """Where the source files are: named, or `root/source`, or a folder of pictures itself."""
-    if config.source is not None:
-        return Path(config.source)
-    inside = Path(config.root) / "source"
-    is_plain_folder = config.format in ("auto", "folder") and not inside.exists()
-    return Path(config.root) if is_plain_folder and not _can_be_fetched(config) else inside
-
-
 def _read_or_download(config: DataConfig, source: Path) -> tuple[str, dict[str, Part]]:
     try:
         kind = detect_format(source) if config.format == "auto" else config.format
         return kind, read_source(source, kind, config)
     except MissingSourceError as error:
-        if not _can_be_fetched(config):
+        if not can_be_fetched(config):
             raise
         if not config.download:
             raise DataError(f"{error}: {by_hand(config, source)}") from error
@@ -88,8 +74,8 @@ def prepare(
 @contextmanager
 def _locked(config: DataConfig) -> Iterator[Path]:
     """The prepared folder, for this process alone; a full or read-only disk is one clear line."""
-    source, folder = source_folder(config), prepared_folder(config)
-    if not source.exists() and not _can_be_fetched(config):
+    source, folder = source_folder(config), target_folder(config)
+    if not source.exists() and not can_be_fetched(config):
         raise MissingSourceError(f"{source} does not exist")
     try:
         with exclusive(folder):
@@ -108,6 +94,8 @@ def _prepare(
 ) -> Manifest:
     source = source_folder(config)
     kind, parts = _read_or_download(config, source)
+    # Before the pictures are read: what changes meanwhile is seen at the next start.
+    digest = listing_digest(source, kind)
     plan = plan_splits(parts, config)
     with StoreWriter(folder) as writer:
         check_space(folder, plan.counts, config)
@@ -120,11 +108,10 @@ def _prepare(
             workers=workers,
             progress=progress,
         )
-        digest = listing_digest(source) if kind == "folder" and source.is_dir() else ""
         manifest = Manifest(
             name=config.name,
             format=kind,
-            source=str(source),
+            source=str(source.absolute()),
             source_digest=digest,
             geometry=geometry(config),
             split_rule=plan.rule,
@@ -137,16 +124,6 @@ def _prepare(
     return manifest
 
 
-def _is_current(config: DataConfig) -> bool:
-    """Prepared, and not outdated: a folder of pictures that is its own source may have grown."""
-    root, folder = Path(config.root), prepared_folder(config)
-    if not (folder / MANIFEST_NAME).exists():
-        return False
-    if folder == root or source_folder(config) != root:
-        return True
-    return read_manifest(folder).source_digest in ("", listing_digest(root))
-
-
 def prepare_if_missing(config: DataConfig, progress: Progress | None = None) -> None:
     """Make the prepared form of a data set unless it is there, or is made in memory.
 
@@ -155,11 +132,11 @@ def prepare_if_missing(config: DataConfig, progress: Progress | None = None) -> 
     """
     if config.format in IN_MEMORY_FORMATS:
         return
-    if _is_current(config):
+    if is_current(config):
         return
     with _locked(config) as folder:
         # Another process may have done it while this one waited.
-        if not _is_current(config):
+        if not is_current(config):
             _prepare(config, folder, progress=progress)
 
 
@@ -173,7 +150,12 @@ def open_tables(config: DataConfig) -> dict[str, ImageTable]:
         tables, skipped = open_in_memory(config), {}
     else:
         folder = prepared_folder(config)
-        tables = open_store(folder)
+        if not (folder / MANIFEST_NAME).exists():
+            raise DataError(
+                f"{config.name} is not prepared ({folder} is not there); run: "
+                f"{prepare_command(config)}"
+            )
+        tables = open_store(folder, keep_stamps=not is_among_pictures(folder, config))
         manifest = read_manifest(folder)
         skipped = {split: files.skipped for split, files in manifest.splits.items()}
         found = manifest.geometry
@@ -213,6 +195,8 @@ def _check(config: DataConfig, tables: dict[str, ImageTable], skipped: dict[str,
     if TRAIN not in tables:
         raise DataError(f"{config.name} has no training images")
     if VALID not in tables and TEST not in tables:
+        if config.format not in IN_MEMORY_FORMATS and len(tables[TRAIN]) == 1:
+            raise DataError(f"{config.name} has one picture; {TOO_FEW}")
         raise DataError(
             f"{config.name} has neither validation nor test images: set data.valid_size"
         )

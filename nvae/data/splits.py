@@ -5,12 +5,14 @@ from torch import Tensor
 from nvae.counter_rng import STREAM_SPLIT, permutation
 from nvae.data.tables import SPLITS, TEST, TRAIN, VALID
 
+TOO_FEW = "it takes at least two: one to train on, one to hold out"
+
 
 def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> dict[str, int]:
     """Sizes of the three splits, given what the source has and what the config asks for.
 
     A split that the source lacks is drawn from its training part. Where the source has nothing
-    but a training part and the config names no size, a tenth goes to validation.
+    but a training part and the config names no size, a tenth goes to validation, at least one.
 
     Args:
         available: images in each split of the source.
@@ -23,6 +25,8 @@ def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> di
         ValueError: The source cannot give what is asked for.
     """
     have = {split: available.get(split, 0) for split in SPLITS}
+    if sum(have.values()) == 1:
+        raise ValueError(f"the source has one picture; {TOO_FEW}")
     counts = dict(have)
     drawn = 0
     unspecified = all(wanted.get(split) is None for split in SPLITS)
@@ -32,7 +36,7 @@ def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> di
             continue
         asked = wanted.get(split)
         if split == VALID and lonely and unspecified:
-            asked = have[TRAIN] // 10
+            asked = max(have[TRAIN] // 10, 1)
         counts[split] = asked or 0
         drawn += counts[split]
     counts[TRAIN] = have[TRAIN] - drawn

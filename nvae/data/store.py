@@ -1,79 +1,83 @@
 """Opening a prepared data set: arrays mapped from disk, shared by all processes of a machine."""
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nvae.data.manifest import ArrayFile, DataError, Manifest, read_manifest, write_json
+from nvae.data.manifest import LARGEST_SIDE, ArrayFile, DataError, Manifest, read_manifest
+from nvae.data.npy import map_array, read_header
 from nvae.data.tables import DenseTable, ImageTable, RaggedTable
+from nvae.files import open_regular, read_json, write_json
 
 _STAMPS_NAME = "verified.json"
 _CHUNK = 1 << 22
 
 
-def open_store(folder: Path) -> dict[str, ImageTable]:
+def open_store(folder: Path, *, keep_stamps: bool = True) -> dict[str, ImageTable]:
     """Open every split of a prepared folder, after checking that nothing was cut or changed.
+
+    Args:
+        folder: of the prepared form.
+        keep_stamps: note which files were found whole; False writes nothing.
 
     Raises:
         DataError: The folder is not prepared, or damaged.
     """
     manifest = read_manifest(folder)
-    verify(folder, manifest)
+    verify(folder, manifest, keep_stamps=keep_stamps)
     tables: dict[str, ImageTable] = {}
     for name, split in manifest.splits.items():
-        pixels = _map(folder / split.pixels.file)
+        path = folder / split.pixels.file
+        pixels = _map(path, "|u1")
         if split.layout is None:
-            table: ImageTable = DenseTable(pixels, split.pixels.sha256)
+            if pixels.shape != (split.count, *split.shape):
+                count, *shape = pixels.shape or (0,)
+                raise DataError(
+                    f"{path} holds {count} images of {tuple(shape)}, its manifest says "
+                    f"{split.count} images of {split.shape}: prepare it again"
+                )
+            tables[name] = DenseTable(pixels, split.pixels.sha256)
         else:
-            layout = torch.from_numpy(_load(folder / split.layout.file))
-            size, _, channels = split.shape
+            layout = _map(folder / split.layout.file, "<i8")
+            size, width, channels = split.shape
+            if layout.shape != (split.count, 3) or pixels.ndim != 1 or size != width:
+                raise DataError(
+                    f"{path} does not hold {split.count} images of {split.shape}, as its manifest "
+                    "says: prepare it again"
+                )
             _check_layout(folder, layout, pixels, size, channels)
             sha256 = f"{split.pixels.sha256}-{split.layout.sha256}"
-            table = RaggedTable(pixels, layout, size, channels, sha256)
-        if len(table) != split.count or table.shape != split.shape:
-            raise DataError(
-                f"{folder / split.pixels.file} holds {len(table)} images of {table.shape}, its "
-                f"manifest says {split.count} of {split.shape}: prepare it again"
-            )
-        tables[name] = table
+            tables[name] = RaggedTable(pixels, layout, size, channels, sha256)
     return tables
 
 
-def _map(path: Path) -> Tensor:
+def _map(path: Path, dtype: str) -> Tensor:
     # Copy-on-write, because torch wants memory it may write to; nothing ever does.
     try:
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (ValueError, TypeError) as error:
+        return torch.from_numpy(map_array(path, dtype))
+    except (ValueError, OSError) as error:
         raise DataError(f"{path} is not an array: {error}: prepare it again") from error
-
-
-def _load(path: Path) -> NDArray[np.int64]:
-    array: NDArray[np.int64] = np.load(path, allow_pickle=False)
-    return array
 
 
 def _check_layout(folder: Path, layout: Tensor, pixels: Tensor, size: int, channels: int) -> None:
     """Offsets come from a file: none may lead out of the pixels."""
-    ends = layout[:, 0] + layout[:, 1] * layout[:, 2] * channels
-    fits = (layout[:, 0] >= 0) & (layout[:, 1:] >= size).all(1) & (ends <= pixels.numel())
-    if not fits.all():
+    offsets, sides = layout[:, 0], layout[:, 1:]
+    # Bounds first, so that the products cannot overflow.
+    fits = ((sides >= size) & (sides <= LARGEST_SIDE)).all() and (
+        (offsets >= 0) & (offsets <= pixels.numel() - sides.prod(1) * channels)
+    ).all()
+    if not fits:
         raise DataError(f"{folder} has image positions outside its pixels: prepare it again")
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of an array file after its header."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            np.lib.format.read_array_header_1_0(file)
-        else:
-            np.lib.format.read_array_header_2_0(file)
+    with open_regular(path) as file:
+        file.seek(read_header(file, ("|u1", "<i8")).offset)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -92,16 +96,21 @@ def write_stamps(folder: Path, manifest: Manifest) -> None:
     write_json(folder / _STAMPS_NAME, stamps)
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def _read_stamps(folder: Path) -> dict[str, Any]:
+    try:
+        stamps = read_json(folder / _STAMPS_NAME)
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def verify(folder: Path, manifest: Manifest, *, keep_stamps: bool = True) -> None:
     """Check sizes always, and checksums of files that changed since they were last checked.
 
     Raises:
         DataError: A file is missing, cut short or altered.
     """
-    try:
-        stamps = json.loads((folder / _STAMPS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stamps = {}
+    stamps = _read_stamps(folder)
     stale = False
     for array in manifest.files():
         path = folder / array.file
@@ -109,7 +118,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if stamps.get(array.file) != [*_stamp(path), array.sha256]:
             stale = True
             _check_sum(path, array)
-    if stale:
+    if stale and keep_stamps:
         try:
             write_stamps(folder, manifest)
         except OSError:
@@ -129,7 +138,7 @@ def _check_size(path: Path, array: ArrayFile) -> None:
 def _check_sum(path: Path, array: ArrayFile) -> None:
     try:
         found = checksum(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"{path} is not an array: {error}: prepare it again") from error
     if found != array.sha256:
         raise DataError(f"{path} was altered (its checksum differs): prepare it again")

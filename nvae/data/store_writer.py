@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -14,9 +15,17 @@ from numpy.typing import NDArray
 
 from nvae.data.manifest import ArrayFile, Manifest, SplitFiles
 from nvae.data.store import write_stamps
+from nvae.data.tables import SPLITS
 
 _HEADER_BYTES = 128
 _PARTIAL = ".partial"
+_OWN = re.compile(rf"({'|'.join(SPLITS)})(-layout)?(-[0-9a-f]{{12}}\.npy|\{_PARTIAL})")
+
+
+def own_files(folder: Path, suffix: str = "") -> set[Path]:
+    """What preparations wrote into a folder: arrays and their unfinished forms, nothing else."""
+    found = [path for path in folder.iterdir() if _OWN.fullmatch(path.name)]
+    return {path for path in found if path.name.endswith(suffix)}
 
 
 def _header(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -119,9 +128,9 @@ class StoreWriter:
         self._committed = False
 
     def __enter__(self) -> Self:
-        for leftover in self._folder.glob(f"*{_PARTIAL}"):
+        for leftover in own_files(self._folder, _PARTIAL):
             leftover.unlink()
-        self._before = set(self._folder.glob("*.npy"))
+        self._before = own_files(self._folder)
         return self
 
     def __exit__(
@@ -135,8 +144,7 @@ class StoreWriter:
             with suppress(OSError) if kind is not None else nullcontext():
                 writer.close()
         if kind is not None and not self._committed:
-            made = set(self._folder.glob("*.npy")) - self._before
-            for path in made | set(self._folder.glob(f"*{_PARTIAL}")):
+            for path in own_files(self._folder) - self._before:
                 path.unlink()
 
     def split(self, name: str, shape: tuple[int, int, int], *, ragged: bool) -> SplitWriter:
@@ -154,15 +162,16 @@ class StoreWriter:
         self._committed = True
         write_stamps(self._folder, manifest)
         keep = {self._folder / array.file for array in manifest.files()}
-        for path in [*self._folder.glob("*.npy"), *self._folder.glob(f"*{_PARTIAL}")]:
-            if path not in keep:
-                path.unlink()
+        for path in own_files(self._folder) - keep:
+            path.unlink()
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Wait until no other process prepares this folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    # Not through a link, and nothing is cut: whatever lies there, it is not harmed.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+b", buffering=0) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

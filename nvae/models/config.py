@@ -4,8 +4,32 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nvae.models.families import CELL_FAMILIES, MobileConvSpec
+from nvae.settings import Bounds, check_choice, check_fields
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
+
+_BOUNDS: dict[str, Bounds] = {
+    "image_size": (1, 4096),
+    "image_channels": (1, 1024),
+    "counted_size": (1, 4096),
+    "bits": (1, 8),
+    "num_mixtures": (1, 1000),
+    "num_scales": (1, 12),
+    "groups_per_scale": (1, 1000),
+    "min_groups_per_scale": (1, 1000),
+    "latent_channels": (1, 1024),
+    "encoder_channels": (1, 4096),
+    "decoder_channels": (1, 4096),
+    "preprocess_blocks": (0, 12),
+    "preprocess_cells": (1, 100),
+    "postprocess_cells": (1, 100),
+    "encoder_cells_per_group": (1, 100),
+    "decoder_cells_per_group": (1, 100),
+    "num_flows": (0, 100),
+}
+"""Far beyond any network in use: what lies outside is a slip or an attack."""
+
+MOST_CELLS = 20_000
 
 
 @dataclass(frozen=True)
@@ -67,21 +91,9 @@ class ModelConfig:
     num_flows: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "image_size image_channels num_mixtures num_scales groups_per_scale "
-            "min_groups_per_scale latent_channels encoder_channels decoder_channels "
-            "preprocess_cells postprocess_cells encoder_cells_per_group decoder_cells_per_group"
-        )
-        for name in at_least_one.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("preprocess_blocks", "num_flows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 0")
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"model.bits is {self.bits}; allowed: 1 to 8")
-        _one_of("likelihood", self.likelihood, LIKELIHOODS)
-        _one_of("cell_family", self.cell_family, tuple(CELL_FAMILIES))
+        check_fields(self, "model.", **_BOUNDS)
+        check_choice("model.likelihood", self.likelihood, LIKELIHOODS)
+        check_choice("model.cell_family", self.cell_family, CELL_FAMILIES)
         if self.likelihood == "logistic_mixture" and self.image_channels not in (1, 3):
             raise ValueError(
                 f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "
@@ -101,6 +113,12 @@ class ModelConfig:
                     f"model.counted_size={self.counted_size} is no central window of "
                     f"image_size={self.image_size}; the difference must be even and not negative"
                 )
+        cells = self.encoder_cells_per_group + self.decoder_cells_per_group
+        if self.num_scales * self.groups_per_scale * cells > MOST_CELLS:
+            raise ValueError(
+                f"model.groups_per_scale={self.groups_per_scale} with num_scales={self.num_scales} "
+                f"and {cells} cells a group makes more than {MOST_CELLS} residual cells"
+            )
         self._check_grouped_convolutions()
 
     def _check_grouped_convolutions(self) -> None:
@@ -132,12 +150,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Inverse of :meth:`to_dict`; an unknown key is a ValueError that names it."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"unknown model setting(s): {', '.join(unknown)}")
         return cls(**values)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"model.{name}={value!r} is unknown; allowed: {', '.join(allowed)}")

@@ -7,6 +7,7 @@ the other is merged into the state. Training and sampling share this walk: witho
 draws from the priors.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -122,7 +123,7 @@ class NVAE(nn.Module):
                 drawn here when absent.
 
         Raises:
-            ValueError: if ``x`` or ``noise`` has the wrong shape.
+            ValueError: if ``x`` or ``noise`` has the wrong shape, or ``x`` leaves [0, 1].
         """
         self.check_images(x)
         noise = self._noise(x.shape[0], noise)
@@ -231,17 +232,20 @@ class NVAE(nn.Module):
         if noise is None:
             return self.draw_noise(n)
         shapes = self.noise_shapes(n)
-        if [tuple(eps.shape) for eps in noise] != shapes:
-            raise ValueError(
-                f"noise has shapes {[tuple(eps.shape) for eps in noise]}, the model takes {shapes}"
-            )
+        if len(noise) != len(shapes):
+            raise ValueError(f"noise for {len(noise)} groups, the model has {len(shapes)}")
+        for group, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
+            if tuple(eps.shape) != shape:
+                raise ValueError(
+                    f"noise of group {group} has shape {tuple(eps.shape)}, the model takes {shape}"
+                )
         return noise
 
     def group_temperatures(self, temperature: Temperature) -> list[float]:
         """One temperature a group, coarsest first.
 
         Raises:
-            ValueError: not one or one a group, or below 0.
+            ValueError: not one or one a group, below 0, or not finite.
         """
         groups = len(self.groups)
         temperatures = (
@@ -249,15 +253,34 @@ class NVAE(nn.Module):
         )
         if len(temperatures) != groups:
             raise ValueError(f"{len(temperatures)} temperatures for {groups} latent groups")
-        if min(temperatures) < 0:
-            raise ValueError(f"temperature is {min(temperatures)}; it must be 0 or more")
+        for each in temperatures:
+            if not 0 <= each < math.inf:
+                raise ValueError(f"temperature is {each}; it must be a finite number, 0 or more")
         return temperatures
 
     def check_images(self, x: Tensor) -> None:
-        """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W."""
+        """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W, in [0, 1].
+
+        On a GPU the range is left unchecked while training: looking at it would make every step
+        wait for the device.
+        """
         side, channels = self.config.image_size, self.config.image_channels
         if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}, the model takes (B, {channels}, {side}, "
                 f"{side})"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images are {x.dtype}, the model takes numbers in [0, 1]: divide by 255"
+            )
+        is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
+        if is_traced or not x.numel() or (self.training and x.is_cuda):
+            return
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if self.training and not (math.isfinite(low) and math.isfinite(high)):
+            return  # a damaged batch makes a bad step, and training leaves those out
+        if not (low >= 0 and high <= 1):  # a NaN fails both
+            raise ValueError(
+                f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"
             )

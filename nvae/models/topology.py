@@ -60,3 +60,23 @@ def latent_shapes(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
 def is_vanilla(config: ModelConfig) -> bool:
     """A single latent group: an ordinary VAE, without towers."""
     return config.num_scales == 1 and config.groups_per_scale == 1
+
+
+def num_cells(config: ModelConfig) -> int:
+    """Residual cells of the network, those that change the resolution between scales left out."""
+    groups = sum(groups_per_scale(config))
+    around = config.preprocess_blocks * (config.preprocess_cells + config.postprocess_cells)
+    return around + groups * (config.encoder_cells_per_group + config.decoder_cells_per_group)
+
+
+def check_size(config: ModelConfig, tensors: int) -> None:
+    """Refuse a network that is too large for its weights before any of it is made.
+
+    Raises:
+        ValueError: more residual cells than there are tensors; each has several.
+    """
+    cells = num_cells(config)
+    if cells > tensors:
+        raise ValueError(
+            f"its configuration has {cells} residual cells, but it has {tensors} weights"
+        )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvae.data.loader import EvalLoader, TrainLoader
+from nvae.data.module import ImageDataModule
 from nvae.data.sampler import EvalSampler, Shard, TrainSampler
 from nvae.data.tables import DenseTable
 
@@ -140,3 +141,15 @@ def test_evaluation_is_the_same_every_time():
     assert indices(loader) == indices(loader)
     assert list(itertools.chain(*indices(loader))) == list(range(N))
     assert {batch.epoch for batch in loader} == {None}
+
+
+@pytest.mark.parametrize("key", ["epoch", "position", "size", "seed"])
+@pytest.mark.parametrize("value", [None, -1, 1.0, "1", 2**63, True, []])
+def test_a_state_of_the_wrong_kind_is_one_line(make_config, key, value):
+    module = ImageDataModule(make_config())
+    module.setup()
+    loader = module.train_dataloader()
+    state = {**loader.state_dict(), key: value}
+    for bad in (state, {k: v for k, v in state.items() if k != key}, None, [state]):
+        with pytest.raises(ValueError, match="the checkpoint's state of the training data has no"):
+            loader.load_state_dict(bad)

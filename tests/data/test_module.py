@@ -177,6 +177,19 @@ def test_a_fingerprint_is_plain_and_tells_other_data_apart(make_config):
     assert first not in others
 
 
+def test_fewer_images_than_a_batch_train_with_what_there_is(make_config, tmp_path, capsys):
+    """Ten pictures are a newcomer's first data set."""
+    config = make_config(train_size=9, valid_size=1, test_size=0, batch_size=16)
+    model = Recorder()
+    module = ImageDataModule(config)
+    trainer(tmp_path, max_epochs=2).fit(model, module)
+    assert [sorted(index) for index, _ in model.seen] == [list(range(9))] * 2
+    module.train_dataloader()
+    error = capsys.readouterr().err
+    assert error.count("note: there are only 9 training images; a step takes 9 of them") == 1
+    assert error.count("note") == 1
+
+
 def test_large_sets_stay_off_the_device(make_config):
     module = ImageDataModule(make_config(on_device="auto", on_device_limit=0))
     module.setup()

@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from nvae.data.catalog import CONFIG_FOLDER, config_names, load_config
 from nvae.data.config import IN_MEMORY_FORMATS
 from nvae.data.manifest import DataError, read_manifest
 from nvae.data.module import ImageDataModule
-from nvae.data.prepare import CONFIG_FOLDER, config_names, load_config, main
-from nvae.data.sources import open_tables, prepare, prepare_if_missing, prepared_folder
+from nvae.data.places import prepared_folder
+from nvae.data.prepare import main
+from nvae.data.sources import open_tables, prepare, prepare_if_missing
 from tests.data import files
 
 
@@ -34,6 +36,19 @@ def batch_of(config, split="train"):
 
 def run(*arguments):
     return main([str(argument) for argument in arguments])
+
+
+def place(root, size=8):
+    """The prepared form of a folder that holds nothing but pictures: in the cache."""
+    return prepared_folder(replace(load_config("folder"), root=str(root), image_size=size))
+
+
+def listed(folder):
+    """Everything in a folder of the user's, with sizes and times."""
+    return {
+        path: (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in (folder, *folder.rglob("*"))
+    }
 
 
 def idx(folder):
@@ -193,7 +208,8 @@ def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
     config = replace(load_config("folder"), root=str(tmp_path), image_size=16)
     x, _ = batch_of(config)
     assert x.shape == (14, 3, 16, 16)
-    assert prepared_folder(config) == tmp_path / "nvae-16x16x3"
+    assert prepared_folder(config).name == "nvae-16x16x3"
+    assert tmp_path not in prepared_folder(config).parents
     stamp = (prepared_folder(config) / "manifest.json").stat().st_mtime_ns
     prepare_if_missing(config)
     assert (prepared_folder(config) / "manifest.json").stat().st_mtime_ns == stamp
@@ -213,12 +229,14 @@ def test_sizes_and_channels_of_one_folder_live_side_by_side(tmp_path):
         assert open_tables(config)["train"].shape == (size, size, channels)
 
 
-def test_an_archive_is_prepared_beside_itself(tmp_path):
+def test_an_archive_is_prepared_as_a_folder_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for i, image in enumerate(files.pictures(10, 8, 3)):
             archive.writestr(f"{i}.png", files.encoded(image))
+    before = listed(tmp_path)
     assert run(tmp_path / "set.zip", "--size", 8) == 0
-    assert read_manifest(tmp_path / "nvae-8x8x3").splits["train"].count == 9
+    assert read_manifest(place(tmp_path / "set.zip")).splits["train"].count == 9
+    assert listed(tmp_path) == before
 
 
 def test_other_geometry_than_prepared_is_refused(tmp_path):
@@ -235,7 +253,7 @@ def test_other_sizes_than_prepared_are_refused(tmp_path):
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8, train_size=10)
     with pytest.raises(DataError, match=r"has 9 train images, the config says data\.train_size=10"):
         open_tables(config)
-    direct = replace(config, root=str(tmp_path / "nvae-8x8x3"), train_size=None, channels=1)
+    direct = replace(config, root=str(place(tmp_path)), train_size=None, channels=1)
     with pytest.raises(DataError, match="are 8x8x3, the config wants 8x8x1"):
         open_tables(direct)
 
@@ -249,8 +267,8 @@ def test_a_bad_picture_stops_the_preparation_by_name(tmp_path, capsys):
     with_bad_picture(tmp_path)
     assert run(tmp_path, "--size", 8) == 1
     assert capsys.readouterr().err == "error: 0003.png cannot be used: it is empty\n"
-    assert not list(tmp_path.glob("nvae-8x8x3/*.npy"))
-    assert not list(tmp_path.glob("nvae-8x8x3/*.partial"))
+    assert not list(place(tmp_path).glob("*.npy"))
+    assert not list(place(tmp_path).glob("*.partial"))
 
 
 def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
@@ -258,7 +276,7 @@ def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
     options = ("--size", 8, "--train-size", 8, "--valid-size", 2, "--on-corrupt", "skip")
     assert run(tmp_path, *options) == 0
     assert "skipped 0003.png: it is empty" in capsys.readouterr().err
-    manifest = json.loads((tmp_path / "nvae-8x8x3" / "manifest.json").read_text())
+    manifest = json.loads((place(tmp_path) / "manifest.json").read_text())
     assert sum(split["skipped"] for split in manifest["splits"].values()) == 1
     assert manifest["skipped_names"] == ["0003.png: it is empty"]
     # The config names the source's sizes; what was skipped is accounted for.
@@ -283,6 +301,11 @@ def test_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):
         (["folder", "--root", "nowhere"], "nowhere does not exist"),
         (["cifar10", "--no-download"], "put cifar-10-python.tar.gz"),
         (["folder", "--size", "0"], "data.image_size is 0; it must be at least 1"),
+        (["folder", "--workers", "-1"], "--workers is -1; allowed: 1 to 256"),
+        (["folder", "--workers", "9999999"], "--workers is 9999999; allowed: 1 to 256"),
+        (["x" * 100_000], "File name too long"),
+        (["../data/cifar10"], "is neither a folder nor a data set"),
+        (["digits"], "digits is made in memory: there is nothing to prepare"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
@@ -291,6 +314,91 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, wor
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["folder", "--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["folder", "--size", "9" * 100_000], "argument --size"),
+        (["folder", "--channels", "2"], "argument --channels: invalid choice: 2"),
+        ([], "the following arguments are required: NAME|FOLDER"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert len(error) < 520
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(MemoryError(), "not enough memory"), (RecursionError("too deep"), "error: too deep")],
+)
+def test_what_python_runs_out_of_is_one_line(tmp_path, monkeypatch, capsys, error, words):
+    files.write_pictures(tmp_path, files.pictures(10, 8, 3))
+
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("nvae.data.conversion.fit", failing)
+    assert run(tmp_path, "--size", 8) == 1
+    out = capsys.readouterr().err
+    assert words in out
+    assert out.count("\n") == 1
+
+
+IMPORT_INTERRUPTED = """
+import builtins, runpy, sys
+real = builtins.__import__
+def interrupted(name, *rest, **options):
+    if name == {name!r}:
+        raise KeyboardInterrupt
+    return real(name, *rest, **options)
+builtins.__import__ = interrupted
+sys.argv = ["prepare", "digits"]
+runpy.run_module("nvae.data.prepare", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "rich.progress"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(name):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_INTERRUPTED.format(name=name)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again\n")
+
+
+def test_ctrl_c_in_the_work_is_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    files.write_pictures(tmp_path, files.pictures(10, 8, 3))
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvae.data.sources.convert", interrupted)
+    monkeypatch.setattr("nvae.command_line.signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, "--size", 8)
+    assert capsys.readouterr().err == "interrupted; run the same command again\n"
+    assert not list(place(tmp_path).glob("*.npy"))
+
+
+def test_one_picture_is_too_few_and_two_are_enough(tmp_path, capsys):
+    """A hint must be one that helps: there is nothing to set."""
+    files.write_pictures(tmp_path, files.pictures(1, 8, 3))
+    assert run(tmp_path, "--size", 8) == 1
+    error = capsys.readouterr().err
+    assert "the source has one picture; it takes at least two" in error
+    assert "data.valid_size" not in error
+    files.write_pictures(tmp_path, files.pictures(2, 8, 3))
+    assert run(tmp_path, "--size", 8) == 0
 
 
 LIMITED = """
@@ -306,7 +414,7 @@ def test_a_full_disk_in_the_middle_leaves_the_old_form_and_no_rubbish(tmp_path):
     """The kernel refuses to let a file grow past 20 kB, as a full disk would."""
     files.write_pictures(tmp_path, files.pictures(10, 8, 3))
     assert run(tmp_path, "--size", 8) == 0
-    before = sorted(path.name for path in (tmp_path / "nvae-8x8x3").iterdir())
+    before = sorted(path.name for path in place(tmp_path).iterdir())
     files.write_pictures(tmp_path / "more", files.pictures(200, 8, 3))
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), "--size", "8"],
@@ -316,9 +424,9 @@ def test_a_full_disk_in_the_middle_leaves_the_old_form_and_no_rubbish(tmp_path):
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith(f"error: {tmp_path / 'nvae-8x8x3'} cannot be written")
+    assert done.stderr.startswith(f"error: {place(tmp_path)} cannot be written")
     assert done.stderr.count("\n") == 1
-    assert sorted(path.name for path in (tmp_path / "nvae-8x8x3").iterdir()) == before
+    assert sorted(path.name for path in place(tmp_path).iterdir()) == before
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8)
     assert len(open_tables(config)["train"]) == 9
 
@@ -359,7 +467,7 @@ def test_a_killed_preparation_starts_again_cleanly(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    folder = tmp_path / "nvae-8x8x3"
+    folder = place(tmp_path)
     assert list(folder.glob("*.partial"))
     assert run(tmp_path, "--size", 8) == 0
     assert not list(folder.glob("*.partial"))

@@ -50,6 +50,22 @@ def test_too_few_images_for_a_batch_is_refused():
         TrainSampler(50, 32, 0, Shard(0, 2))
 
 
+@pytest.mark.parametrize(("size", "world", "batch"), [(9, 1, 9), (9, 2, 4), (2, 2, 1), (70, 2, 16)])
+def test_a_batch_is_as_large_as_the_images_allow(size, world, batch):
+    """Ranks alike, or one would wait for the others."""
+    ranks = [TrainSampler.fitting(size, 16, 0, Shard(r, world)) for r in range(world)]
+    assert {sampler.batch_size for sampler in ranks} == {batch}
+    epoch = [as_lists(sampler.batches(0)) for sampler in ranks]
+    assert {len(batches) for batches in epoch} == {size // (batch * world)}
+    seen = [i for batches in epoch for one in batches for i in one]
+    assert len(set(seen)) == len(seen)
+
+
+def test_fewer_images_than_devices_are_refused():
+    with pytest.raises(ValueError, match=r"there are 2: set trainer\.devices=2"):
+        TrainSampler.fitting(2, 16, 0, Shard(0, 3))
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 20])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_reads_every_image_once(size, world):

@@ -18,6 +18,8 @@ def wanted(train=None, valid=None, test=None):
         ({"train": 60, "test": 10}, wanted(valid=5), (55, 5, 10)),
         ({"train": 60}, wanted(), (54, 6, 0)),
         ({"train": 60}, wanted(50, 10, 0), (50, 10, 0)),
+        ({"train": 9}, wanted(), (8, 1, 0)),
+        ({"train": 2}, wanted(), (1, 1, 0)),
         ({"train": 60}, wanted(valid=5, test=5), (50, 5, 5)),
         ({"train": 60, "valid": 7, "test": 3}, wanted(60, 7, 0), (60, 7, 0)),
     ],
@@ -32,6 +34,7 @@ def test_counts(available, asked, counts):
         ({"train": 60}, wanted(60, 10), "data.train_size is 60, but the source gives 50"),
         ({"train": 60, "test": 10}, wanted(test=9), "data.test_size is 9"),
         ({"train": 10}, wanted(valid=10), "no training images are left"),
+        ({"train": 1}, wanted(), "the source has one picture; it takes at least two"),
     ],
 )
 def test_impossible_sizes_are_one_clear_line(available, asked, words):

@@ -111,7 +111,7 @@ def test_a_whole_copy_is_accepted_and_checked_once(tmp_path, monkeypatch):
     ("change", "words"),
     [
         ({"version": 99}, "version 99, this program reads 1"),
-        ({"splits": {"train": {}}}, "is not valid: KeyError"),
+        ({"splits": {"train": {}}}, "is not valid: splits.train lacks count, pixels, shape"),
         ({"splits": 3}, "is not valid"),
         ({"extra": 1}, "is not valid"),
     ],

@@ -8,7 +8,7 @@ from tests.models.small import small_config
     ("overrides", "message"),
     [
         ({"image_size": 30}, "image_size=30 cannot be halved 2 times.*multiple of 4"),
-        ({"bits": 9}, "bits is 9; allowed: 1 to 8"),
+        ({"bits": 9}, "bits is 9; it must be at most 8"),
         ({"likelihood": "gauss"}, "'gauss' is unknown; allowed: bernoulli, logistic_mixture"),
         ({"cell_family": "resnet"}, "cell_family='resnet' is unknown; allowed: .*mbconv_sep11"),
         ({"latent_channels": 0}, "latent_channels is 0; it must be at least 1"),

@@ -125,8 +125,8 @@ def test_half_precision_keeps_densities_in_float32() -> None:
     [
         (lambda m: m(torch.zeros(2, 3, 16, 16)), r"shape \(2, 3, 16, 16\).*takes \(B, 1, 16, 16\)"),
         (lambda m: m(torch.zeros(2, 1, 8, 8)), r"shape \(2, 1, 8, 8\)"),
-        (lambda m: m(torch.zeros(2, 1, 16, 16), m.draw_noise(3)), "noise has shapes"),
-        (lambda m: m.sample(1, -0.5), "temperature is -0.5; it must be 0 or more"),
+        (lambda m: m(torch.zeros(2, 1, 16, 16), m.draw_noise(3)), "noise of group 0 has shape"),
+        (lambda m: m.sample(1, -0.5), "temperature is -0.5; it must be a finite number, 0 or more"),
         (lambda m: m.sample(1, [1.0]), "1 temperatures for 3 latent groups"),
     ],
 )

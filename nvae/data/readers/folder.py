@@ -1,13 +1,12 @@
 """Folders and archives of pictures, with or without train/valid/test folders in them."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from nvae.data.config import DataConfig
 from nvae.data.readers.archives import is_archive, tar_items, tar_names, zip_items
-from nvae.data.readers.source import Item, MissingSourceError, Part, group_by_split
+from nvae.data.readers.source import Item, MissingSourceError, Part, group_by_split, read_file
 
 PICTURE_SUFFIXES = (
     ".png",
@@ -45,16 +44,6 @@ def _missing(source: Path) -> MissingSourceError:
     )
 
 
-def listing_digest(source: Path) -> str:
-    """A digest of the names and sizes of all pictures in a folder: changed, it was added to."""
-    digest = hashlib.sha256()
-    for path in _walk(source):
-        if is_picture(path.name) or is_archive(path):
-            line = f"{path.relative_to(source).as_posix()}\0{path.stat().st_size}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def _tar_parts(path: Path, stem: str) -> tuple[list[str], Part]:
     names = tar_names(path, is_picture)
     return [f"{stem}{name}" for name in names], Part(
@@ -64,7 +53,7 @@ def _tar_parts(path: Path, stem: str) -> tuple[list[str], Part]:
 
 def _loose(files: list[Path], source: Path) -> list[Item]:
     return [
-        Item(path.relative_to(source).as_posix(), path.read_bytes)
+        Item(path.relative_to(source).as_posix(), read_file(path))
         for path in files
         if is_picture(path.name)
     ]
@@ -103,8 +92,8 @@ def read_folder(source: Path, config: DataConfig) -> dict[str, Part]:
     del config
     if not source.exists():
         raise MissingSourceError(f"{source} does not exist")
-    files = [source] if source.is_file() else _walk(source)
-    root = source.parent if source.is_file() else source
+    files = _walk(source) if source.is_dir() else [source]
+    root = source if source.is_dir() else source.parent
     sources: list[tuple[list[str], Part]] = []
     loose = _loose(files, root)
     if loose:

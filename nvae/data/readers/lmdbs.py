@@ -1,18 +1,17 @@
 """LMDB databases: LSUN as distributed, and the layout that users of the reference have."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
-import lmdb
 import numpy as np
 
 from nvae.data.config import DataConfig
 from nvae.data.images import BadImageError
 from nvae.data.manifest import DataError
-from nvae.data.readers.source import Item, MissingSourceError, Part, Pixels, constant
+from nvae.data.readers.lmdb_pages import LmdbFile
+from nvae.data.readers.source import Item, MissingSourceError, Part, Pixels
 from nvae.data.tables import TRAIN, VALID
 
 _ENCODED = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
@@ -21,33 +20,6 @@ REFERENCE_NAMES = {TRAIN: "train.lmdb", VALID: "validation.lmdb"}
 
 def _data_file(path: Path) -> Path:
     return path / "data.mdb" if path.is_dir() else path
-
-
-def _open(path: Path) -> Any:
-    """Open for reading, without locks: a data set may lie on a read-only disk.
-
-    Raises:
-        DataError: Damaged or cut short; reading such a file would kill the process.
-    """
-    try:
-        env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-    except (lmdb.Error, OSError) as error:
-        raise DataError(f"{path} cannot be opened as LMDB: {error}") from error
-    pages = env.info()["last_pgno"] + 1
-    wanted = pages * env.stat()["psize"]
-    have = os.path.getsize(_data_file(path))
-    if have < wanted:
-        env.close()
-        raise DataError(f"{path} is cut short: it has {have} bytes instead of {wanted}")
-    return env
-
-
-def _count(path: Path) -> int:
-    env = _open(path)
-    try:
-        return int(env.stat()["entries"])
-    finally:
-        env.close()
 
 
 def decode_raw(value: bytes) -> Pixels | bytes:
@@ -65,29 +37,23 @@ def decode_raw(value: bytes) -> Pixels | bytes:
 
 
 def _reference_part(path: Path) -> Part:
-    count = _count(path)
+    file = LmdbFile(_data_file(path))
 
-    def loader(value: bytes) -> Any:
-        return lambda: decode_raw(value)
+    # Values are read when they are decoded: many entries may point to one large value.
+    def loader(node: int) -> Callable[[], Pixels | bytes]:
+        return lambda: decode_raw(file.value(node))
 
     def items() -> Iterator[Item]:
-        env = _open(path)
-        try:
-            with env.begin() as transaction:
-                for i in range(count):
-                    value = transaction.get(str(i).encode())
-                    if value is None:
-                        raise DataError(
-                            f"{path} has {count} entries but no key {str(i)!r}: keys must be "
-                            f"'0' to '{count - 1}'"
-                        )
-                    yield Item(f"{path.name} key {i}", loader(value))
-        except lmdb.Error as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        finally:
-            env.close()
+        for i in range(len(file)):
+            node = file.find(str(i).encode())
+            if node is None:
+                raise DataError(
+                    f"{path} has {len(file)} entries but no key {str(i)!r}: keys must be "
+                    f"'0' to '{len(file) - 1}'"
+                )
+            yield Item(f"{path.name} key {i}", loader(node))
 
-    return Part(count, items)
+    return Part(len(file), items)
 
 
 def read_reference_lmdb(source: Path, config: DataConfig) -> dict[str, Part]:
@@ -102,19 +68,14 @@ def read_reference_lmdb(source: Path, config: DataConfig) -> dict[str, Part]:
 
 
 def _lsun_part(path: Path) -> Part:
-    def items() -> Iterator[Item]:
-        env = _open(path)
-        try:
-            with env.begin() as transaction:
-                for key, value in transaction.cursor():
-                    name = key.decode("ascii", "replace")
-                    yield Item(f"{path.name} key {name}", constant(value))
-        except lmdb.Error as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        finally:
-            env.close()
+    file = LmdbFile(_data_file(path))
 
-    return Part(_count(path), items)
+    def items() -> Iterator[Item]:
+        for key, node in file.items():
+            name = key.decode("ascii", "replace")
+            yield Item(f"{path.name} key {name}", partial(file.value, node))
+
+    return Part(len(file), items)
 
 
 def read_lsun(source: Path, config: DataConfig) -> dict[str, Part]:

@@ -1,46 +1,85 @@
 """The npz batches of the newer downsampled ImageNet (Chrabaszcz, Loshchilov and Hutter, 2017)."""
 
 import zipfile
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from nvae.data.config import DataConfig
-from nvae.data.manifest import DataError
-from nvae.data.readers.source import Item, MissingSourceError, Part, Pixels, constant, split_of_word
+from nvae.data.manifest import LARGEST_SIDE, DataError
+from nvae.data.npy import LONGEST_HEADER, parse_header
+from nvae.data.readers.archives import open_member
+from nvae.data.readers.source import (
+    PIECE,
+    Item,
+    MissingSourceError,
+    Part,
+    Pixels,
+    constant,
+    open_source,
+    read_pieces,
+    split_of_word,
+)
 from nvae.data.tables import TRAIN
 
-_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_ROWS = 1024
+_MEMBER = "data.npy"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], int, int]]:
+    """The rows of `data` in a batch, as a file to be read in pieces, their number and side.
+
+    The header is held against the size that the archive states, and that against what is there.
+
+    Raises:
+        DataError: Damaged, or not a batch.
+    """
+    try:
+        with open_source(path) as raw, zipfile.ZipFile(raw) as archive:
+            member = archive.getinfo(_MEMBER)
+            with open_member(archive, member) as file:
+                header = parse_header(file.read(LONGEST_HEADER), ("|u1",))
+            width = header.shape[1] if len(header.shape) == 2 else 0
+            side = isqrt(width // 3)
+            if not side or side * side * 3 != width or side > LARGEST_SIDE:
+                raise ValueError(f"data must be (N, 3 * side * side) uint8, not {header.shape}")
+            if header.bytes != member.file_size:
+                raise ValueError(
+                    f"its header says {header.bytes} bytes, the archive {member.file_size}"
+                )
+            with open_member(archive, member) as file:
+                read_pieces(file, header.offset)
+                yield file, header.shape[0], side
+    except DataError:
+        raise
+    # zipfile and zlib raise nearly anything on damaged files.
+    except Exception as error:
+        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def _count(path: Path) -> int:
     """Rows of `data`, from its header alone: a batch takes up to 1.6 GB."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("data.npy") as file:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    except _ERRORS as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if dtype != np.uint8 or len(shape) != 2 or isqrt(shape[1] // 3) ** 2 * 3 != shape[1]:
-        raise DataError(f"{path}: data must be (N, 3 * side * side) uint8, not {shape} {dtype}")
-    return int(shape[0])
+    with _opened(path) as (_, count, _):
+        return count
 
 
-def _images(path: Path) -> Pixels:
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            planes = content["data"]
-    except _ERRORS as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    side = isqrt(planes.shape[1] // 3)
-    images: Pixels = planes.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
-    return images
+def _images(path: Path) -> Iterator[Pixels]:
+    """One after another, (side, side, 3): a batch is never in memory as a whole."""
+    with _opened(path) as (file, count, side):
+        width = 3 * side * side
+        rows = max(1, min(_ROWS, PIECE // width))
+        for start in range(0, count, rows):
+            wanted = min(rows, count - start)
+            data = read_pieces(file, wanted * width)
+            if len(data) != wanted * width:
+                raise ValueError("it is cut short")
+            planes = np.frombuffer(data, np.uint8).reshape(wanted, 3, side, side)
+            yield from planes.transpose(0, 2, 3, 1)
 
 
 def _natural(path: Path) -> tuple[int, str]:

@@ -4,14 +4,31 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvae.data.images import BadImageError
 from nvae.data.manifest import DataError
 from nvae.data.tables import TEST, TRAIN, VALID
+from nvae.files import open_regular, read_bytes
 
 Pixels = NDArray[np.uint8]
+
+LARGEST_PICTURE = 1 << 28
+"""Bytes of one picture, encoded or not."""
+
+PIECE = 1 << 20
+"""Bytes that are read at a time where the size is not to be believed."""
+
+_LEAST_UNPACKED = 1 << 26
+_HIGHEST_RATIO = 100
+
+
+def unpacked_limit(packed: int) -> int:
+    """Bytes that `packed` ones may unpack to: more is a bomb and no data set."""
+    return max(_LEAST_UNPACKED, _HIGHEST_RATIO * packed)
 
 
 class MissingSourceError(DataError):
@@ -42,6 +59,43 @@ class Part:
 
     count: int
     items: Callable[[], Iterator[Item]]
+
+
+def open_source(path: Path) -> BinaryIO:
+    """A source file, opened; never waits for a pipe.
+
+    Raises:
+        DataError: It is not there, not a file, or cannot be read.
+    """
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(error) from error
+
+
+def read_file(path: Path) -> Callable[[], bytes]:
+    """A loader of a picture's file."""
+
+    def load() -> bytes:
+        try:
+            return read_bytes(path, LARGEST_PICTURE)
+        except OSError as error:
+            raise BadImageError(f"it cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise BadImageError(error) from error
+
+    return load
+
+
+def read_pieces(file: IO[bytes], size: int) -> bytes:
+    """At most `size` bytes, piece by piece: a promise of too many costs no memory."""
+    pieces: list[bytes] = []
+    while size and (piece := file.read(min(size, PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def constant(value: bytes | Pixels) -> Callable[[], bytes | Pixels]:

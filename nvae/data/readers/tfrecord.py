@@ -4,8 +4,10 @@ The record framing is that of TensorFlow's `record_writer.h`; the message is pro
 format, of which an Example needs three kinds: Features, a map entry, and a list.
 """
 
+import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -16,11 +18,22 @@ from nvae.data.config import DataConfig
 from nvae.data.images import BadImageError
 from nvae.data.manifest import DataError
 from nvae.data.readers.crc32c import masked_crc32c
-from nvae.data.readers.source import Item, MissingSourceError, Part, Pixels, group_by_split
+from nvae.data.readers.source import (
+    LARGEST_PICTURE,
+    Item,
+    MissingSourceError,
+    Part,
+    Pixels,
+    group_by_split,
+    open_source,
+    read_pieces,
+)
 
 _SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FEATURES = ("shape", "data")
+_MOST_SIDES = 8
 _RESOLUTION = re.compile(r"-r(\d\d)[-.]")
 
 
@@ -43,12 +56,14 @@ def count_records(path: Path) -> int:
     Raises:
         DataError: The file is damaged or cut short.
     """
-    size = path.stat().st_size
     number = 0
-    with path.open("rb") as file:
+    with open_source(path) as file:
+        size = os.fstat(file.fileno()).st_size
         while (length := _read_header(file, path, number)) is not None:
-            if file.seek(length + _CRC_BYTES, 1) > size:
+            if length > size or file.seek(length + _CRC_BYTES, 1) > size:
                 raise DataError(f"{path} is cut short in record {number}")
+            if length > LARGEST_PICTURE:
+                raise DataError(f"{path} is refused: its record {number} has {length} bytes")
             number += 1
     return number
 
@@ -56,9 +71,9 @@ def count_records(path: Path) -> int:
 def read_records(path: Path) -> Iterator[tuple[bytes, int]]:
     """Every record with its stored (masked) checksum, which is left to the caller."""
     number = 0
-    with path.open("rb") as file:
+    with open_source(path) as file:
         while (length := _read_header(file, path, number)) is not None:
-            data, crc = file.read(length), file.read(_CRC_BYTES)
+            data, crc = read_pieces(file, min(length, LARGEST_PICTURE)), file.read(_CRC_BYTES)
             if len(data) < length or len(crc) < _CRC_BYTES:
                 raise DataError(f"{path} is cut short in record {number}")
             yield data, int.from_bytes(crc, "little")
@@ -107,21 +122,23 @@ def _messages(data: bytes, number: int) -> Iterator[bytes]:
 
 
 def _int64_list(data: bytes) -> list[int]:
-    """Int64List, packed or not."""
+    """Int64List, packed or not, as far as it can be the sides of a picture."""
     values: list[int] = []
     for _, value in _fields(data):
+        if len(values) > _MOST_SIDES:
+            break
         if isinstance(value, int):
             values.append(value)
             continue
         at = 0
-        while at < len(value):
+        while at < len(value) and len(values) <= _MOST_SIDES:
             number, at = _varint(value, at)
             values.append(number)
     return values
 
 
 def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
-    """The integer and byte features of a tf.Example.
+    """The shape and the first data of a tf.Example.
 
     Raises:
         BadImageError: Not a tf.Example.
@@ -129,11 +146,13 @@ def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
     features: dict[str, list[int] | list[bytes]] = {}
     for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
         name = b"".join(_messages(entry, 1)).decode("utf-8", "replace")
+        if name not in _FEATURES:
+            continue
         # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
         for feature in _messages(entry, 2):
             for field, value in _fields(feature):
                 if isinstance(value, bytes) and field == 1:
-                    features[name] = list(_messages(value, 1))
+                    features[name] = list(islice(_messages(value, 1), 1))
                 elif isinstance(value, bytes) and field == 3:
                     features[name] = _int64_list(value)
     return features
@@ -153,7 +172,7 @@ def decode_example(record: bytes) -> Pixels:
     if not shape or not data or not isinstance(data[0], bytes):
         raise BadImageError("its tf.Example lacks 'shape' or 'data'")
     sides = [side for side in shape if isinstance(side, int)]
-    if len(sides) != 3 or prod(sides) != len(data[0]):
+    if len(sides) != 3 or 0 in sides or prod(sides) != len(data[0]):
         raise BadImageError(f"its data has {len(data[0])} bytes, its shape is {sides}")
     pixels = np.frombuffer(data[0], dtype=np.uint8).reshape(sides)
     if sides[2] in (1, 3):

@@ -7,7 +7,7 @@ import pytest
 
 from nvae.data.images import BadImageError
 from nvae.data.manifest import DataError
-from nvae.data.readers.folder import listing_digest, read_folder
+from nvae.data.readers.folder import read_folder
 from nvae.data.readers.source import MissingSourceError, group_by_split, split_of_word
 from tests.data.files import add_to_tar, encoded, pictures, write_pictures
 
@@ -143,12 +143,3 @@ def test_a_folder_without_pictures_is_named(tmp_path, make_config, files):
 def test_a_missing_folder_is_named(tmp_path, make_config):
     with pytest.raises(MissingSourceError, match="does not exist"):
         read_folder(tmp_path / "nowhere", make_config())
-
-
-def test_the_digest_sees_a_picture_added_and_nothing_else(tmp_path):
-    write_pictures(tmp_path, pictures(2, 4, 3))
-    before = listing_digest(tmp_path)
-    (tmp_path / "manifest.json").touch()
-    assert listing_digest(tmp_path) == before
-    write_pictures(tmp_path / "more", pictures(1, 4, 3))
-    assert listing_digest(tmp_path) != before

@@ -18,6 +18,23 @@ def test_pixels_are_exact_and_upright(tmp_path, make_config):
 
 
 @pytest.mark.parametrize(
+    "options", [{"do_compression": True}, {"format": "4"}, {"do_compression": False}]
+)
+@pytest.mark.parametrize("dtype", [float, np.float32])
+def test_every_version_of_the_file_is_read(tmp_path, make_config, options, dtype):
+    rng = np.random.default_rng(0)
+    values = {
+        k: rng.integers(0, 2, (784, n)).astype(dtype) for k, n in (("data", 5), ("testdata", 3))
+    }
+    savemat(tmp_path / "chardata.mat", {**values, "target": np.zeros((3, 7))}, **options)
+    parts = read_omniglot(tmp_path, make_config())
+    for split, key in (("train", "data"), ("test", "testdata")):
+        got = np.stack([item.load() for item in parts[split].items()])
+        wanted = (255 * values[key].T).reshape(-1, 28, 28).transpose(0, 2, 1)
+        assert np.array_equal(got[..., 0], wanted)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"data": np.zeros((784, 2))}, "no 'testdata'"),

@@ -1,0 +1,226 @@
+"""Where prepared forms go, which one is read, and when it is made again."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvae.data.catalog import load_config
+from nvae.data.listing import listing_digest
+from nvae.data.manifest import DataError
+from nvae.data.places import prepared_folder, target_folder
+from nvae.data.prepare import main
+from nvae.data.sources import open_tables, prepare, prepare_if_missing
+from tests.data.files import idx_bytes, pictures, write_idx, write_pictures
+
+
+def config_of(root, **overrides):
+    return replace(load_config("folder"), root=str(root), image_size=8, **overrides)
+
+
+def snapshot(folder):
+    return {
+        path: (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+def pixels_of(config):
+    prepare_if_missing(config)
+    return np.concatenate([table.images.numpy() for table in open_tables(config).values()])
+
+
+def rows(images):
+    return sorted(image.tobytes() for image in images)
+
+
+def stamp(config):
+    return (prepared_folder(config) / "manifest.json").stat().st_ino
+
+
+def test_nothing_is_written_into_the_folder_of_pictures(tmp_path, monkeypatch, capsys):
+    """Not even a lock: it may be read-only, or somebody else's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cats"
+    write_pictures(folder, pictures(10, 8, 3))
+    before = snapshot(folder)
+    config = config_of(folder)
+    prepare_if_missing(config)
+    open_tables(config)
+    assert main([str(folder), "--size", "8"]) == 0
+    assert snapshot(folder) == before
+    place = prepared_folder(config)
+    assert place.parent.parent == tmp_path / "cache" / "nvae" / "data"
+    assert place.parent.name.startswith("cats-")
+    assert f"prepared in {place}\n" in capsys.readouterr().out
+
+
+def test_folders_of_one_name_do_not_share_a_place(tmp_path):
+    (tmp_path / "a" / "cats").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a")
+    one, other = (target_folder(config_of(tmp_path / name / "cats")) for name in ("a", "b"))
+    assert one != other
+    assert target_folder(config_of(tmp_path / "link" / "cats")) == one
+
+
+def test_the_cache_can_be_set(tmp_path):
+    write_pictures(tmp_path / "cats", pictures(10, 8, 3))
+    config = config_of(tmp_path / "cats", cache=str(tmp_path / "here"))
+    prepare_if_missing(config)
+    assert (tmp_path / "here") in prepared_folder(config).parents
+    assert main([str(tmp_path / "cats"), "--size", "8", "--cache", str(tmp_path / "there")]) == 0
+    assert list(tmp_path.glob("there/cats-*/nvae-8x8x3/manifest.json"))
+
+
+def test_without_a_home_the_cache_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(DataError, match=r"set data\.cache=FOLDER"):
+        target_folder(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_source_apart_from_the_root_is_prepared_in_the_root(tmp_path, inside):
+    source = tmp_path / "root" / "source" if inside else tmp_path / "elsewhere"
+    write_pictures(source, pictures(10, 8, 3))
+    config = config_of(tmp_path / "root", source=None if inside else str(source))
+    before = snapshot(source)
+    prepare_if_missing(config)
+    assert prepared_folder(config) == tmp_path / "root" / "nvae-8x8x3"
+    assert snapshot(source) == before
+
+
+def as_earlier_versions_did(folder):
+    """Move the prepared form among the pictures, with a digest of names and sizes."""
+    config = config_of(folder)
+    prepare_if_missing(config)
+    place = folder / "nvae-8x8x3"
+    shutil.move(prepared_folder(config), place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["source_digest"] = listing_digest(folder, "folder", times=False)
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place
+
+
+def test_what_earlier_versions_put_among_the_pictures_is_read_and_not_touched(tmp_path):
+    images = pictures(10, 8, 3)
+    write_pictures(tmp_path, images)
+    place = as_earlier_versions_did(tmp_path)
+    os.utime(next(place.glob("train-*.npy")), (1, 1))  # to be checked again
+    before = snapshot(tmp_path)
+    config = config_of(tmp_path)
+    assert rows(pixels_of(config)) == rows(images)
+    assert prepared_folder(config) == place
+    assert snapshot(tmp_path) == before
+    write_pictures(tmp_path / "more", pictures(1, 8, 3, seed=1))
+    assert len(pixels_of(config)) == 11
+    assert tmp_path not in prepared_folder(config).parents
+
+
+def test_preparing_by_hand_goes_before_what_lies_among_the_pictures(tmp_path):
+    write_pictures(tmp_path, pictures(10, 8, 3))
+    place = as_earlier_versions_did(tmp_path)
+    before = snapshot(place)
+    assert main([str(tmp_path), "--size", "8", "--valid-size", "3"]) == 0
+    assert len(open_tables(config_of(tmp_path))["valid"]) == 3
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("where", ["folder", "root/source", "data.source"])
+def test_pictures_exchanged_under_the_same_names_and_sizes_are_prepared_again(tmp_path, where):
+    source = {"folder": tmp_path / "root", "root/source": tmp_path / "root" / "source"}.get(
+        where, tmp_path / "elsewhere"
+    )
+    given = str(source) if where == "data.source" else None
+    config = config_of(tmp_path / "root", source=given)
+    for seed in (0, 1):
+        images = pictures(10, 8, 3, seed=seed)
+        source.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            header = b"P6 8 8 255\n"
+            (source / f"{i}.ppm").write_bytes(header + image.tobytes())
+            os.utime(source / f"{i}.ppm", ns=(seed, seed))
+        assert rows(pixels_of(config)) == rows(images)
+        made = stamp(config)
+        pixels_of(config)
+        assert stamp(config) == made  # once is enough
+
+
+def test_other_formats_than_pictures_are_compared_too(tmp_path):
+    write_idx(tmp_path / "source", pictures(8, 28, 1), pictures(4, 28, 1), compress=False)
+    config = replace(
+        load_config("fashion_mnist"),
+        root=str(tmp_path),
+        train_size=8,
+        valid_size=0,
+        test_size=4,
+        download=False,
+    )
+    first = pixels_of(config)
+    path = tmp_path / "source" / "train-images-idx3-ubyte"
+    path.write_bytes(idx_bytes(pictures(8, 28, 1, seed=5)))
+    os.utime(path, ns=(7, 7))
+    assert not np.array_equal(pixels_of(config), first)
+
+
+def test_a_source_that_is_gone_leaves_the_prepared_form(tmp_path):
+    images = pictures(10, 8, 3)
+    write_pictures(tmp_path / "source", images)
+    config = config_of(tmp_path)
+    prepare_if_missing(config)
+    made = stamp(config)
+    shutil.rmtree(tmp_path / "source")
+    for source in (None, str(tmp_path / "source")):
+        config = replace(config, source=source)
+        assert rows(pixels_of(config)) == rows(images)
+        assert stamp(config) == made
+
+
+def test_what_was_prepared_from_elsewhere_by_hand_stays(tmp_path):
+    write_pictures(tmp_path / "root" / "source", pictures(10, 8, 3))
+    images = pictures(10, 8, 3, seed=1)
+    write_pictures(tmp_path / "elsewhere", images)
+    config = config_of(tmp_path / "root")
+    prepare(replace(config, source=str(tmp_path / "elsewhere")))
+    assert rows(pixels_of(config)) == rows(images)
+
+
+def test_a_manifest_that_is_somebody_elses_is_not_taken_for_ours(tmp_path):
+    """Preparing into such a folder would delete its arrays."""
+    write_pictures(tmp_path, pictures(10, 8, 3))
+    (tmp_path / "manifest.json").write_text('{"assets": []}')
+    np.save(tmp_path / "features.npy", np.zeros(3))
+    before = snapshot(tmp_path)
+    assert main([str(tmp_path), "--size", "8"]) == 0
+    assert len(pixels_of(config_of(tmp_path))) == 10
+    assert snapshot(tmp_path) == before
+
+
+def test_a_root_that_is_a_prepared_form_is_opened_as_it_is(tmp_path):
+    write_pictures(tmp_path / "cats", pictures(10, 8, 3))
+    config = config_of(tmp_path / "cats")
+    images = pixels_of(config)
+    shutil.copytree(prepared_folder(config), tmp_path / "copy")
+    direct = config_of(tmp_path / "copy")
+    assert np.array_equal(pixels_of(direct), images)
+    (tmp_path / "copy" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json is no JSON"):
+        open_tables(direct)
+
+
+@pytest.mark.parametrize("name", ["folder", "cifar10"])
+def test_an_unprepared_set_says_how_to_prepare_it(tmp_path, name):
+    root = tmp_path / "my cats; rm -rf"
+    config = replace(load_config(name), root=str(root), image_size=16)
+    with pytest.raises(DataError) as error:
+        open_tables(config)
+    command = f"python -m nvae.data.prepare {name} --root '{root}' --size 16"
+    assert str(error.value).endswith(f"run: {command}")
