@@ -52,6 +52,7 @@ def _data(name: str, kind: str, root: str) -> DataConfig:
 
 def test_root_is_given_where_the_configuration_has_another() -> None:
     assert root_to_give(_data("folder", "auto", "data/folder")) is None
+    assert root_to_give(_data("folder", "auto", "./data/folder/")) is None
     assert root_to_give(_data("folder", "auto", "/pictures of cats")) == "/pictures of cats"
     assert root_to_give(_data("of my own", "folder", "x")) == "x"
     assert root_to_give(_data("random", "random", "x")) is None
