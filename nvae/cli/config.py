@@ -10,12 +10,15 @@ from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
 from nvae.models import ModelConfig
+from nvae.settings import check_choice, check_fields
 from nvae.training.loggers import LoggerConfig
 from nvae.training.loss import ObjectiveConfig
 from nvae.training.optimizer import OptimizerConfig
 from nvae.training.trainer import CallbacksConfig, TrainerConfig
 
 RESUME = ("auto", "never", "must")
+LONGEST_NAME = 200
+"""Bytes of a run's name; file systems take 255, and `NAME-2` must fit too."""
 
 
 @dataclass
@@ -50,20 +53,30 @@ class TrainConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        if self.resume not in RESUME:
-            raise ValueError(f"resume={self.resume} is unknown; allowed: {', '.join(RESUME)}")
+        check_fields(self, seed=(0, None))
+        check_choice("resume", self.resume, RESUME)
         if self.checkpoint_cells not in (True, False, "auto"):
             raise ValueError(
                 f"checkpoint_cells={self.checkpoint_cells} is unknown; allowed: true, false, auto"
             )
-        if not self.name or self.name in (".", "..") or "/" in self.name:
-            raise ValueError(f"name={self.name!r} is no folder name; use letters, digits, - and _")
+        self._check_names()
         self._check_model_reads_data()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
                 f"allowed: at most trainer.epochs={self.trainer.epochs}"
             )
+
+    def _check_names(self) -> None:
+        name = self.name
+        if not name or name in (".", "..") or "/" in name or name != name.strip():
+            raise ValueError(f"name={name!r} is no folder name; use letters, digits, - and _")
+        if not name.isprintable():
+            raise ValueError(f"name={name!r} has characters that cannot be printed")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"name={name!r} is too long; at most {LONGEST_NAME} bytes")
+        if not self.runs_dir or not self.runs_dir.isprintable():
+            raise ValueError(f"runs_dir={self.runs_dir!r} is no folder; runs_dir=. is this one")
 
     def _check_model_reads_data(self) -> None:
         for of_model, of_data in (("image_size", "image_size"), ("image_channels", "channels")):

@@ -12,6 +12,8 @@ from rich.progress import Progress
 
 from nvae.checkpoint import CheckpointError, load_model
 from nvae.cli.device import open_device
+from nvae.cli.next_command import command, root_to_give, setting, tensorboard
+from nvae.command_line import brief, shell
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, evaluate
@@ -19,6 +21,7 @@ from nvae.files import write_json
 from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import NVAE
 from nvae.sampling import decode, encode, sample_images
+from nvae.settings import check_fields
 from nvae.training.checkpointing import BEST, latest_checkpoint
 from nvae.training.run_folder import RunFolder
 
@@ -40,18 +43,12 @@ class ReportConfig:
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        if self.importance_samples < 0:
-            raise ValueError(
-                f"report.importance_samples is {self.importance_samples}; it must be at least 0"
-            )
-        for name in ("samples", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"report.{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(
-                f"report.temperatures is {list(self.temperatures)}; "
-                "it takes one or more numbers, none below 0"
-            )
+        check_fields(
+            self, "report.", importance_samples=(0, 1_000_000), temperatures=(0, 100),
+            samples=(1, 65536), chunk=(1, 1 << 20),
+        )  # fmt: skip
+        if not self.temperatures:
+            raise ValueError("report.temperatures is []; it takes one or more numbers")
 
 
 def write_report(
@@ -70,7 +67,8 @@ def write_report(
         folder: of the run.
     """
     console.print()
-    with _attempt("the report", folder, f"this command with name={folder.path.name} resume=auto"):
+    anew = shell(setting("name", folder.path.name), "resume=auto")
+    with _attempt("the report", folder, f"this command with {anew}"):
         checkpoint = reported_checkpoint(folder.checkpoints)
         if checkpoint.name != BEST:
             console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
@@ -82,9 +80,9 @@ def write_report(
         console.print(f"""
 checkpoint       {checkpoint}
 
-next: python sample.py checkpoint={checkpoint} temperature=0.7
-      python evaluate.py checkpoint={checkpoint}
-      tensorboard --logdir {folder.path}""")
+next: {command("sample.py", checkpoint=checkpoint, temperature=0.7)}
+      {command("evaluate.py", checkpoint=checkpoint, data__root=root_to_give(data))}
+      {tensorboard(folder.path)}""")
 
 
 def _write_parts(
@@ -97,21 +95,28 @@ def _write_parts(
 ) -> None:
     """Pictures first: they take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)
-    sample = f"python sample.py checkpoint={checkpoint} batch_size={fewer}"
-    temperatures = ",".join(f"{t:g}" for t in config.temperatures)
+    root = root_to_give(data.config)
     file = folder.path / "samples.png"
-    with _attempt(file.name, folder, f"{sample} 'temperature=[{temperatures}]'"):
+    again = command(
+        "sample.py", checkpoint=checkpoint, batch_size=fewer, temperature=config.temperatures
+    )
+    with _attempt(file.name, folder, again):
         sample_grid(model, config, file)
         console.print(f"samples          {file}")
     file = folder.path / "reconstructions.png"
-    with _attempt(file.name, folder, f"{sample} mode=reconstruct"):
+    again = command(
+        "sample.py", checkpoint=checkpoint, batch_size=fewer, mode="reconstruct", data__root=root
+    )
+    with _attempt(file.name, folder, again):
         reconstruction_grid(model, data, config, file)
         console.print(f"reconstructions  {file}")
     if not config.importance_samples:
         return
     file = folder.path / "test_likelihood.json"
-    again = f"python evaluate.py checkpoint={checkpoint} chunk={fewer}"
-    again += f" 'importance_samples=[{config.importance_samples}]'"
+    again = command(
+        "evaluate.py", checkpoint=checkpoint, chunk=fewer, data__root=root,
+        importance_samples=[config.importance_samples],
+    )  # fmt: skip
     with _attempt(file.name, folder, again):
         for line in likelihood_lines(test_likelihood(model, data, config, file)):
             console.print(line)
@@ -123,7 +128,7 @@ def _attempt(what: str, folder: RunFolder, again: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = brief(f"{type(error).__name__}: {error}")
         print(
             f"the run is safe in {folder.path}, but {what} could not be written ({reason}); "
             f"to do it again: {again}",

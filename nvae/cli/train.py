@@ -9,29 +9,39 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
 from nvae.cli.report import write_report
+from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
 from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
-from nvae.training.checkpointing import CheckpointWriteError, step_checkpoints
+from nvae.training.checkpointing import step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun
-from nvae.training.loggers import build_loggers
+from nvae.training.loggers import build_loggers, log_errors_once
 from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
+from nvae.training.shared_folder import Claim
+from nvae.training.stop_now import StopNow, StopsNow
 from nvae.training.trainer import build_trainer
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+"""Where torchrun, Lightning and SLURM say which of a run's processes this is."""
 
 USABLE_MEMORY = 0.8
 """Share of a GPU's memory that an estimate may fill; workspaces and fragmentation take the rest."""
@@ -65,51 +75,86 @@ def train(composed: DictConfig) -> None:
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
-        folder, changed = open_run(
+        claim = Claim(
             Path(config.runs_dir) / config.name,
-            config.resume,
-            config.to_dict(),
-            config.trainer.world_size,
+            beside=config.resume == "never",
+            processes=config.trainer.world_size,
         )
+    with claim:
+        _train_in(claim.path, config)
+
+
+def _train_in(path: Path, config: TrainConfig) -> None:
+    """Train in a folder that no other run works in."""
+    with checked():
         data = ImageDataModule(config.data)
         data.prepare_data()
         data.setup()
-    console = Console(highlight=False, soft_wrap=True)
-    if _is_first_process():
-        describe_start(folder, config.to_dict(), sys.argv)
-        _announce(console, config, folder, changed)
-    try:
-        is_first = fit(console, config, folder, data)
-    except InterruptedRun as stop:
+        marks = fingerprint(config, data)
+        folder, changed = open_run(path, config.resume, config.to_dict(), marks)
+        console = Console(highlight=False, soft_wrap=True)
         if _is_first_process():
-            console.print(f"stopped by {stop}; run the same command again to go on")
-            raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
-        raise SystemExit(0) from None  # the launcher takes any other code for a crash
-    except CheckpointWriteError as error:  # a full disk
-        raise UserError(f"{error}; make room, then run the same command again") from error
+            describe_start(folder, config.to_dict(), sys.argv)
+            _announce(console, config, folder, changed)
+    is_first = _is_first_process()
+    if not is_finished(folder, config):
+        try:
+            is_first = fit(console, config, folder, data, marks)
+        except InterruptedRun as stop:
+            if _is_first_process():
+                console.print(f"stopped by {stop}; run the same command again to go on")
+                raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
+            raise SystemExit(0) from None  # the launcher takes any other code for a crash
     if is_first:
         accelerator = config.trainer.resolved_accelerator()
         write_report(console, config.report, config.data, accelerator, folder)
 
 
-def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDataModule) -> bool:
+def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
+    """Images, architecture and seeds: what must agree for a run to go on."""
+    return {
+        "data": data.fingerprint(),
+        "model": config.model.to_dict(),
+        "seed": config.seed,
+    }
+
+
+def is_finished(folder: RunFolder, config: TrainConfig) -> bool:
+    """Whether all epochs are done."""
+    return folder.epochs >= config.trainer.epochs
+
+
+def fit(
+    console: Console,
+    config: TrainConfig,
+    folder: RunFolder,
+    data: ImageDataModule,
+    marks: dict[str, Any] | None = None,
+) -> bool:
     """Train to the end, going back to a checkpoint after a divergence where that is wanted.
+
+    Args:
+        console: says what happens.
+        config: of the run.
+        folder: where it starts.
+        data: the images.
+        marks: :func:`fingerprint`, for the checkpoints.
 
     Returns:
         Whether this is the first process.
+
+    Raises:
+        UserError: what the user can put right: divergence, memory, a full disk.
+        InterruptedRun: told to stop, and saved.
+        KeyboardInterrupt: Ctrl-C before the first step, or for the second time.
+        SystemExit: a crash, which was printed.
     """
     guard, rollbacks, scale = config.trainer.guard, 0, None
     while True:
-        module = build_module(config, scale)
-        trainer = build_trainer(
-            config.trainer,
-            config.callbacks,
-            folder.path,
-            build_loggers(config.logger, folder.path, folder.step),
-            config.logger.every_steps,
-        )
+        module, trainer = _build(config, folder, scale, marks)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
+            with StopsNow(trainer), log_errors_once():
+                trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
         except DivergenceError as error:
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
                 raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
@@ -122,19 +167,81 @@ def fit(console: Console, config: TrainConfig, folder: RunFolder, data: ImageDat
                     f"{scale:g} times the learning rate"
                 )
             continue
-        except (InterruptedRun, CheckpointWriteError):
+        except InterruptedRun:
             raise
+        except StopNow:
+            if _is_first_process():
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + signal.SIGINT) from None
         except Exception as error:
-            traceback.print_exc()
-            print(
-                f"crashed at step {trainer.global_step}, epoch {trainer.current_epoch + 1}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}\n"
-                f"run folder: {folder.path}; {_last_good(folder)}\n"
-                "once the cause is gone, the same command goes on from there",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from None
+            raise _ended(error, trainer, module, folder) from error
         return trainer.is_global_zero
+
+
+def _build(
+    config: TrainConfig, folder: RunFolder, scale: float | None, marks: dict[str, Any] | None
+) -> tuple[NVAELightning, pl.Trainer]:
+    try:
+        module = build_module(config, scale, marks)
+        trainer = build_trainer(
+            config.trainer,
+            config.callbacks,
+            folder.path,
+            build_loggers(config.logger, folder.path, folder.step),
+            config.logger.every_steps,
+        )
+    except (OSError, MisconfigurationException) as error:
+        raise UserError(brief(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"there is not enough memory to build this model ({brief(error, 200)}); lower "
+            "model.encoder_channels, model.decoder_channels or model.groups_per_scale"
+        ) from error
+    return module, trainer
+
+
+def _ended(
+    error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
+) -> Exception | SystemExit:
+    """What an error in training is to the user: one line, or a crash with all there is to know."""
+    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and module.has_started):
+        # a full disk, a folder that is gone, a file that reads other than it was written
+        return UserError(
+            f"{error}; {_last_good(folder)}; make room or put it right, then run the same command "
+            "again"
+        )
+    if isinstance(error, MisconfigurationException):
+        return UserError(brief(error))
+    if is_out_of_memory(error):
+        return UserError(
+            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size and raise "
+            f"trainer.accumulate, or set checkpoint_cells=true; {_last_good(folder)}"
+        )
+    if folder.checkpoint is not None and not module.has_started:
+        return UserError(
+            f"{folder.checkpoint} cannot be resumed from "
+            f"({brief(f'{type(error).__name__}: {error}', 200)}); remove it to go on from an "
+            "earlier one, or use resume=never"
+        )
+    traceback.print_exception(error)
+    print(
+        f"crashed at step {trainer.global_step}, epoch {trainer.current_epoch + 1}: "
+        f"{brief(f'{type(error).__name__}: {error}')}\n"
+        f"run folder: {folder.path}; {_last_good(folder)}\n"
+        "once the cause is gone, the same command goes on from there",
+        file=sys.stderr,
+    )
+    return SystemExit(1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or the device's memory ran out; torch says the former in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error)
+        for text in ("can't allocate memory", "not enough memory", "calculation overflowed")
+    )
 
 
 def _last_good(folder: RunFolder) -> str:
@@ -150,12 +257,17 @@ def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
     )
 
 
-def build_module(config: TrainConfig, learning_rate_scale: float | None = None) -> NVAELightning:
+def build_module(
+    config: TrainConfig,
+    learning_rate_scale: float | None = None,
+    marks: dict[str, Any] | None = None,
+) -> NVAELightning:
     """Model with its initial weights, objective and optimiser.
 
     Args:
         config: of the run.
         learning_rate_scale: see :class:`NVAELightning`.
+        marks: :func:`fingerprint`, for the checkpoints.
     """
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = NVAE(config.model)
@@ -169,6 +281,7 @@ def build_module(config: TrainConfig, learning_rate_scale: float | None = None) 
         config.optimizer,
         seed=config.seed,
         run_config=config.to_dict(),
+        fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
     )
 
@@ -202,16 +315,23 @@ def should_checkpoint_cells(config: TrainConfig) -> bool:
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:
+    for line in folder.passed_over:
+        console.print(f"passed over a newer checkpoint: {brief(line)}")
     if folder.checkpoint is None:
         console.print(f"run {folder.path}, from the beginning")
+    elif is_finished(folder, config):
+        console.print(
+            f"run {folder.path} is finished: {folder.epochs} epochs, step {folder.step}; nothing "
+            "was trained; trainer.epochs=... trains longer, resume=never starts anew"
+        )
     else:
         console.print(f"run {folder.path}, resumed from {folder.checkpoint.name}")
     for line in changed:
-        console.print(f"  changed since: {line}")
+        console.print(f"  changed since: {brief(line)}")
 
 
 def _is_first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def _quieten() -> None:

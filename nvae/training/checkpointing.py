@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from nvae.settings import check_fields
 from nvae.training.ema import MovingAverage
 from nvae.training.guard import BadSteps
 
@@ -34,19 +35,10 @@ class CheckpointConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        if self.every_epochs < 1:
-            raise ValueError(
-                f"callbacks.checkpoint.every_epochs is {self.every_epochs}; it must be at least 1"
-            )
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(
-                f"callbacks.checkpoint.every_steps is {self.every_steps}; it must be at least 1, "
-                "or null"
-            )
-        if self.keep_last < 2:
-            raise ValueError(
-                f"callbacks.checkpoint.keep_last is {self.keep_last}; it must be at least 2"
-            )
+        check_fields(
+            self, "callbacks.checkpoint.", every_epochs=(1, None), every_steps=(1, None),
+            keep_last=(2, None),
+        )  # fmt: skip
 
 
 class CheckpointWriteError(OSError):
@@ -69,8 +61,9 @@ class AtomicCheckpointIO(CheckpointIO):
             CheckpointError: what was written cannot be read back.
         """
         path = Path(path)
+        if not path.parent.is_dir():  # made anew it would hold this file and nothing else
+            raise CheckpointWriteError(f"cannot write {path}: its folder is gone")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch turns some write errors into the latter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -113,17 +106,38 @@ def load_whole(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """The newest checkpoint of a folder that can be read.
+
+    Attributes:
+        path: of the file.
+        content: of the file, on the CPU.
+        passed_over: newer ones, and why they cannot be read; a line each.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    passed_over: tuple[str, ...]
+
+
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest readable checkpoint and its contents; None where the folder has none at all.
+    """Path and content of :func:`newest_checkpoint`."""
+    found = newest_checkpoint(folder)
+    return None if found is None else (found.path, found.content)
+
+
+def newest_checkpoint(folder: Path) -> FoundCheckpoint | None:
+    """The newest readable checkpoint; None where the folder has none at all.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
     """
     paths = step_checkpoints(folder)
-    failures = []
+    failures: list[str] = []
     for path in reversed(paths):
         try:
-            return path, load_whole(path)
+            return FoundCheckpoint(path, load_whole(path), tuple(failures))
         except CheckpointError as error:
             failures.append(str(error))
     if failures:

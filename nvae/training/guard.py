@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nvae.settings import check_choice, check_fields
 from nvae.training.module import NVAELightning
 from nvae.training.running_statistics import RunningStatistics
 
@@ -42,28 +43,22 @@ class GuardConfig:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
+        check_fields(
+            self, "trainer.guard.", max_consecutive_skips=(1, None), max_rollbacks=(0, 1000)
+        )
+        check_choice("trainer.guard.on_divergence", self.on_divergence, ON_DIVERGENCE)
         for name in ("gradient_clip", "skip_threshold"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"trainer.guard.{name} is {value}; it must be above 0, or null")
-        if self.max_consecutive_skips < 1:
-            raise ValueError(
-                f"trainer.guard.max_consecutive_skips is {self.max_consecutive_skips}; "
-                "it must be at least 1"
-            )
-        if self.on_divergence not in ON_DIVERGENCE:
-            raise ValueError(
-                f"trainer.guard.on_divergence={self.on_divergence} is unknown; "
-                f"allowed: {', '.join(ON_DIVERGENCE)}"
-            )
         if not 0 < self.rollback_factor < 1:
             raise ValueError(
                 f"trainer.guard.rollback_factor is {self.rollback_factor}; allowed: between 0 and 1"
             )
-        if self.max_rollbacks < 0:
-            raise ValueError(
-                f"trainer.guard.max_rollbacks is {self.max_rollbacks}; it must be at least 0"
-            )
+
+
+LONGEST_STREAK_AT_END = 100
+"""A run that ends in so many bad steps has failed, whatever `max_consecutive_skips` says."""
 
 
 class DivergenceError(RuntimeError):
@@ -103,7 +98,21 @@ class BadSteps(pl.Callback):
         self.config = config
         self.every_steps = min(every_steps, config.max_consecutive_skips)
         self._counters: Tensor | None = None  # see GuardReading, in its order
+        self._steps = 0  # of this start, bad ones too
+        self._trained: list[str] = []  # parameters with a gradient, in the order of their norms
         self._last_step = 0
+        self._accepted: int | None = None  # before this start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of the run that were not left out."""
+        return {"accepted": self._accepted_now()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self._accepted = state_dict["accepted"]
+
+    def _accepted_now(self) -> int:
+        return (self._accepted or 0) + self._steps - self.read().skipped
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device and has its weights."""
@@ -111,6 +120,8 @@ class BadSteps(pl.Callback):
         self._statistics = RunningStatistics(pl_module.model)
         self._step_begins = True
         self._last_step = trainer.global_step
+        if self._accepted is None:  # a checkpoint of an earlier version does not say
+            self._accepted = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -126,7 +137,10 @@ class BadSteps(pl.Callback):
         """Judge the gradients, clip them, and switch the optimiser on or off."""
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.report is not None
-        gradients = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
+        trained = [(n, p) for n, p in pl_module.model.named_parameters() if p.grad is not None]
+        if not self._trained:  # gradients are gone when the run has ended
+            self._trained = [f"{name} {tuple(p.shape)}" for name, p in trained]
+        gradients = [p.grad for _, p in trained if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = torch.linalg.vector_norm(norms)
         bad = ~(norm.isfinite() & pl_module.report.loss.isfinite())
@@ -136,6 +150,7 @@ class BadSteps(pl.Callback):
         if trainer.world_size > 1:
             # the loss is this rank's own
             dist.all_reduce(switch, dist.ReduceOp.MAX)
+        self._steps += 1
         self._count(switch, norm, norms, pl_module)
         self._statistics.restore_where(switch > 0)
         self._step_begins = True
@@ -191,15 +206,33 @@ class BadSteps(pl.Callback):
                 {"train/gradient_norm": reading.norm, "train/skipped_steps": reading.skipped}, step
             )
         if reading.streak >= self.config.max_consecutive_skips:
-            assert isinstance(pl_module, NVAELightning)
-            raise DivergenceError(
-                f"training diverged at step {step}: {reading.streak} steps in a row were left out "
-                f"({reading.skipped} since the start); {self._culprit(reading, pl_module.model)}"
-            )
+            raise self._divergence(reading, step, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that trained nothing, or whose last steps were all left out, has failed.
+
+        Raises:
+            DivergenceError: on every rank.
+        """
+        reading = self.read()
+        if not self._steps or not reading.streak:
+            return
+        assert isinstance(pl_module, NVAELightning)
+        half = -(-pl_module.total_steps // 2)  # of a run that is shorter than all of these
+        most = min(self.config.max_consecutive_skips, LONGEST_STREAK_AT_END, half)
+        if reading.streak >= most or not self._accepted_now():
+            raise self._divergence(reading, trainer.global_step, pl_module)
+
+    def _divergence(
+        self, reading: GuardReading, step: int, module: pl.LightningModule
+    ) -> DivergenceError:
+        assert isinstance(module, NVAELightning)
+        return DivergenceError(
+            f"training diverged at step {step}: {reading.streak} steps in a row were left out "
+            f"({reading.skipped} since the start); {self._culprit(reading, module.model)}"
+        )
 
     def _culprit(self, reading: GuardReading, model: nn.Module) -> str:
-        trained = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
-        name, parameter = trained[reading.parameter]
         for weight_name, weight in model.named_parameters():
             if not weight.isfinite().all():
                 return f"the weight {weight_name} is not finite"
@@ -210,6 +243,6 @@ class BadSteps(pl.Callback):
         else:
             first = "the loss's parts were finite"
         return (
-            f"at the first of them {first}, and the worst gradient was that of {name} "
-            f"{tuple(parameter.shape)}; the last gradient norm is {reading.norm:.3g}"
+            f"at the first of them {first}, and the worst gradient was that of "
+            f"{self._trained[reading.parameter]}; the last gradient norm is {reading.norm:.3g}"
         )

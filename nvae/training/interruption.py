@@ -1,9 +1,10 @@
-"""SIGTERM and SIGUSR1: save at once, stop, and on SLURM go back to the queue."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: save, stop, and on SLURM go back to the queue."""
 
 import os
 import shutil
 import signal
 import subprocess
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nvae.training.checkpointing import Checkpoints, is_last_batch
+from nvae.training.stop_now import ONE_PRESS, StopNow
 
 AGREE_EVERY = 10
 """Optimiser steps between two agreements of several ranks, each of which waits for the device."""
@@ -39,6 +41,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, checkpoints: Checkpoints, requeue: bool = False) -> None:
         self._checkpoints, self._requeue = checkpoints, requeue
         self._received = 0
+        self._pressed: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over from Lightning, which restores the old handlers at the end.
@@ -46,17 +49,29 @@ class StopOnSignal(pl.Callback):
         Its own SIGTERM handler starts a collective inside the handler, and its loop one (with a
         wait for the device) at every batch.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
         self._launcher = trainer.strategy.launcher
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        if number == signal.SIGINT and self._is_second_press():
+            raise StopNow
+        self._received = max(self._received, number)  # as all ranks do when they agree
+        if number == signal.SIGINT:
+            return  # a terminal has told all ranks; else this one tells them when they agree
         for process in getattr(self._launcher, "procs", []):  # ranks that this process started
             process.send_signal(number)
+
+    def _is_second_press(self) -> bool:
+        """A terminal together with a launcher delivers one press twice, at once."""
+        now = time.monotonic()
+        if self._pressed is None:
+            self._pressed = now
+        return now - self._pressed > ONE_PRESS
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,

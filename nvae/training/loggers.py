@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import threading
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from nvae.files import replacing
+from nvae.settings import check_fields
 
 
 @dataclass
@@ -36,13 +39,16 @@ class LoggerConfig:
     every_steps: int = 50
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"logger.every_steps is {self.every_steps}; it must be at least 1")
+        check_fields(self, "logger.", every_steps=(1, None))
         if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 f"logger.wandb_project={self.wandb_project} needs the wandb package: "
                 "pip install wandb, or set logger.wandb_project=null"
             )
+
+
+class LogWriteError(OSError):
+    """A reading could not be written; the log is as it was, but for a last line cut short."""
 
 
 class JsonLinesLogger(Logger):
@@ -75,13 +81,20 @@ class JsonLinesLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line."""
-        if not self._trimmed:
-            self._trim()
+        """Append a line.
+
+        Raises:
+            LogWriteError: it cannot be written.
+        """
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            if not self._trimmed:
+                self._trim()
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise LogWriteError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def _trim(self) -> None:
         self._trimmed = True
@@ -96,6 +109,25 @@ class JsonLinesLogger(Logger):
             return int(json.loads(line)["step"]) <= self.start_step
         except (ValueError, KeyError, TypeError):  # the line a killed process was writing
             return False
+
+
+@contextmanager
+def log_errors_once() -> Iterator[None]:
+    """TensorBoard writes in a thread; what fails there is raised at the next reading.
+
+    The thread's own traceback is left out.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def build_loggers(config: LoggerConfig, folder: Path, start_step: int) -> list[Logger]:

@@ -10,6 +10,7 @@ from nvae.models import NVAE, NVAEOutput
 from nvae.models.topology import groups_per_scale
 from nvae.objective import Elbo, balancing_alpha, elbo, kl_coefficient
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
+from nvae.settings import check_fields
 from nvae.training.distributed import mean_over_ranks
 
 
@@ -37,27 +38,18 @@ class ObjectiveConfig:
     spectral_iterations: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("kl_anneal_portion", "kl_constant_portion"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}; allowed: 0 to 1")
-        if not 0 < self.kl_minimum <= 1:
-            raise ValueError(
-                f"objective.kl_minimum is {self.kl_minimum}; allowed: above 0, at most 1"
-            )
-        if self.spectral_weight < 0:
-            raise ValueError(
-                f"objective.spectral_weight is {self.spectral_weight}; it must be at least 0"
-            )
+        check_fields(
+            self, "objective.", kl_anneal_portion=(0, 1), kl_constant_portion=(0, 1),
+            kl_minimum=(None, 1), spectral_weight=(0, 1e6), spectral_weight_initial=(None, 1e6),
+            spectral_iterations=(1, 1000),
+        )  # fmt: skip
+        if self.kl_minimum <= 0:
+            raise ValueError(f"objective.kl_minimum is {self.kl_minimum}; it must be above 0")
         initial = self.spectral_weight_initial
         if initial is not None and (initial <= 0 or self.spectral_weight == 0):
             raise ValueError(
                 f"objective.spectral_weight_initial={initial} anneals geometrically to "
                 f"spectral_weight={self.spectral_weight}; both must be above 0"
-            )
-        if self.spectral_iterations < 1:
-            raise ValueError(
-                f"objective.spectral_iterations is {self.spectral_iterations}; "
-                "it must be at least 1"
             )
 
 

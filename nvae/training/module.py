@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +19,7 @@ from nvae.training.distributed import synchronize_batchnorm
 from nvae.training.loss import ObjectiveConfig, Regularizers, TrainingLoss, spectral_weight
 from nvae.training.noise import TrainingNoise
 from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.validation import ValidationSums
 
 
@@ -51,6 +53,7 @@ class NVAELightning(pl.LightningModule):
         optimizer: optimiser and learning rate.
         seed: of the posterior noise.
         run_config: plain dictionary that goes into every checkpoint.
+        fingerprint: of the images and seeds, plain types; goes there too.
         learning_rate_scale: factor on the learning rate, lower where a diverged run went back to
             a checkpoint; None: what the checkpoint says.
     """
@@ -63,6 +66,7 @@ class NVAELightning(pl.LightningModule):
         *,
         seed: int = 0,
         run_config: dict[str, Any] | None = None,
+        fingerprint: dict[str, Any] | None = None,
         learning_rate_scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -71,6 +75,8 @@ class NVAELightning(pl.LightningModule):
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config
+        self.fingerprint = fingerprint
+        self.has_started = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
         self.report: StepReport | None = None
@@ -145,14 +151,26 @@ class NVAELightning(pl.LightningModule):
             eps=config.epsilon,
             weight_decay=config.weight_decay,
         )
+        self.has_started = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint readable by :func:`nvae.checkpoint.load_model`."""
         checkpoint.update(describe(self.model, self.run_config))
         checkpoint["learning_rate_scale"] = self.learning_rate_scale
+        if self.fingerprint is not None:
+            checkpoint["fingerprint"] = self.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Undo what :meth:`on_save_checkpoint` added for training."""
+        """Undo what :meth:`on_save_checkpoint` added for training.
+
+        Raises:
+            CheckpointError: the optimiser's state is of other parameters.
+        """
+        check_optimizer_shapes(checkpoint, list(self.model.parameters()))
+        keeps_average = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not keeps_average:
+            # the optimiser's state belongs to the raw weights; no one else would take them
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         if not self._scale_is_given:
             self.learning_rate_scale = checkpoint["learning_rate_scale"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from nvae.settings import check_choice, check_fields
 from nvae.training.adamax import Adamax
 from nvae.training.apex import APEX_OPTIMIZERS, apex_optimizer, check_apex
 from nvae.training.host_switch import HostSwitch
@@ -41,36 +42,27 @@ class OptimizerConfig:
     weight_decay: float = 3e-4
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"optimizer.name={self.name} is unknown; allowed: {_list(OPTIMIZERS)}")
+        check_fields(
+            self, "optimizer.", learning_rate=(None, 1000), min_learning_rate=(0, None),
+            warmup_epochs=(0, None), epsilon=(None, 1), weight_decay=(0, 1000),
+        )  # fmt: skip
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
         if self.name in APEX_OPTIMIZERS:
             check_apex(self.name)
-        if self.decay_every not in ("step", "epoch"):
-            raise ValueError(
-                f"optimizer.decay_every={self.decay_every} is unknown; allowed: step, epoch"
-            )
+        check_choice("optimizer.decay_every", self.decay_every, ("step", "epoch"))
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"optimizer.min_learning_rate is {self.min_learning_rate}; allowed: 0 to "
                 f"learning_rate={self.learning_rate}"
             )
-        for name in ("learning_rate", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_epochs", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0"
-                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"optimizer.{name} is {getattr(self, name)}; allowed: 0 up to, not with, 1"
                 )
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 class HostSwitchedAdamW(HostSwitch, AdamW):

@@ -1,5 +1,6 @@
 """Sample and reconstruction grids while training goes on."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
+from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.images import save_rows
 from nvae.sampling import decode, encode, sample_images
+from nvae.settings import check_fields
 from nvae.training.module import NVAELightning
 
 
@@ -30,17 +33,12 @@ class PicturesConfig:
     columns: int = 8
 
     def __post_init__(self) -> None:
-        if self.every_epochs < 0:
-            raise ValueError(
-                f"callbacks.pictures.every_epochs is {self.every_epochs}; it must be at least 0"
-            )
-        if self.columns < 1:
-            raise ValueError(f"callbacks.pictures.columns is {self.columns}; it must be at least 1")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(
-                f"callbacks.pictures.temperatures is {list(self.temperatures)}; "
-                "it takes one or more numbers, none below 0"
-            )
+        check_fields(
+            self, "callbacks.pictures.", every_epochs=(0, None), temperatures=(0, 100),
+            columns=(1, 1024),
+        )  # fmt: skip
+        if not self.temperatures:
+            raise ValueError("callbacks.pictures.temperatures is []; it takes one or more numbers")
 
 
 class Pictures(pl.Callback):
@@ -78,7 +76,12 @@ class Pictures(pl.Callback):
     def _write(self, trainer: pl.Trainer, name: str, rows: list[Tensor], labels: list[str]) -> None:
         step = trainer.global_step
         file = self.folder / f"{name}_{step:08d}.png"
-        save_rows(file, rows, labels)
+        try:
+            save_rows(file, rows, labels)
+        except OSError as error:  # a picture less is no reason to stop
+            reason = brief(error.strerror or error)
+            print(f"{file} could not be written: {reason}; training goes on", file=sys.stderr)
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with Image.open(file) as picture:

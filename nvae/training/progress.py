@@ -130,7 +130,16 @@ class RunProgress(ProgressBar):
             self._console.print(*args, highlight=False, soft_wrap=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the bar, also after an error."""
+        """Close the bar."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """The same after an error, where Lightning calls no teardown; it gives the cursor back."""
+        self._close()
+
+    def _close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from nvae.files import replacing
-from nvae.training.checkpointing import checkpoint_step, latest_checkpoint
-from nvae.training.shared_folder import shared_unused_path, unused_path
+from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
+from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
 
 _PACKAGES = ("nvae", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
 
@@ -26,11 +26,15 @@ class RunFolder:
         path: the folder.
         checkpoint: to resume from; None: from the beginning.
         step: optimiser steps done already.
+        epochs: whole epochs done already.
+        passed_over: newer checkpoints that cannot be read, and why; a line each.
     """
 
     path: Path
     checkpoint: Path | None = None
     step: int = 0
+    epochs: int = 0
+    passed_over: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -39,47 +43,62 @@ class RunFolder:
 
 
 def open_run(
-    path: Path, resume: str, config: dict[str, Any], processes: int = 1
+    path: Path, resume: str, config: Plain, fingerprint: Plain | None = None
 ) -> tuple[RunFolder, list[str]]:
     """Decide where a run starts.
 
     Args:
-        path: the folder that the run's name gives.
+        path: the run's folder, see :class:`~nvae.training.shared_folder.Claim`.
         resume: ``auto`` | ``never`` | ``must``.
         config: of this start, plain types.
-        processes: of the run; all of them call this and get the same folder.
+        fingerprint: of this start's images and seeds; None: not compared.
 
     Returns:
         The folder, and lines that say which settings differ from the resumed run's.
 
     Raises:
-        ValueError: another architecture, or nothing to resume where that is a must.
-        CheckpointError: the folder's checkpoints cannot be read.
+        ValueError: another architecture, other images, seeds or batches, fewer epochs than are
+            done, or nothing to resume where that is a must.
+        CheckpointError: the folder's checkpoints cannot be read, or not be resumed from.
     """
     if resume == "never":
-        return RunFolder(unused_path(path) if processes == 1 else shared_unused_path(path)), []
-    found = latest_checkpoint(path / "checkpoints")
+        return RunFolder(path), []
+    found = newest_checkpoint(path / "checkpoints")
     if found is None:
         if resume == "must":
             raise ValueError(
                 f"resume=must, but {path} has no checkpoint; check name, or use resume=auto"
             )
         return RunFolder(path), []
-    file, checkpoint = found
-    changed = differences(checkpoint["model_config"], config["model"], "model.")
-    if changed:
+    checkpoint = found.content
+    check_resumable(checkpoint, found.path)
+    begun, done = epochs_begun_and_done(checkpoint)
+    for what, changed in (
+        (
+            "of another architecture",
+            differences(checkpoint["model_config"], config["model"], "model."),
+        ),
+        ("that does not go on with these settings", conflicts(checkpoint, config, fingerprint)),
+    ):
+        if changed:
+            raise ValueError(
+                f"{path} holds a run {what} ({'; '.join(changed)}); give this run another "
+                "name=..., or resume=never to start beside it"
+            )
+    epochs = config["trainer"]["epochs"]
+    if begun > epochs:
         raise ValueError(
-            f"{path} holds a run of another architecture ({'; '.join(changed)}); give this run "
-            "another name=..., or resume=never to start beside it"
+            f"{path} is in epoch {begun} already, beyond trainer.epochs={epochs}; give more "
+            "epochs, or another name=..."
         )
-    notes = differences(checkpoint["run_config"] or {}, config)
-    return RunFolder(path, file, checkpoint_step(checkpoint)), notes
+    folder = RunFolder(path, found.path, checkpoint_step(checkpoint), done, found.passed_over)
+    return folder, differences(checkpoint["run_config"], config)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """``key: old -> new`` of every setting that differs, nested keys dotted, sorted."""
     lines: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=str):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
@@ -89,7 +108,21 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def describe_start(folder: RunFolder, config: dict[str, Any], command: list[str]) -> None:
-    """Write `config.yaml`, and append this start to `starts.jsonl`: when, what, with which code."""
+    """Write `config.yaml`, and append this start to `starts.jsonl`: when, what, with which code.
+
+    Raises:
+        ValueError: one of them cannot be written.
+    """
+    try:
+        _describe(folder, config, command)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write config.yaml and starts.jsonl in {folder.path}: "
+            f"{error.strerror or error}; make room or put it right, then run the same command again"
+        ) from error
+
+
+def _describe(folder: RunFolder, config: dict[str, Any], command: list[str]) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with replacing(folder.path / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))

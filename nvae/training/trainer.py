@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, Checkpoints
 from nvae.training.distributed import ddp_strategy
 from nvae.training.ema import MovingAverage
@@ -23,6 +24,9 @@ from nvae.training.progress import RunProgress
 ACCELERATORS = ("auto", "cpu", "gpu")
 LAUNCHERS = ("auto", "slurm")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+MOST_EPOCHS = 10_000_000
+MOST_CPU_PROCESSES = 128
+SECONDS_OF_A_YEAR = 31_536_000
 INITIAL_LOSS_SCALE = 1024.0
 """float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
 
@@ -72,35 +76,33 @@ class TrainerConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("accelerator", self.accelerator, ACCELERATORS),
-            ("precision", self.precision, PRECISIONS),
-            ("launcher", self.launcher, LAUNCHERS),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"trainer.{name}={value} is unknown; allowed: {', '.join(allowed)}"
-                )
-        for name in ("devices", "num_nodes", "epochs", "accumulate", "validate_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("cpu_threads", "limit_train_batches", "limit_valid_batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"trainer.{name} is {value}; it must be at least 1, or null")
-        if self.overfit_batches < 0:
-            raise ValueError(
-                f"trainer.overfit_batches is {self.overfit_batches}; it must be at least 0"
-            )
-        if self.timeout <= 0:
-            raise ValueError(f"trainer.timeout is {self.timeout}; it must be above 0 seconds")
+        check_fields(
+            self, "trainer.", devices=(1, 1024), num_nodes=(1, 65536), cpu_threads=(1, 1024),
+            timeout=(1, SECONDS_OF_A_YEAR), epochs=(1, MOST_EPOCHS), accumulate=(1, 1_000_000),
+            validate_every_epochs=(1, MOST_EPOCHS), limit_train_batches=(1, None),
+            limit_valid_batches=(1, None), overfit_batches=(0, None),
+        )  # fmt: skip
+        check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+        check_choice("trainer.launcher", self.launcher, LAUNCHERS)
         if self.launcher == "slurm" and "SLURM_NTASKS" not in os.environ:
             raise ValueError(
                 "trainer.launcher=slurm, but this is no SLURM job: start it with srun, or use "
                 "launcher=auto"
             )
-        if self.resolved_accelerator() == "cpu" and self.precision == "16-mixed":
-            raise ValueError("trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed")
+        self._check_device()
+
+    def _check_device(self) -> None:
+        if self.resolved_accelerator() == "cpu":
+            if self.precision == "16-mixed":
+                raise ValueError(
+                    "trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed"
+                )
+            if self.devices > MOST_CPU_PROCESSES:
+                raise ValueError(
+                    f"trainer.devices is {self.devices}; on the CPU it must be at most "
+                    f"{MOST_CPU_PROCESSES} processes"
+                )
 
     @property
     def world_size(self) -> int:
@@ -129,6 +131,7 @@ class EMAConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "callbacks.ema.")
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(
                 f"callbacks.ema.decay is {self.decay}; allowed: 0 up to, not with, 1, or null"
@@ -152,6 +155,9 @@ class CallbacksConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "callbacks.")
 
 
 def build_trainer(

@@ -104,7 +104,7 @@ MISTAKES = {
     "callbacks.ema.decay=1": "allowed: 0 up to, not with, 1",
     "callbacks.checkpoint.keep_last=1": "must be at least 2",
     "logger.every_steps=0": "must be at least 1",
-    "report.temperatures=[-1]": "none below 0",
+    "report.temperatures=[-1]": "must be at least 0",
     "name=a/b": "is no folder name",
     "trainer.launcher=slurm": "start it with srun",
 }

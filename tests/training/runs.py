@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from nvae.cli.config import TrainConfig
-from nvae.cli.train import build_module
+from nvae.cli.train import build_module, fingerprint
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.models import ModelConfig
@@ -19,7 +19,8 @@ from nvae.training.loggers import LoggerConfig, build_loggers
 from nvae.training.module import NVAELightning
 from nvae.training.optimizer import OptimizerConfig
 from nvae.training.pictures import PicturesConfig
-from nvae.training.run_folder import open_run
+from nvae.training.run_folder import RunFolder, open_run
+from nvae.training.shared_folder import Claim
 from nvae.training.trainer import CallbacksConfig, EMAConfig, TrainerConfig, build_trainer
 
 
@@ -69,11 +70,25 @@ def run(
     config: TrainConfig, *callbacks: pl.Callback, module: NVAELightning | None = None
 ) -> tuple[Path, pl.Trainer]:
     """Train until the end or until told to stop; resumes as the command does."""
-    folder, _ = open_run(
-        Path(config.runs_dir) / config.name, config.resume, config.to_dict(),
-        config.trainer.world_size,
-    )  # fmt: skip
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    path = Path(config.runs_dir) / config.name
+    data = ImageDataModule(config.data)
+    data.setup()
+    marks = fingerprint(config, data)
+    claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
+    with claim:
+        folder, _ = open_run(claim.path, config.resume, config.to_dict(), marks)
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        return folder.path, _train(config, folder, data, callbacks, module, marks)
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    data: ImageDataModule,
+    callbacks: tuple[pl.Callback, ...],
+    module: NVAELightning | None,
+    marks: dict[str, Any],
+) -> pl.Trainer:
     trainer = build_trainer(
         config.trainer,
         config.callbacks,
@@ -85,10 +100,10 @@ def run(
     trainer.callbacks[:0] = callbacks
     with contextlib.suppress(InterruptedRun):
         trainer.fit(
-            module or build_module(config), datamodule=ImageDataModule(config.data),
+            module or build_module(config, marks=marks), datamodule=data,
             ckpt_path=folder.checkpoint, weights_only=True,
         )  # fmt: skip
-    return folder.path, trainer
+    return trainer
 
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:

@@ -76,12 +76,13 @@ def test_bad_step_changes_nothing_and_training_goes_on(tmp_path: Path, value: fl
 
 
 def test_norm_beyond_the_threshold_is_skipped(tmp_path: Path) -> None:
-    """A finite but huge gradient: with a tiny threshold every step is one."""
+    """A finite but huge gradient: with a tiny threshold every step is one, and the run fails."""
     config = small_config(tmp_path)
     config.trainer.guard = GuardConfig(skip_threshold=1e-6, max_consecutive_skips=100)
     module = build_module(config)
     before = {k: v.clone() for k, v in module.model.state_dict().items() if "num_b" not in k}
-    run(config, module=module)
+    with pytest.raises(DivergenceError, match=r"step 24: 24 steps in a row .* worst gradient"):
+        run(config, module=module)
     assert_identical(
         before, {k: v for k, v in module.model.state_dict().items() if "num_b" not in k}
     )

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import Strategy
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from nvae.training import checkpointing
 from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, step_checkpoints
-from nvae.training.run_folder import open_run
+from nvae.training.run_folder import RunFolder, open_run
+from nvae.training.shared_folder import Claim
 from nvae.training.trainer import EMAConfig
 from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
@@ -162,6 +164,22 @@ def test_changed_hyper_parameters_are_listed_and_taken(tmp_path: Path) -> None:
     assert 1e-3 < group["lr"] <= 5e-3
 
 
+def test_resuming_without_the_average_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
+    """The optimiser's state is theirs; the average under `state_dict` is not what was trained."""
+    run(small_config(tmp_path), StopAt(9))
+    before = last_checkpoint(tmp_path / "run")
+    changed = small_config(tmp_path)
+    changed.callbacks.ema = EMAConfig()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    run(changed, Look(), StopAt(10))
+    assert_identical(seen[0], dict(before["current_model_state"]))
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     run(config, StopAt(2))
@@ -176,10 +194,12 @@ def test_never_starts_beside_and_must_needs_something(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     run(config, StopAt(1))
     values = config.to_dict()
-    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-2"
-    (tmp_path / "run-2").mkdir()
-    (tmp_path / "run-2" / "x").touch()
-    assert open_run(tmp_path / "run", "never", values)[0].path == tmp_path / "run-3"
+    with Claim(tmp_path / "run", beside=True) as claim:
+        assert claim.path == tmp_path / "run-2"
+        assert open_run(claim.path, "never", values)[0] == RunFolder(tmp_path / "run-2")
+        (tmp_path / "run-2" / "x").touch()
+    with Claim(tmp_path / "run", beside=True) as claim:
+        assert claim.path == tmp_path / "run-3"
     assert open_run(tmp_path / "run", "must", values)[0].step == 1
     with pytest.raises(ValueError, match="has no checkpoint"):
         open_run(tmp_path / "other", "must", values)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from nvae.training.shared_folder import shared_unused_path
+from nvae.training.run_lock import RunLock
+from nvae.training.shared_folder import Claim
 from tests.training.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -16,11 +18,12 @@ JOB = """
 import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
-from nvae.training.shared_folder import shared_unused_path
+from nvae.training.shared_folder import Claim
 
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID")))
 time.sleep(rank)  # the first has made its folder by then, if it did not wait
-found = shared_unused_path(Path("run"))
+claim = Claim(Path("run"), beside=True, processes=2)
+found = claim.path
 if rank == 0:
     (found / "checkpoints").mkdir(parents=True)
 print(found.name, flush=True)
@@ -79,10 +82,10 @@ def test_under_slurm(taken: Path) -> None:
 
 
 def _second_run(rank: int, world: int, folder: str) -> str:
-    found = shared_unused_path(Path(folder) / "run")
-    found.mkdir(exist_ok=True)
-    (found / f"rank{rank}").touch()
-    return found.name
+    with Claim(Path(folder) / "run", beside=True, processes=world) as claim:
+        (claim.path / f"rank{rank}").touch()
+        dist.barrier()
+        return claim.path.name
 
 
 def test_in_a_process_group(taken: Path) -> None:
@@ -90,13 +93,34 @@ def test_in_a_process_group(taken: Path) -> None:
     assert run_ranks(_second_run, 2, str(taken)) == ["run-2", "run-2"]
 
 
+def _in_use(rank: int, world: int, folder: str) -> str:
+    try:
+        Claim(Path(folder) / "run", processes=world)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_all_processes_are_told_that_it_is_in_use(taken: Path) -> None:
+    """The first alone looks; none of the others is left waiting for it."""
+    with RunLock(taken / "run"):
+        told = run_ranks(_in_use, 2, str(taken))
+    assert told[0] == told[1]
+    assert f"in use by process {os.getpid()} on host" in told[0]
+
+
 def test_processes_started_later_are_told(taken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the first never listens to itself: its next run has a folder of its own."""
+
+    def claim() -> Claim:
+        return Claim(taken / "run", beside=True, processes=2)
+
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("NVAE_RUN_FOLDER", "elsewhere")
-    assert shared_unused_path(taken / "run") == taken / "run-2"
+    first = claim()
+    assert first.path == taken / "run-2"
     (taken / "run-2" / "checkpoints").mkdir(parents=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert shared_unused_path(taken / "run") == taken / "run-2"
+    assert claim().path == taken / "run-2"
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert shared_unused_path(taken / "run") == taken / "run-3"
+    assert claim().path == taken / "run-3"
