@@ -54,7 +54,9 @@ class RecalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, batches=(None, 1_000_000), batch_size=(None, 65_536))
+        check_fields(
+            self, temperature=(None, 1000), batches=(None, 1_000_000), batch_size=(None, 65_536)
+        )
         if not self.temperature:
             raise ValueError("temperature is empty; it takes one number a group")
         if min(self.temperature) < 0:

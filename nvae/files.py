@@ -16,6 +16,8 @@ LARGEST_TEXT = 1 << 26
 
 _DEEPEST = 50
 _MOST_NODES = 1_000_000
+_OF_CONSTRUCTORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)
+"""What PyYAML lets through for scalars with a wrong tag: `!!bool x`, `!!timestamp x`, `!!int`."""
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def read_yaml(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
         _check_depth(value)
     except RecursionError:
         raise ValueError(f"{path} is nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, *_OF_CONSTRUCTORS) as error:
         raise ValueError(f"{path} is no YAML that can be read: {error}") from None
     return value
 

@@ -76,3 +76,13 @@ def test_yaml_cannot_grow_by_aliases(tmp_path):
     (tmp_path / "a").write_text("a: &a [1, 2]\nb: [*a, *a, *a]\n")
     with pytest.raises(ValueError, match="aliases"):
         read_yaml(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool x", "!!timestamp x", "!!int ''", "!!binary x", "!!float x", "? [1]\n: 2", "!a b"],
+)
+def test_yaml_of_wrong_tags_is_a_value_error(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match="is no YAML that can be read"):
+        read_yaml(tmp_path / "x.yaml")

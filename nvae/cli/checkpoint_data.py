@@ -16,10 +16,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
+from nvae.data.catalog import is_known, load_config
 from nvae.data.config import IN_MEMORY_FORMATS
 from nvae.data.manifest import MANIFEST_NAME
 from nvae.data.module import ImageDataModule
-from nvae.data.prepare import CONFIG_FOLDER, load_config
 from nvae.data.sources import prepared_folder
 from nvae.data.tables import SPLITS
 from nvae.models import ModelConfig
@@ -119,7 +119,7 @@ def choose_data(given: dict[str, Any], run_config: dict[str, Any]) -> ChosenData
     name = given.get("name") or (recorded.get("name") if isinstance(recorded, dict) else None)
     if not isinstance(recorded, dict) or not isinstance(name, str):
         raise ValueError("the checkpoint does not say what it was trained on; give data=NAME")
-    if name not in configured_names():
+    if not is_known(name):
         raise ValueError(
             f"the checkpoint's data set, {_quoted(name)}, is not configured here; give data=NAME, "
             "for pictures of your own data=folder data.root=FOLDER"
@@ -142,11 +142,6 @@ def _whole(given: dict[str, Any]) -> bool:
         if f.default is f.default_factory is dataclasses.MISSING
     }
     return required <= given.keys()
-
-
-def configured_names() -> list[str]:
-    """The data sets of `configs/data`."""
-    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
 
 def _check_root(recorded: Any, here: DataConfig) -> None:

@@ -1,16 +1,15 @@
 """Commands to print: settings quoted as Hydra reads them, words as a shell does."""
 
+import os
 import re
 from pathlib import Path
 
 from nvae.command_line import shell
 from nvae.data import DataConfig
+from nvae.data.catalog import is_known, load_config
 from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.files import read_yaml
 
-_DATA_SETS = Path(__file__).parents[2] / "configs" / "data"
-
-_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*")
+_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
 """What Hydra takes without quotes; spaces inside are fine."""
 
 
@@ -44,8 +43,7 @@ def root_to_give(data: DataConfig) -> str | None:
     """
     if data.format in IN_MEMORY_FORMATS:
         return None
-    try:
-        known = read_yaml(_DATA_SETS / f"{data.name}.yaml").get("root")
-    except (OSError, ValueError, AttributeError):
-        return data.root
-    return None if known == data.root else data.root
+    is_the_usual = is_known(data.name) and os.path.abspath(
+        load_config(data.name).root
+    ) == os.path.abspath(data.root)
+    return None if is_the_usual else data.root

@@ -203,7 +203,8 @@ def integers(name: str, value: Any) -> list[int]:
     """
     entries = value if isinstance(value, list) else [value]
     ranges = [_range(name, entry) for entry in entries]
-    if sum(map(len, ranges)) > MOST_NUMBERS:  # before they are spelled out
+    # before they are spelled out; len() has no more than 63 bits
+    if sum(each.stop - each.start for each in ranges) > MOST_NUMBERS:
         raise ValueError(
             f"{name} names more than {MOST_NUMBERS:,} numbers; ask for fewer at a time"
         )
@@ -244,7 +245,10 @@ def pixel_setting(value: Any) -> PixelTemperature:
         return "mean"
     if isinstance(value, list):
         raise ValueError(f"pixel_temperature={value} is not one number or mean")
-    return _numbers("pixel_temperature", value)[0]
+    number = _numbers("pixel_temperature", value)[0]
+    if number > HOTTEST:
+        raise ValueError(f"pixel_temperature is {number:g}; it must be at most {HOTTEST:g}")
+    return number
 
 
 def check_temperature(name: str, value: float) -> None:

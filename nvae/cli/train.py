@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import UserError, run
@@ -30,12 +31,13 @@ from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.guard import DivergenceError
-from nvae.training.interruption import InterruptedRun, StopNow, interrupts_stop
+from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers, log_errors_once
 from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import RunFolder, describe_start, open_run
 from nvae.training.shared_folder import Claim
+from nvae.training.stop_now import StopNow, StopsNow
 from nvae.training.trainer import build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -151,7 +153,7 @@ def fit(
     while True:
         module, trainer = _build(config, folder, scale, marks)
         try:
-            with interrupts_stop(trainer), log_errors_once():
+            with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
         except DivergenceError as error:
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
@@ -204,8 +206,8 @@ def _ended(
     error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
 ) -> Exception | SystemExit:
     """What an error in training is to the user: one line, or a crash with all there is to know."""
-    if isinstance(error, OSError):
-        # a full disk, a folder that is gone: nothing is wrong here
+    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and module.has_started):
+        # a full disk, a folder that is gone, a file that reads other than it was written
         return UserError(
             f"{error}; {_last_good(folder)}; make room or put it right, then run the same command "
             "again"

@@ -19,7 +19,7 @@ _MOST_PIXELS = 1 << 26
 _LARGEST = 1 << 26
 """Sides, pixels and bytes of a picture; those of a run are far smaller."""
 
-LONGEST_TEXT = 300
+LONGEST_TEXT = 2000
 """Characters of one piece of a run's text; what is longer loses its middle."""
 
 

@@ -134,6 +134,8 @@ def _metrics(files: RunFiles) -> tuple[dict[str, list[Point]], float]:
         if count > _MOST_READINGS:
             files.notes.append(f"metrics.jsonl: only the first {_MOST_READINGS:,} readings count")
             break
+    if len(readings) == _MOST_METRICS:
+        files.notes.append(f"metrics.jsonl: no more than {_MOST_METRICS:,} metrics are shown")
     return {name: sorted(points.items()) for name, points in readings.items()}, _seconds(times)
 
 

@@ -7,6 +7,7 @@ space where every group is standard normal, so paths are drawn there.
 """
 
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -193,7 +194,7 @@ def interpolate(model: NVAE, start: Latents, end: Latents, steps: int) -> Latent
 
 
 def _check_steps(what: str, steps: int) -> None:
-    if not steps >= 2:  # a NaN is none either
+    if not isinstance(steps, numbers.Integral) or steps < 2:
         raise ValueError(f"steps is {steps}; {what} needs at least 2")
 
 

@@ -5,8 +5,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,13 +13,10 @@ import torch
 import torch.distributed as dist
 
 from nvae.training.checkpointing import Checkpoints, is_last_batch
+from nvae.training.stop_now import ONE_PRESS, StopNow
 
 AGREE_EVERY = 10
 """Optimiser steps between two agreements of several ranks, each of which waits for the device."""
-
-
-ONE_PRESS = 1.0
-"""Seconds within which a further Ctrl-C is the same one."""
 
 
 class InterruptedRun(Exception):  # noqa: N818
@@ -30,41 +25,6 @@ class InterruptedRun(Exception):  # noqa: N818
     def __init__(self, signal_name: str, step: int) -> None:
         super().__init__(f"{signal_name}: saved at step {step}")
         self.signal_name, self.step = signal_name, step
-
-
-class StopNow(BaseException):
-    """Ctrl-C where nothing is to be saved: before the first step, or for the second time.
-
-    Not KeyboardInterrupt: Lightning makes a crash of that.
-    """
-
-
-@contextmanager
-def interrupts_stop(trainer: pl.Trainer) -> Iterator[None]:
-    """In the block Ctrl-C raises :class:`StopNow`, until :class:`StopOnSignal` takes it over.
-
-    Ranks that this process started end with it: they may be waiting for it. Where SIGINT is
-    ignored, as in a shell's background job, it stays so.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StopNow
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except StopNow:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        started = getattr(trainer.strategy.launcher, "procs", [])
-        ranks = list(started)
-        started.clear()  # Lightning watches them, and would call their end a crash
-        for process in ranks:
-            process.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class StopOnSignal(pl.Callback):

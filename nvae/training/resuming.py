@@ -36,6 +36,8 @@ _TYPES_IF_THERE: dict[str, type] = {
 _ORDER = ("completed", "processed", "started", "ready")
 """A counter of Lightning's never exceeds those after it."""
 
+_PROGRESSES = ("batch_progress", "scheduler_progress", "val_loop.batch_progress")
+
 _FIXED = (
     "seed",
     "data.seed",
@@ -86,6 +88,9 @@ def _check_content(checkpoint: Plain, path: Path) -> None:
         _check_fingerprint(checkpoint["fingerprint"])
     _check_callbacks(checkpoint["callbacks"], step)
     _check_loops(checkpoint["loops"], step)
+    overfits = checkpoint["run_config"]["trainer"].get("overfit_batches")
+    if not overfits and not checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]:
+        raise ValueError("it does not say where in the training images it was")
     _check_epoch(checkpoint)
     _check_optimizer(checkpoint["optimizer_states"])
     _check_schedule(checkpoint["lr_schedulers"], step)
@@ -136,15 +141,21 @@ def _check_callbacks(callbacks: Plain, step: int) -> None:
 
 def _check_loops(loops: Plain, step: int) -> None:
     for name, value in _leaves(loops, "loops"):
-        if not isinstance(value, bool):
+        if not name.endswith(".is_last_batch"):
             _check_count(name, value)
-    for name, counters in _progresses(loops, "loops"):
-        counts = [counters[key] for key in _ORDER if key in counters]
-        if counts != sorted(counts):
-            raise ValueError(f"{name} is {counters}: later counters are below earlier ones")
-    _check_loader(loops["fit_loop"])
-    epochs = loops["fit_loop"]["epoch_loop.state_dict"]
-    steps = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    fit = loops["fit_loop"]
+    steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for name, progress in (
+        ("epoch_progress", fit["epoch_progress"]),
+        *((name, fit[f"epoch_loop.{name}"]) for name in _PROGRESSES),
+        *((name, steps[name]) for name in ("step", "zero_grad")),
+    ):
+        _check_progress(name, progress)
+    for name, value in _holders(loops, "loops"):
+        if value.keys() & {"total", "current"}:
+            _check_progress(name, value)
+    _check_loader(fit)
+    epochs = fit["epoch_loop.state_dict"]
     # it lags by the interrupted batches
     _check_count("loops' _batches_that_stepped", epochs["_batches_that_stepped"], step)
     found = steps["step"]["total"]["completed"]
@@ -152,13 +163,28 @@ def _check_loops(loops: Plain, step: int) -> None:
         raise ValueError(f"loops count {found} steps, global_step is {step}")
 
 
+def _check_progress(name: str, progress: Any) -> None:
+    """Lightning would take counters that are not there for zeros."""
+    _check_type(name, progress, dict)
+    total, current = progress["total"], progress["current"]
+    for counters in (total, current):
+        _check_type(name, counters, dict)
+        for key, count in counters.items():
+            _check_count(f"{name}.{key}", count)
+        counts = [counters[key] for key in _ORDER if key in counters]
+        if not {"ready", "completed"} <= counters.keys() or counts != sorted(counts):
+            raise ValueError(f"{name} is {counters}, which no run counts")
+    if not isinstance(progress.get("is_last_batch", False), bool):
+        raise ValueError(f"{name}.is_last_batch is no bool")
+    if total.keys() != current.keys():
+        raise ValueError(f"{name} counts {', '.join(total)} in all and {', '.join(current)} now")
+
+
 def _check_loader(loop: Plain) -> None:
     """Of the training images; without it an epoch would start over. Overfitting has none."""
-    states = loop["state_dict"]["combined_loader"]
+    states = loop["state_dict"].get("combined_loader", [])
     _check_type("the loaders' state", states, list)
     for state in states:
-        if not state:
-            continue
         _check_type("the loader's state", state, dict)
         for name in ("epoch", "position", "size", "seed"):
             _check_count(f"the loader's {name}", state[name])
@@ -191,14 +217,12 @@ def _holds_numbers(value: Any) -> bool:
     )
 
 
-def _progresses(value: Any, name: str) -> Iterator[tuple[str, Plain]]:
-    """Every dictionary of counters below ``value``."""
-    if not isinstance(value, dict):
-        return
-    if {"ready", "completed"} <= value.keys():
+def _holders(value: Any, name: str) -> Iterator[tuple[str, Plain]]:
+    """Every dictionary in ``value``."""
+    if isinstance(value, dict):
         yield name, value
-    for key, entry in value.items():
-        yield from _progresses(entry, f"{name}.{key}")
+        for key, entry in value.items():
+            yield from _holders(entry, f"{name}.{key}")
 
 
 def _check_optimizer(states: list[Any]) -> None:

@@ -43,6 +43,8 @@ class Job:
         self.folder = folder
         names = [folder / f"{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
         self._out, self._err = names
+        for name in names:
+            name.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "nvae.cli.train", "tensorboard"])
         self.process = context.Process(
@@ -56,6 +58,10 @@ class Job:
             if not self.process.is_alive():
                 raise AssertionError(f"it has ended: {self.ended()}")
             time.sleep(0.01)
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
 
     def signal(self, number: int) -> None:
         """As `kill` does."""
@@ -117,3 +123,8 @@ def numeric_settings(cls: type, prefix: str = "") -> list[tuple[str, bool]]:
 def takes(kind: Any, wanted: type) -> bool:
     """Whether an annotation mentions a type."""
     return kind is wanted or any(takes(each, wanted) for each in typing.get_args(kind))
+
+
+def has_logged(folder: Path) -> bool:
+    """Whether the run has made a step."""
+    return (folder / "runs" / "r" / "metrics.jsonl").exists()

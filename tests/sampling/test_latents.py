@@ -46,11 +46,11 @@ def test_noise_coordinates_reproduce_the_latents(x):
 
 
 def test_posterior_draws_depend_on_the_seed_only(x):
-    model = small_nvae()
+    model, x = small_nvae().double(), x.double()  # float32 rounds with the batch
     seeds = torch.tensor([4, 5, 6])
     all_three, one = encode(model, x, seeds), encode(model, x[1:2], seeds[1:2])
     for z, single in zip(all_three.z, one.z, strict=True):
-        assert torch.allclose(z[1:2], single, atol=1e-5)
+        assert torch.allclose(z[1:2], single, atol=1e-9)
     assert not torch.allclose(all_three.z[0], encode(model, x).z[0], atol=1e-2)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import Strategy
 
@@ -161,6 +162,22 @@ def test_changed_hyper_parameters_are_listed_and_taken(tmp_path: Path) -> None:
     assert group["initial_lr"] == 5e-3
     assert group["weight_decay"] == 0.0
     assert 1e-3 < group["lr"] <= 5e-3
+
+
+def test_resuming_without_the_average_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
+    """The optimiser's state is theirs; the average under `state_dict` is not what was trained."""
+    run(small_config(tmp_path), StopAt(9))
+    before = last_checkpoint(tmp_path / "run")
+    changed = small_config(tmp_path)
+    changed.callbacks.ema = EMAConfig()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    run(changed, Look(), StopAt(10))
+    assert_identical(seen[0], dict(before["current_model_state"]))
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
