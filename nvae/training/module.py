@@ -77,6 +77,7 @@ class NVAELightning(pl.LightningModule):
         self.run_config = run_config
         self.fingerprint = fingerprint
         self.has_started = False
+        self._has_checked_range = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
         self.report: StepReport | None = None
@@ -84,6 +85,9 @@ class NVAELightning(pl.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; see equation 8 of the paper's appendix and spec 3."""
+        if not self._has_checked_range:  # once, since it waits for the device
+            self.model.check_range(batch.x)
+            self._has_checked_range = True
         beta = self.loss.beta(self.global_step, self.total_steps)
         window, last = self._accumulation(batch_idx)
         noise = self._noise(self.model, len(batch.x), self.trainer.fit_loop.total_batch_idx)
