@@ -22,7 +22,7 @@ from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import NVAE
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
-from nvae.training.checkpointing import BEST, latest_checkpoint
+from nvae.training.checkpointing import BEST, newest_checkpoint
 from nvae.training.run_folder import RunFolder
 
 
@@ -156,10 +156,10 @@ def reported_checkpoint(folder: Path) -> Path:
     best = folder / BEST
     if best.is_file():
         return best
-    newest = latest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
     if newest is None:
         raise CheckpointError(f"no checkpoint in {folder}")
-    return newest[0]
+    return newest.path
 
 
 def test_likelihood(

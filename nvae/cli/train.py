@@ -21,7 +21,7 @@ from rich.console import Console
 from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
-from nvae.cli.errors import UserError, run
+from nvae.cli.errors import UserError, is_out_of_memory, run
 from nvae.cli.report import write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
@@ -234,14 +234,6 @@ def _ended(
         file=sys.stderr,
     )
     return SystemExit(1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host's or the device's memory ran out; torch says the former in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error)
-        for text in ("can't allocate memory", "not enough memory", "calculation overflowed")
-    )
 
 
 def _last_good(folder: RunFolder) -> str:
