@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nvae.arrays import read_arrays
 from nvae.files import replacing
+from nvae.models import HierarchicalVAE
 from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
-from nvae.models.nvae import NVAE
 from nvae.modes import eval_mode
 from nvae.noise import keys_of, latent_noise
 from nvae.settings import check_fields
@@ -86,7 +86,7 @@ class RecalibratedStatistics:
     variance: dict[str, Tensor]
 
     @contextmanager
-    def applied(self, model: NVAE) -> Iterator[None]:
+    def applied(self, model: HierarchicalVAE) -> Iterator[None]:
         """These statistics inside the block, the network's own again afterwards."""
         norms = _norms(model)
         saved = _snapshot({name: norms[name] for name in self.mean})
@@ -110,7 +110,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def recalibrate(
-    model: NVAE,
+    model: HierarchicalVAE,
     settings: RecalibrationSettings,
     progress: Callable[[int], None] | None = None,
 ) -> RecalibratedStatistics:
@@ -154,13 +154,13 @@ def recalibrate(
 
 
 def _one_pass(
-    model: NVAE,
+    model: HierarchicalVAE,
     norms: dict[str, BatchNorm],
     settings: RecalibrationSettings,
     batch: int,
     sums: dict[str, tuple[Tensor, Tensor]],
 ) -> None:
-    device = model.initial_state.device
+    device = model.device
     for norm in norms.values():
         # from zero, one update leaves momentum * (the batch's statistic): it can be read off
         # whatever kernel computed it
@@ -170,7 +170,7 @@ def _one_pass(
     start = batch * settings.batch_size
     index = torch.arange(start, start + settings.batch_size, device=device)
     keys = keys_of(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
-    noise = latent_noise(keys, model.latent_shapes, model.initial_state.dtype)
+    noise = latent_noise(keys, model.latent_shapes, model.dtype)
     model.sample_logits(settings.batch_size, settings.temperature, noise)
     for name, norm in norms.items():
         if not norm.num_batches_tracked:  # the bottom-up network takes no part in sampling
@@ -185,7 +185,7 @@ def _one_pass(
         sums[name] = (total_mean + mean / MOMENTUM, total_variance + variance / MOMENTUM)
 
 
-def _norms(model: NVAE) -> dict[str, BatchNorm]:
+def _norms(model: HierarchicalVAE) -> dict[str, BatchNorm]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
 
 
@@ -231,7 +231,7 @@ def save_statistics(statistics: RecalibratedStatistics, path: Path) -> None:
 
 
 def load_statistics(
-    path: Path, settings: RecalibrationSettings, model: NVAE
+    path: Path, settings: RecalibrationSettings, model: HierarchicalVAE
 ) -> RecalibratedStatistics | None:
     """Cached statistics if they are of this network and these settings, else None.
 

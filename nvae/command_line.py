@@ -3,12 +3,14 @@
 It imports nothing heavy, so that Ctrl-C is answered while the rest is still being imported.
 """
 
+import argparse
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 LONGEST_MESSAGE = 500
 """Characters of an error's line; what is longer loses its middle."""
@@ -39,6 +41,14 @@ def fail(message: object) -> SystemExit:
     """Print the line of an error; raise what is returned."""
     print(f"error: {brief(message)}", file=sys.stderr)
     return SystemExit(FAILURE)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit."""
+        raise fail(f"{message}; {self.prog} --help lists what there is")
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def inspect_torch_file(path: Path, entries: Collection[str] | None = None) -> di
                 structure = {key: structure[key] for key in entries if key in structure}
             needed = {tensor.record for tensor in stored_tensors(structure)}
             for name, record in records.items():
-                if name in needed or not name.startswith("data/"):
+                if entries is None or name in needed or not name.startswith("data/"):
                     _check_sum(archive, record)
     except _Refused as error:
         raise TorchFileError(f"{path} is refused: {error}") from None

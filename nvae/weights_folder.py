@@ -2,7 +2,7 @@
 
 The names are those that other programs look for. `config.json` is the model's configuration, with
 the format's version and a checksum beside it; the tensors have the names of
-:meth:`NVAE.state_dict`.
+:meth:`HierarchicalVAE.state_dict`.
 """
 
 import hashlib

@@ -32,6 +32,17 @@ def test_printed_commands_can_be_typed():
     assert shell("python", "x.py", "a=[1,2]", "b c") == "python x.py 'a=[1,2]' 'b c'"
 
 
+@pytest.mark.parametrize("module", ["nvae.report", "nvae.export", "nvae.data.prepare"])
+@pytest.mark.parametrize("arguments", [["--unknown"], []])
+def test_wrong_arguments_are_one_line(module, arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_second_ctrl_c_prints_nothing_either():
     script = (
         "import signal\n"

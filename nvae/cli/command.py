@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
-from nvae.cli.errors import UserError, run
+from nvae.cli.errors import UserError, is_out_of_memory, run
 from nvae.cli.schema import CONFIGS
 from nvae.command_line import brief
 
@@ -32,17 +31,10 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
             raise UserError(brief(error)) from error
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
             ) from error
 
     run(compose, checked, schema)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a GPU torch has a class for it, on the CPU words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)
-    )

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +21,14 @@ from nvae.settings import describe_type
 
 class UserError(Exception):
     """Something that the user can put right; the message is one line."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or the device's memory ran out; torch says the former in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error)
+        for text in ("can't allocate memory", "not enough memory", "calculation overflowed")
+    )
 
 
 def run(

@@ -37,7 +37,7 @@ from nvae.cli.schema import build
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.files import read_json, write_json
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 
 SCHEMA = with_data(EvaluateConfig)
 
@@ -101,13 +101,13 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
 
 def _bound(
     config: EvaluateConfig,
-    model: NVAE,
+    model: HierarchicalVAE,
     data: ImageDataModule,
     store: RecordStore,
     rank: int,
     world: int,
 ) -> EvaluationResult:
-    device = model.initial_state.device
+    device = model.device
     images = len(range(rank, len(data.table(config.split)), world))
     draws = config.bounds.draws
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
@@ -138,13 +138,13 @@ def _quality_table(quality: dict[str, Any]) -> str:
 
 @contextmanager
 def _statistics(
-    config: EvaluateConfig, weights: Path, model: NVAE, *, shown: bool
+    config: EvaluateConfig, weights: Path, model: HierarchicalVAE, *, shown: bool
 ) -> Iterator[None]:
     if not config.recalibrate_bn:
         yield
         return
     with recalibrated(
-        model, weights, [config.statistics_temperature] * len(model.groups),
+        model, weights, [config.statistics_temperature] * model.num_groups,
         batches=config.recalibrate_bn, batch_size=config.bn_batch_size, seed=config.bn_seed,
         shown=shown,
     ):  # fmt: skip

@@ -23,7 +23,7 @@ from nvae.metrics import (
     reference_features,
 )
 from nvae.metrics.distances import NEEDS_FEATURES
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
 
 
@@ -86,7 +86,7 @@ def check_measurable(
 
 def measure(
     config: EvaluateConfig,
-    model: NVAE,
+    model: HierarchicalVAE,
     data: ImageDataModule,
     extractor: FeatureExtractor,
     rank: int,
@@ -97,7 +97,7 @@ def measure(
     Every rank takes its share of the features, data images' and samples'.
     """
     keep = bool(NEEDS_FEATURES & set(config.metrics))
-    device = model.initial_state.device
+    device = model.device
     real = _reference(config, data, extractor, device, rank, world, keep=keep)
     decode = None
     if config.compile:

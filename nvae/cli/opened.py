@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nvae.checkpoint import Weights, load_checkpoint, load_model
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.weights_folder import WEIGHTS_FILE, is_weights_folder
 
 
@@ -22,7 +22,7 @@ class OpenedCheckpoint:
     """
 
     file: Path
-    model: NVAE
+    model: HierarchicalVAE
     weights: str
     run_config: dict[str, Any]
 

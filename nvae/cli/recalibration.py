@@ -14,12 +14,12 @@ from nvae.bn_recalibration import (
     save_statistics,
 )
 from nvae.cli.progress import progress_bar
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 
 
 @contextmanager
 def recalibrated(
-    model: NVAE,
+    model: HierarchicalVAE,
     checkpoint: Path,
     temperature: Sequence[float],
     *,
@@ -37,7 +37,7 @@ def recalibrated(
 
 
 def _statistics(
-    model: NVAE, checkpoint: Path, settings: RecalibrationSettings, shown: bool
+    model: HierarchicalVAE, checkpoint: Path, settings: RecalibrationSettings, shown: bool
 ) -> RecalibratedStatistics:
     path = cache_path(checkpoint, settings)
     found = load_statistics(path, settings, model)

@@ -19,10 +19,10 @@ from nvae.data.module import ImageDataModule
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.files import write_json
 from nvae.images import save_grids_side_by_side, save_rows
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
-from nvae.training.checkpointing import BEST, latest_checkpoint
+from nvae.training.checkpointing import BEST, newest_checkpoint
 from nvae.training.run_folder import RunFolder
 
 
@@ -88,7 +88,7 @@ next: {command("sample.py", checkpoint=checkpoint, temperature=0.7)}
 def _write_parts(
     console: Console,
     config: ReportConfig,
-    model: NVAE,
+    model: HierarchicalVAE,
     data: ImageDataModule,
     checkpoint: Path,
     folder: RunFolder,
@@ -156,14 +156,14 @@ def reported_checkpoint(folder: Path) -> Path:
     best = folder / BEST
     if best.is_file():
         return best
-    newest = latest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
     if newest is None:
         raise CheckpointError(f"no checkpoint in {folder}")
-    return newest[0]
+    return newest.path
 
 
 def test_likelihood(
-    model: NVAE, data: ImageDataModule, config: ReportConfig, file: Path
+    model: HierarchicalVAE, data: ImageDataModule, config: ReportConfig, file: Path
 ) -> EvaluationResult:
     """Evaluate the test images with a progress bar, and write the result to ``file``."""
     with Progress(transient=True) as progress:
@@ -171,7 +171,7 @@ def test_likelihood(
         task = progress.add_task("evaluating", total=images * config.importance_samples)
         result = evaluate(
             model,
-            data.batches("test", model.initial_state.device),
+            data.batches("test", model.device),
             importance_samples=(config.importance_samples,),
             chunk=config.chunk,
             progress=lambda rows: progress.advance(task, rows),
@@ -180,7 +180,7 @@ def test_likelihood(
     return result
 
 
-def sample_grid(model: NVAE, config: ReportConfig, file: Path) -> None:
+def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> None:
     """Grids of the same seeds at several temperatures, side by side; the likelihood's means."""
     grids = [
         sample_images(
@@ -193,10 +193,14 @@ def sample_grid(model: NVAE, config: ReportConfig, file: Path) -> None:
 
 
 def reconstruction_grid(
-    model: NVAE, data: ImageDataModule, config: ReportConfig, file: Path, columns: int = 16
+    model: HierarchicalVAE,
+    data: ImageDataModule,
+    config: ReportConfig,
+    file: Path,
+    columns: int = 16,
 ) -> None:
     """Test images above what the model makes of them: the mean of a draw of the latents."""
-    batch = next(data.batches("test", model.initial_state.device))
+    batch = next(data.batches("test", model.device))
     x, index = batch.x[:columns], batch.index[:columns]
     latents = encode(model, x, index, batch_size=config.chunk)
     means = decode(model, latents, "mean", batch_size=config.chunk)

@@ -29,7 +29,7 @@ from nvae.cli.sample_output import SampleFolder
 from nvae.cli.schema import build
 from nvae.data.loader import RawBatch
 from nvae.data.module import ImageDataModule
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
 from nvae.sampling.nearest import nearest_images
@@ -112,14 +112,14 @@ class _Sampler:
         self,
         config: SampleConfig,
         weights: Path,
-        model: NVAE,
+        model: HierarchicalVAE,
         data: ImageDataModule | None,
         folder: SampleFolder,
     ) -> None:
         self.config, self.weights, self.model = config, weights, model
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
-        self.temperatures = config.temperatures(model.config, len(model.groups))
+        self.temperatures = config.temperatures(model.config, model.num_groups)
         self.decoder = Decoder(config.pixels, config.batch_size)
         self._kept: CompiledDecoder | None = None
 
@@ -209,7 +209,7 @@ class _Sampler:
 
     def _draw_partial(self) -> None:
         temperature = self.temperatures[0][1]
-        groups = len(self.model.groups)
+        groups = self.model.num_groups
         keep = self.config.keep if self.config.keep is not None else spread(groups + 1, _MOST_ROWS)
         seeds = torch.stack([column_seeds(n, self.config.draws) for n in self._numbers])
         sheets = []
@@ -230,7 +230,7 @@ class _Sampler:
     def _draw_traverse(self) -> None:
         groups = self.config.groups
         if groups is None:
-            groups = spread(len(self.model.groups), _MOST_ROWS)
+            groups = spread(self.model.num_groups, _MOST_ROWS)
         sheets = []
         with self._statistics(self.temperatures[0][1]):
             latents, names = self._starts()
@@ -270,7 +270,7 @@ class _Sampler:
             )
         pixels = table.gather(wanted, epoch=None, seed=0)
         batch = RawBatch(pixels, wanted, self.config.split, None)
-        return self.data.to_input(batch).x.to(self.model.initial_state.device)
+        return self.data.to_input(batch).x.to(self.model.device)
 
     def _keep(self, images: Tensor, **arrays: Tensor) -> None:
         """Write the images as they are where that is wanted, with what they come from."""

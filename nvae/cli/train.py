@@ -21,12 +21,12 @@ from rich.console import Console
 from nvae.checkpoint import CheckpointError
 from nvae.cli.compose import CONFIGS
 from nvae.cli.config import TrainConfig, register, train_config
-from nvae.cli.errors import UserError, run
+from nvae.cli.errors import UserError, is_out_of_memory, run
 from nvae.cli.report import write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
-from nvae.models import NVAE
+from nvae.models import NVAE, HierarchicalVAE
 from nvae.models.cells import Cell
 from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import step_checkpoints
@@ -236,14 +236,6 @@ def _ended(
     return SystemExit(1)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host's or the device's memory ran out; torch says the former in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error)
-        for text in ("can't allocate memory", "not enough memory", "calculation overflowed")
-    )
-
-
 def _last_good(folder: RunFolder) -> str:
     last = step_checkpoints(folder.checkpoints)
     return f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
@@ -286,7 +278,7 @@ def build_module(
     )
 
 
-def compile_cells(model: NVAE, backend: str = "inductor") -> None:
+def compile_cells(model: HierarchicalVAE, backend: str = "inductor") -> None:
     """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
     # all cells share one forward, and each kind, width and mode is a graph of its own; at the
     # default of eight graphs the rest would silently stay uncompiled

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from nvae.command_line import brief, fail, interruptible
+from nvae.command_line import Parser, brief, interruptible
 
 with interruptible():  # the imports below take seconds
     from rich.progress import Progress as ProgressBar
@@ -21,13 +21,8 @@ with interruptible():  # the imports below take seconds
 MOST_WORKERS = 256
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise fail(f"{message}; {self.prog} --help lists what there is")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m nvae.data.prepare",
         description="Turn source files into the compact local form that training reads.",
     )

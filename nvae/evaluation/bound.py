@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nvae.evaluation.records import ImageRecords
-from nvae.models import NVAE, Output
+from nvae.models import HierarchicalVAE, Output
 from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
 from nvae.settings import check_fields
 
@@ -110,7 +110,7 @@ class LogWeights:
 
 @torch.inference_mode()
 def bound_images(
-    model: NVAE,
+    model: HierarchicalVAE,
     x: Tensor,
     index: Tensor,
     settings: BoundSettings,
@@ -129,7 +129,7 @@ def bound_images(
         FloatingPointError: a number is not finite; the message names the image.
     """
     images = len(x)
-    encoder_maps = model.encoder(x)
+    encoder_maps = model.encode(x)
     keys = keys_of(index.to(x.device), seed=settings.seed, stream=STREAM_POSTERIOR)
     weights = LogWeights(images)
     reconstruction = torch.zeros(images, dtype=torch.float64)
@@ -162,7 +162,7 @@ def bound_images(
 
 
 def _decode_draws(
-    model: NVAE, x: Tensor, encoder_maps: Sequence[Tensor], keys: Tensor, draws: range
+    model: HierarchicalVAE, x: Tensor, encoder_maps: Sequence[Tensor], keys: Tensor, draws: range
 ) -> tuple[Output, Tensor]:
     """Top-down pass of some draws: rows are image-major, ``(B * k, ...)``."""
     k = len(draws)

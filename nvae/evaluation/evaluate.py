@@ -9,7 +9,7 @@ from torch import Tensor
 from nvae.evaluation.bound import BoundSettings, Progress, bound_images
 from nvae.evaluation.records import ImageRecords, RecordStore, concatenate, pool_ranks
 from nvae.evaluation.result import EvaluationResult, summarise
-from nvae.models.nvae import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.modes import eval_mode
 
 
@@ -28,7 +28,7 @@ class EvalBatch(Protocol):
 
 
 def evaluate(
-    model: NVAE,
+    model: HierarchicalVAE,
     batches: Iterable[EvalBatch],
     *,
     importance_samples: Sequence[int] = (),
@@ -79,7 +79,7 @@ def evaluate(
     return summarise(records, model.config, settings)
 
 
-def _check_precision(model: NVAE) -> None:
+def _check_precision(model: HierarchicalVAE) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -89,7 +89,7 @@ def _check_precision(model: NVAE) -> None:
 
 
 def _all_records(
-    model: NVAE,
+    model: HierarchicalVAE,
     batches: Iterable[EvalBatch],
     settings: BoundSettings,
     progress: Progress | None,

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from nvae.command_line import brief
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.models.config import groups_per_scale
 
 _LIKELIHOODS = {
@@ -14,7 +14,7 @@ _LIKELIHOODS = {
 }
 
 
-def model_card(model: NVAE, run_config: dict[str, Any] | None = None) -> str:
+def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
@@ -27,7 +27,7 @@ def model_card(model: NVAE, run_config: dict[str, Any] | None = None) -> str:
     return "\n".join(parts)
 
 
-def _network(model: NVAE) -> list[str]:
+def _network(model: HierarchicalVAE) -> list[str]:
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{config.image_size} x {config.image_size}"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvae.command_line import brief, fail, interruptible
+from nvae.command_line import Parser, brief, fail, interruptible
 from nvae.export.folder import export
 from nvae.export.sampler import LARGEST_BATCH
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
@@ -32,7 +32,7 @@ def _batch(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nvae.export",
         description="Write a checkpoint's weights as safetensors with a JSON configuration and a "
         "model card, and the sampler as a torch.export program.",

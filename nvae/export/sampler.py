@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.sampling.decoder import PriorDecoder
 from nvae.sampling.inductor import for_inductor, machine_code
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
@@ -79,7 +79,9 @@ class Sampler(nn.Module):
         pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise.
     """
 
-    def __init__(self, model: NVAE, pixel_temperature: PixelTemperature = "mean") -> None:
+    def __init__(
+        self, model: HierarchicalVAE, pixel_temperature: PixelTemperature = "mean"
+    ) -> None:
         super().__init__()
         check_pixel_temperature(pixel_temperature)
         self.pixel_temperature = pixel_temperature
@@ -88,7 +90,7 @@ class Sampler(nn.Module):
         self.pixel_inputs = self._record_pixel_inputs()
 
     @property
-    def model(self) -> NVAE:
+    def model(self) -> HierarchicalVAE:
         """The decoding half."""
         return self.decoder.model
 

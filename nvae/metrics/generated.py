@@ -10,7 +10,7 @@ from nvae.metrics.distances import FeatureSet
 from nvae.metrics.extractors import FeatureExtractor
 from nvae.metrics.moments import FeatureMoments
 from nvae.metrics.pooling import pool_features
-from nvae.models.nvae import NVAE, Temperature
+from nvae.models import HierarchicalVAE, Temperature
 from nvae.sampling import Decode, PixelTemperature, sample_images
 
 
@@ -70,7 +70,7 @@ def image_features(
 
 
 def generated_features(
-    model: NVAE,
+    model: HierarchicalVAE,
     extractor: FeatureExtractor,
     seeds: Sequence[int],
     *,
@@ -105,7 +105,7 @@ def generated_features(
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     if len(seeds) < world:
         raise ValueError(f"{len(seeds)} images cannot be shared by {world} processes")
-    device = model.initial_state.device
+    device = model.device
     mine = seeds[rank::world]
 
     def batches() -> Iterable[Tensor]:

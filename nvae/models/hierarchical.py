@@ -314,8 +314,8 @@ class HierarchicalVAE(nn.Module, ABC):
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W, in [0, 1].
 
-        On a GPU the range is left unchecked while training: looking at it would make every step
-        wait for the device.
+        While training, the range is left to :meth:`check_range`: to look at it would make every
+        step wait for the device.
         """
         side, channels = self.config.image_size, self.config.image_channels
         if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
@@ -325,14 +325,23 @@ class HierarchicalVAE(nn.Module, ABC):
             )
         if not x.is_floating_point():
             raise ValueError(
-                f"images are {x.dtype}, the model takes numbers in [0, 1]: divide by 255"
+                f"images are {x.dtype}, the model takes floating-point numbers in [0, 1]"
             )
         is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
-        if is_traced or not x.numel() or (self.training and x.is_cuda):
+        if not (self.training or is_traced):
+            self.check_range(x)
+
+    def check_range(self, x: Tensor) -> None:
+        """Raise a ValueError unless all of ``x`` is in [0, 1]; waits for the device.
+
+        While training, numbers that are not finite pass: they make a bad step, and those are left
+        out.
+        """
+        if not x.numel():
             return
         low, high = (float(bound) for bound in x.detach().aminmax())
         if self.training and not (math.isfinite(low) and math.isfinite(high)):
-            return  # a damaged batch makes a bad step, and training leaves those out
+            return
         if not (low >= 0 and high <= 1):  # a NaN fails both
             raise ValueError(
                 f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvae.command_line import fail, interruptible
+from nvae.command_line import Parser, fail, interruptible
 from nvae.files import replacing
 from nvae.report.page import GENERATOR, report_page
 from nvae.report.record import read_run
@@ -39,7 +39,7 @@ def _is_report(page: Path) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nvae.report",
         description="Write one HTML page about a run: curves, latent groups, pictures, "
         "evaluations, versions, configuration. It opens from disk and needs no network.",

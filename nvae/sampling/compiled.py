@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.models import NVAE
-from nvae.models.nvae import Temperature
+from nvae.models import HierarchicalVAE, Temperature
 from nvae.sampling.decoder import PriorDecoder
 from nvae.sampling.inductor import for_inductor, load_machine_code, machine_code
 
@@ -27,11 +26,11 @@ class CompiledDecoder:
         CompilerError: on the CPU, no working C++ compiler.
     """
 
-    def __init__(self, model: NVAE, batch_size: int) -> None:
+    def __init__(self, model: HierarchicalVAE, batch_size: int) -> None:
         self.batch_size = batch_size
         self._group_temperatures = model.group_temperatures
         decoder = for_inductor(PriorDecoder(model))
-        if model.initial_state.is_cuda:
+        if model.device.type == "cuda":
             self._run = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
         else:
             self._run = load_machine_code(machine_code(decoder, decoder.example(batch_size)))
@@ -40,8 +39,8 @@ class CompiledDecoder:
         """Logits ``(B, K, H, W)``; on a GPU valid until the next call.
 
         Args:
-            noise: as :meth:`NVAE.top_down` takes it, B at most ``batch_size``.
-            temperature: as :meth:`NVAE.sample_logits` takes it.
+            noise: as :meth:`HierarchicalVAE.top_down` takes it, B at most ``batch_size``.
+            temperature: as :meth:`HierarchicalVAE.sample_logits` takes it.
 
         Raises:
             ValueError: too many images, or a bad temperature.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.models.folding import fold
 from nvae.models.latent_group import LatentGroup
 
@@ -20,7 +20,7 @@ class PriorDecoder(nn.Module):
         model: as it is now; later changes of its weights or statistics do not reach the copy.
     """
 
-    def __init__(self, model: NVAE) -> None:
+    def __init__(self, model: HierarchicalVAE) -> None:
         super().__init__()
         self.model = _without_encoder(model)
         with torch.no_grad():
@@ -40,12 +40,12 @@ class PriorDecoder(nn.Module):
 
     def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
         """Arguments of :meth:`forward` for ``batch`` images."""
-        device = self.model.initial_state.device
+        device = self.model.device
         noise = self.model.draw_noise(batch, torch.Generator(device).manual_seed(seed))
         return noise, torch.linspace(0.5, 1.0, len(noise), device=device)
 
 
-def _without_encoder(model: NVAE) -> NVAE:
+def _without_encoder(model: HierarchicalVAE) -> HierarchicalVAE:
     half = copy.deepcopy(model).eval().requires_grad_(False)
     del half.encoder
     for group in half.groups:

@@ -77,7 +77,7 @@ def _compiling() -> Iterator[None]:
 def for_inductor(decoder: PriorDecoder) -> PriorDecoder:
     """A copy that compiles to faster code; the same numbers but for rounding."""
     fast = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
-    if fast.model.initial_state.device.type == "cpu":
+    if fast.model.device.type == "cpu":
         _rewrite_for_cpu(fast)
     return fast
 

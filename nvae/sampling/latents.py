@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nvae.models import HierarchicalVAE, Temperature
 from nvae.models.latent_group import GroupSample
-from nvae.models.nvae import NVAE, Temperature
 from nvae.modes import eval_mode
 from nvae.noise import STREAM_POSTERIOR, STREAM_TRAVERSE, keys_of, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
@@ -58,7 +58,9 @@ def concatenate(parts: Sequence[Latents]) -> Latents:
 
 
 @torch.no_grad()
-def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None, *, batch_size: int = 64) -> Latents:
+def encode(
+    model: HierarchicalVAE, x: Tensor, seeds: Tensor | None = None, *, batch_size: int = 64
+) -> Latents:
     """Latents of images.
 
     Args:
@@ -81,19 +83,19 @@ def encode(model: NVAE, x: Tensor, seeds: Tensor | None = None, *, batch_size: i
             else:
                 keys = keys_of(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
                 noise = latent_noise(keys, model.latent_shapes, x.dtype)
-            _, groups = model.top_down(noise, encoder_maps=model.encoder(images))
+            _, groups = model.top_down(noise, encoder_maps=model.encode(images))
             parts.append(_latents(groups))
     return concatenate(parts)
 
 
-def prior_latents(model: NVAE, seeds: Tensor, temperature: Temperature = 1.0) -> Latents:
+def prior_latents(model: HierarchicalVAE, seeds: Tensor, temperature: Temperature = 1.0) -> Latents:
     """Latents of seeds ``(B,)``: those that :func:`sample_images` draws."""
     return from_noise(model, seed_noise(model, seeds), temperature)
 
 
 @torch.no_grad()
 def from_noise(
-    model: NVAE,
+    model: HierarchicalVAE,
     noise: Sequence[Tensor],
     temperature: Temperature = 1.0,
     z: Sequence[Tensor | None] | None = None,
@@ -135,7 +137,7 @@ def _latents(groups: Sequence[GroupSample]) -> Latents:
 
 @torch.no_grad()
 def decode(
-    model: NVAE,
+    model: HierarchicalVAE,
     latents: Latents,
     likelihood: PixelTemperature = "mean",
     *,
@@ -167,7 +169,7 @@ def decode(
     return torch.cat(images)
 
 
-def interpolate(model: NVAE, start: Latents, end: Latents, steps: int) -> Latents:
+def interpolate(model: HierarchicalVAE, start: Latents, end: Latents, steps: int) -> Latents:
     """Paths from one image to another, spherical in the prior's noise.
 
     Args:
@@ -230,7 +232,7 @@ def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
 
 
 def resample_finer(
-    model: NVAE,
+    model: HierarchicalVAE,
     latents: Latents,
     keep: int,
     seeds: Tensor,
@@ -255,7 +257,9 @@ def resample_finer(
     return from_noise(model, seed_noise(model, seeds), temperature, given)
 
 
-def traverse(model: NVAE, latents: Latents, group: int, steps: int, seeds: Tensor) -> Latents:
+def traverse(
+    model: HierarchicalVAE, latents: Latents, group: int, steps: int, seeds: Tensor
+) -> Latents:
     """Move one group along a half circle, every other group's coordinates fixed.
 
     The group's noise e goes to cos(a) |e| e' + sin(a) |e| d, with e' its direction, d a random

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nvae.models.nvae import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.noise import STREAM_PIXELS, PixelNoise, keys_of
 
 PixelTemperature = float | Literal["mean"]
@@ -25,7 +25,7 @@ def check_pixel_temperature(pixel_temperature: PixelTemperature) -> None:
 
 
 def render(
-    model: NVAE, logits: Tensor, seeds: Tensor, pixel_temperature: PixelTemperature
+    model: HierarchicalVAE, logits: Tensor, seeds: Tensor, pixel_temperature: PixelTemperature
 ) -> Tensor:
     """Images in [0, 1], ``(B, C, H, W)``.
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nvae.models import HierarchicalVAE, Temperature
 from nvae.models.config import ModelConfig, groups_per_scale
-from nvae.models.nvae import NVAE, Temperature
 from nvae.modes import eval_mode
 from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
@@ -35,7 +35,7 @@ def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[
     return [t for t, n in zip(per_scale, groups, strict=True) for _ in range(n)]
 
 
-def seed_noise(model: NVAE, seeds: Tensor) -> list[Tensor]:
+def seed_noise(model: HierarchicalVAE, seeds: Tensor) -> list[Tensor]:
     """The prior's noise for every seed ``(B,)``: one ``(B, L, h, w)`` a group, coarsest first."""
     like = model.initial_state
     keys = keys_of(seeds.to(like.device), seed=0, stream=STREAM_PRIOR)
@@ -44,7 +44,7 @@ def seed_noise(model: NVAE, seeds: Tensor) -> list[Tensor]:
 
 @torch.inference_mode()
 def sample_images(
-    model: NVAE,
+    model: HierarchicalVAE,
     seeds: Sequence[int] | Tensor,
     *,
     temperature: Temperature = 1.0,

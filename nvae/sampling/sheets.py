@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nvae.models.nvae import NVAE, Temperature
+from nvae.models import HierarchicalVAE, Temperature
 from nvae.noise import fold_in
 from nvae.sampling.latents import (
     Latents,
@@ -53,12 +53,16 @@ class Decoder:
     pixels: PixelTemperature = "mean"
     batch_size: int = 64
 
-    def __call__(self, model: NVAE, latents: Latents, seeds: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, model: HierarchicalVAE, latents: Latents, seeds: Tensor | None = None
+    ) -> Tensor:
         """Images ``(B, C, H, W)`` on the CPU; ``seeds`` ``(B,)`` are of the pixel noise."""
         return decode(model, latents, self.pixels, seeds=seeds, batch_size=self.batch_size)
 
 
-def reconstruction_sheet(model: NVAE, x: Tensor, seeds: Tensor, batch_size: int = 64) -> Sheet:
+def reconstruction_sheet(
+    model: HierarchicalVAE, x: Tensor, seeds: Tensor, batch_size: int = 64
+) -> Sheet:
     """Rows: the images; the posterior mean decoded to its mean; a draw of latents and pixels.
 
     Args:
@@ -80,7 +84,7 @@ def reconstruction_sheet(model: NVAE, x: Tensor, seeds: Tensor, batch_size: int 
 
 
 def interpolation_sheet(
-    model: NVAE, latents: Latents, names: Sequence[str], steps: int, decoder: Decoder
+    model: HierarchicalVAE, latents: Latents, names: Sequence[str], steps: int, decoder: Decoder
 ) -> Sheet:
     """One row for every pair of neighbours in ``latents``: N - 1 paths of ``steps`` points.
 
@@ -96,7 +100,7 @@ def interpolation_sheet(
 
 
 def partial_sheet(
-    model: NVAE,
+    model: HierarchicalVAE,
     latents: Latents,
     keep: Sequence[int],
     seeds: Tensor,
@@ -128,7 +132,12 @@ def partial_sheet(
 
 
 def traversal_sheet(
-    model: NVAE, latents: Latents, groups: Sequence[int], steps: int, seed: int, decoder: Decoder
+    model: HierarchicalVAE,
+    latents: Latents,
+    groups: Sequence[int],
+    steps: int,
+    seed: int,
+    decoder: Decoder,
 ) -> Sheet:
     """One image; one row for every group, which turns by half a circle from left to right.
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise CheckpointWriteError(
                 f"cannot write {path}: {reason}; older checkpoints are intact"
             ) from error
-        load_whole(path)
+        load_checkpoint(path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -89,23 +88,6 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_whole(path: Path) -> dict[str, Any]:
-    """:func:`load_checkpoint`, and the checksum of every tensor, which that does not look at.
-
-    Raises:
-        CheckpointError: the file is missing, damaged anywhere, or of another format.
-    """
-    checkpoint = load_checkpoint(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    return checkpoint
-
-
 @dataclass(frozen=True)
 class FoundCheckpoint:
     """The newest checkpoint of a folder that can be read.
@@ -121,12 +103,6 @@ class FoundCheckpoint:
     passed_over: tuple[str, ...]
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Path and content of :func:`newest_checkpoint`."""
-    found = newest_checkpoint(folder)
-    return None if found is None else (found.path, found.content)
-
-
 def newest_checkpoint(folder: Path) -> FoundCheckpoint | None:
     """The newest readable checkpoint; None where the folder has none at all.
 
@@ -137,7 +113,7 @@ def newest_checkpoint(folder: Path) -> FoundCheckpoint | None:
     failures: list[str] = []
     for path in reversed(paths):
         try:
-            return FoundCheckpoint(path, load_whole(path), tuple(failures))
+            return FoundCheckpoint(path, load_checkpoint(path), tuple(failures))
         except CheckpointError as error:
             failures.append(str(error))
     if failures:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nvae.models import NVAE, ModelConfig
+from nvae.models import NVAE, HierarchicalVAE, ModelConfig
 from nvae.models.cells import Cell
 
 BYTES = 4
@@ -77,7 +77,7 @@ class SavedBytes:
 
 
 def activation_bytes(
-    model: NVAE, batch_size: int, precision: str = "32"
+    model: HierarchicalVAE, batch_size: int, precision: str = "32"
 ) -> tuple[int, int, list[int]]:
     """What a forward pass keeps for backward.
 

@@ -54,6 +54,7 @@ class NVAELightning(pl.LightningModule):
         self.run_config = run_config
         self.fingerprint = fingerprint
         self.has_started = False
+        self._has_checked_range = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
         self.last: Loss | None = None
@@ -61,6 +62,9 @@ class NVAELightning(pl.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
+        if not self._has_checked_range:  # once, since it waits for the device
+            self.model.check_range(batch.x)
+            self._has_checked_range = True
         window, is_last = self._accumulation(batch_idx)
         nominal = self.trainer.accumulate_grad_batches
         noise = self._noise(self.model, len(batch.x), self.trainer.fit_loop.total_batch_idx)

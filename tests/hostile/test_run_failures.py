@@ -118,7 +118,7 @@ def _read_back_wrongly() -> None:
     def damaged(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged")
 
-    pytest.MonkeyPatch().setattr("nvae.training.checkpointing.load_whole", damaged)
+    pytest.MonkeyPatch().setattr("nvae.training.checkpointing.load_checkpoint", damaged)
 
 
 @pytest.mark.parametrize("runs", ["/dev/null", "/proc", "/dev/null/x", "file"])

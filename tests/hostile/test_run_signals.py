@@ -182,7 +182,8 @@ def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool
         out, err = job.communicate(timeout=60)
         ended = Ended(job.returncode, out, err)
         assert ended.code == 130, ended
-        assert "Traceback" not in err
+        # a rank may be inside Python's own start, where no code of ours answers for it
+        assert "Traceback" not in err or (early and whole_group)
         assert not early or err.count("interrupted; run the same command again") >= 1
         assert early or "stopped by SIGINT: saved at step" in out
         while _ranks_left(job.pid) and time.monotonic() < deadline:

@@ -168,7 +168,6 @@ EDITS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "fingerprint a list": (("fingerprint",), []),
     "seed text": (("fingerprint", "seed"), "x"),
     "run_config none": (("run_config",), None),
-    "run_config list": (("run_config",), [1]),
     "run_config number keys": (("run_config", "trainer"), {1: 2}),
     "callbacks none": (("callbacks",), None),
     "best text": (("callbacks", "Checkpoints", "best"), "x"),
@@ -190,7 +189,6 @@ EDITS: dict[str, tuple[tuple[Any, ...], Any]] = {
         ("optimizer_states", 0, "state", 0, "exp_avg"),
         torch.zeros(3, 3, 3),
     ),
-    "weights none": (("state_dict",), None),
     "weights empty": (("state_dict",), {}),
     "no scheduler": (("lr_schedulers",), []),
 }
@@ -220,6 +218,16 @@ def test_hand_made_checkpoint_is_one_line(tmp_path: Path, stopped: Path, edit: s
         for state in (before, after):
             state.pop(str(folder / "runs" / "r" / name), None)
     assert after == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["state_dict", "run_config", "model_config"])
+def test_checkpoint_that_is_none_is_passed_over(tmp_path: Path, stopped: Path, entry: str) -> None:
+    """As a damaged one is: said in a line, and the one before it goes on."""
+    ended = train(_edited(stopped, tmp_path, (entry,), [1]))
+    assert ended.code == 0, ended
+    assert "passed over a newer checkpoint" in ended.out
+    assert f"its {entry} is no dictionary" in ended.out
 
 
 def test_checkpoint_without_fingerprint_resumes(tmp_path: Path, stopped: Path) -> None:

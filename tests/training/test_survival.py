@@ -18,7 +18,7 @@ from rich.console import Console
 from nvae.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nvae.cli.train import fit
 from nvae.data.module import ImageDataModule
-from nvae.training.checkpointing import CheckpointConfig, latest_checkpoint, step_checkpoints
+from nvae.training.checkpointing import CheckpointConfig, newest_checkpoint, step_checkpoints
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run
 from tests.training.runs import StopAt, run, small_config
@@ -84,9 +84,9 @@ def test_kill_while_training_loses_at_most_a_step(tmp_path: Path) -> None:
         assert process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        found = latest_checkpoint(checkpoints)
+        found = newest_checkpoint(checkpoints)
         assert found is not None
-        path, checkpoint = found
+        path, checkpoint = found.path, found.content
         load_model(path)
         assert checkpoint["global_step"] > reached
         reached = checkpoint["global_step"]
