@@ -9,6 +9,7 @@ forward and backward, which is the part that the estimate traces.
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ GIB = 2**30
 def estimate(config: TrainConfig, recompute: bool) -> MemoryEstimate:
     """The estimate of a configuration, with or without recomputed cells."""
     return estimate_memory(
-        config.model,
+        partial(NVAE, config.model),
         config.data.batch_size,
         precision=config.trainer.precision,
         checkpoint_cells=recompute,

@@ -225,7 +225,7 @@ def kernels_off() -> Iterator[None]:
 
 def bench_step(repeats: int, batch: int) -> dict[str, Any]:
     """Forward, backward and update of the cifar10 preset; cells compiled one by one."""
-    from nvae.cli.train import compile_cells
+    from nvae.cli.train import compile_blocks
     from nvae.models import NVAE, ModelConfig
 
     def step_time() -> dict[str, float]:
@@ -237,7 +237,7 @@ def bench_step(repeats: int, batch: int) -> dict[str, Any]:
             num_flows=1, preprocess_blocks=1, preprocess_cells=2, postprocess_cells=2,
         )  # fmt: skip
         model = NVAE(config).to(DEVICE).to(memory_format=torch.channels_last).train()
-        compile_cells(model)
+        compile_blocks(model)
         optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3)
         x = torch.rand(batch, 3, 32, 32, device=DEVICE).contiguous(
             memory_format=torch.channels_last

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import PRECISIONS, measure, parser, set_up
 from nvae.cli.compose import compose_train
-from nvae.cli.train import compile_cells
+from nvae.cli.train import compile_blocks
 from nvae.models import NVAE
 from nvae.objective import Loss, Objective
 from nvae.training.optimizer import build_optimizer
@@ -32,7 +32,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = NVAE(config.model).to(options.device).to(memory_format=torch.channels_last)
     if options.compile:
-        compile_cells(model)
+        compile_blocks(model)
     objective = Objective(model, config.objective).to(options.device)
     optimizer = build_optimizer(config.optimizer, model.parameters())
     side, channels = config.model.image_size, config.model.image_channels

@@ -127,9 +127,7 @@ def recalibrate(
     """
     norms = _norms(model)
     if not norms:
-        raise ValueError(
-            f"recalibrate_bn: cell_family={model.config.cell_family} has no batch normalisation"
-        )
+        raise ValueError("recalibrate_bn: this model has no batch normalization")
     saved = _snapshot(norms)
     identity = fingerprint(model)
     sums: dict[str, tuple[Tensor, Tensor]] = {}

@@ -82,4 +82,7 @@ class HubNVAE(NVAE, PyTorchModelHubMixin):
             )
         if not is_weights_folder(folder):
             raise CheckpointError(f"{folder} is no exported folder: it has no {CONFIG_FILE}")
-        return cls.of(load_model(folder))
+        model = load_model(folder)
+        if not isinstance(model, NVAE):
+            raise CheckpointError(f"{folder} holds a {type(model).__name__}, not an NVAE")
+        return cls.of(model)

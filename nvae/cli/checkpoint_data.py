@@ -22,7 +22,8 @@ from nvae.data.manifest import MANIFEST_NAME
 from nvae.data.module import ImageDataModule
 from nvae.data.sources import prepared_folder
 from nvae.data.tables import SPLITS
-from nvae.models import ModelConfig
+from nvae.models.hierarchical import Config
+from nvae.models.likelihoods import LIKELIHOODS
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -158,7 +159,7 @@ def _quoted(text: Any) -> str:
     return brief(repr(text), 100)
 
 
-def open_data(chosen: ChosenData, model: ModelConfig) -> ImageDataModule:
+def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
@@ -181,7 +182,7 @@ def open_data(chosen: ChosenData, model: ModelConfig) -> ImageDataModule:
     return data
 
 
-def _check_fits(config: DataConfig, model: ModelConfig) -> None:
+def _check_fits(config: DataConfig, model: Config) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),
@@ -191,14 +192,7 @@ def _check_fits(config: DataConfig, model: ModelConfig) -> None:
             raise ValueError(
                 f"data.{name}={have} does not fit the checkpoint's model, which has {want}"
             )
-    if model.likelihood == "bernoulli" and config.bits != 1:
-        raise ValueError(
-            f"the checkpoint's model is for black and white pixels, data.bits={config.bits} is not"
-        )
-    if model.likelihood == "logistic_mixture" and config.bits != model.bits:
-        raise ValueError(
-            f"data.bits={config.bits} does not fit the checkpoint's model, which has {model.bits}"
-        )
+    LIKELIHOODS[model.likelihood].check_data(model, config.bits)
 
 
 def _check_memory(config: DataConfig) -> None:

@@ -10,6 +10,7 @@ from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
 from nvae.models import ModelConfig
+from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import check_choice, check_fields
 from nvae.training.loggers import LoggerConfig
@@ -86,16 +87,7 @@ class TrainConfig:
                     f"model.{of_model}={wanted} does not fit data.{of_data}={given}; "
                     f"set data.{of_data}, the model follows it"
                 )
-        if self.model.likelihood == "bernoulli" and self.data.bits != 1:
-            raise ValueError(
-                "model.likelihood=bernoulli needs black and white pixels, data.bits="
-                f"{self.data.bits}; set data.bits=1 or use likelihood=logistic_mixture or normal"
-            )
-        if self.model.likelihood == "logistic_mixture" and self.model.bits != self.data.bits:
-            raise ValueError(
-                f"model.bits={self.model.bits} does not fit data.bits={self.data.bits}; "
-                "set data.bits, the model follows it"
-            )
+        LIKELIHOODS[self.model.likelihood].check_data(self.model, self.data.bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints and YAML."""

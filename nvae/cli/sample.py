@@ -119,7 +119,7 @@ class _Sampler:
         self.config, self.weights, self.model = config, weights, model
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
-        self.temperatures = config.temperatures(model.config, model.num_groups)
+        self.temperatures = config.temperatures(model)
         self.decoder = Decoder(config.pixels, config.batch_size)
         self._kept: CompiledDecoder | None = None
 

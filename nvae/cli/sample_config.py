@@ -7,7 +7,7 @@ from typing import Any
 
 from nvae.animation import check_format
 from nvae.cli.checkpoint_data import check_split
-from nvae.models import ModelConfig
+from nvae.models import HierarchicalVAE
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
 from nvae.sampling.prior import scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
@@ -176,7 +176,7 @@ class SampleConfig:
         """``"mean"`` or a number."""
         return pixel_setting(self.pixel_temperature)
 
-    def temperatures(self, model: ModelConfig, groups: int) -> list[tuple[str, list[float]]]:
+    def temperatures(self, model: HierarchicalVAE) -> list[tuple[str, list[float]]]:
         """Label and one temperature a group, for every grid.
 
         Raises:
@@ -186,13 +186,15 @@ class SampleConfig:
             values = scale_temperatures(model, self.scale_temperatures)
             return [(_label(self.scale_temperatures), values)]
         if self.group_temperatures:
-            if len(self.group_temperatures) != groups:
+            if len(self.group_temperatures) != model.num_groups:
                 raise ValueError(
                     f"group_temperatures holds {len(self.group_temperatures)} numbers; the model "
-                    f"has {groups} groups"
+                    f"has {model.num_groups} groups"
                 )
             return [(_label(self.group_temperatures), list(self.group_temperatures))]
-        return [(_label([t]), [t] * groups) for t in _numbers("temperature", self.temperature)]
+        return [
+            (_label([t]), [t] * model.num_groups) for t in _numbers("temperature", self.temperature)
+        ]
 
 
 def integers(name: str, value: Any) -> list[int]:

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE, HierarchicalVAE
-from nvae.models.cells import Cell
-from nvae.training.activation_checkpointing import checkpoint_cells
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.guard import DivergenceError
 from nvae.training.interruption import InterruptedRun
 from nvae.training.loggers import build_loggers, log_errors_once
 from nvae.training.memory import estimate_memory
 from nvae.training.module import NVAELightning
+from nvae.training.recompute import recompute_blocks
 from nvae.training.run_folder import RunFolder, describe_start, open_run
 from nvae.training.shared_folder import Claim
 from nvae.training.stop_now import StopNow, StopsNow
@@ -264,9 +264,9 @@ def build_module(
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = NVAE(config.model)
     if config.compile:
-        compile_cells(model)
+        compile_blocks(model)
     if should_checkpoint_cells(config):
-        checkpoint_cells(model)
+        recompute_blocks(model)
     return NVAELightning(
         model,
         config.objective,
@@ -278,15 +278,14 @@ def build_module(
     )
 
 
-def compile_cells(model: HierarchicalVAE, backend: str = "inductor") -> None:
-    """Compile residual cells in place; unlike a compiled network, parameters keep their names."""
-    # all cells share one forward, and each kind, width and mode is a graph of its own; at the
+def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
+    """Compile the repeated blocks in place, so that parameters keep their names."""
+    # NVAE's cells share one forward, and each kind, width and mode is a graph of its own; at the
     # default of eight graphs the rest would silently stay uncompiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    for module in model.modules():
-        if isinstance(module, Cell):
-            # the method and not the module, so that a checkpointed cell is compiled inside
-            module.forward = torch.compile(module.forward, backend=backend)  # type: ignore[method-assign]
+    for block in model.blocks():
+        # the method and not the module, so that a recomputed block is compiled inside
+        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def should_checkpoint_cells(config: TrainConfig) -> bool:
@@ -296,7 +295,7 @@ def should_checkpoint_cells(config: TrainConfig) -> bool:
     if config.trainer.resolved_accelerator() == "cpu":
         return False
     estimate = estimate_memory(
-        config.model,
+        partial(NVAE, config.model),
         config.data.batch_size,
         precision=config.trainer.precision,
         average_on_device=config.callbacks.ema.decay is not None

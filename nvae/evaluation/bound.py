@@ -133,7 +133,7 @@ def bound_images(
     keys = keys_of(index.to(x.device), seed=settings.seed, stream=STREAM_POSTERIOR)
     weights = LogWeights(images)
     reconstruction = torch.zeros(images, dtype=torch.float64)
-    kl = torch.zeros(images, len(model.latent_shapes), model.config.latent_channels).double()
+    kl = torch.zeros(images, len(model.latent_shapes), model.latent_channels).double()
     evidence, effective = [], []
     for draws in settings.draw_ranges(images):
         output, log_likelihood = _decode_draws(model, x, encoder_maps, keys, draws)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvae.evaluation.bound import BoundSettings, Progress, bound_images
 from nvae.evaluation.records import ImageRecords, RecordStore, concatenate, pool_ranks
-from nvae.evaluation.result import EvaluationResult, summarise
+from nvae.evaluation.result import EvaluationResult, summarize
 from nvae.models import HierarchicalVAE
 from nvae.modes import eval_mode
 
@@ -64,7 +64,7 @@ def evaluate(
     settings = BoundSettings(tuple(importance_samples), elbo_samples, seed, chunk)
     _check_precision(model)
     if store is not None:
-        groups, channels = len(model.latent_shapes), model.config.latent_channels
+        groups, channels = model.num_groups, model.latent_channels
         store.check_shapes(groups, channels, len(settings.importance_samples))
     try:
         with eval_mode(model):
@@ -76,7 +76,7 @@ def evaluate(
         records = pool_ranks(records)
     if records is None:
         raise ValueError("no images to evaluate: the data gave no batch")
-    return summarise(records, model.config, settings)
+    return summarize(records, model, settings)
 
 
 def _check_precision(model: HierarchicalVAE) -> None:

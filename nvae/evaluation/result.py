@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nvae.evaluation.bound import BoundSettings
 from nvae.evaluation.records import ImageRecords
-from nvae.models.config import ModelConfig
+from nvae.models import HierarchicalVAE
 from nvae.objective import LN2
 
 ACTIVE_UNIT_NATS = 0.1
@@ -112,18 +112,18 @@ def _line(name: str, nats: Estimate, bits: Estimate | None = None) -> str:
     return text if bits is None else f"{text}{bits.mean:>12.4f}"
 
 
-def summarise(
-    records: ImageRecords, config: ModelConfig, settings: BoundSettings
+def summarize(
+    records: ImageRecords, model: HierarchicalVAE, settings: BoundSettings
 ) -> EvaluationResult:
     """Means over images, in float64.
 
     Args:
         records: sorted by index.
-        config: of the model; gives the dimensions.
+        model: gives the dimensions.
         settings: gives the values of K, in the order of the records' columns.
     """
     kl = records.kl_per_channel.sum((1, 2))
-    per_dimension = 1 / (LN2 * config.counted_pixels)
+    per_dimension = 1 / (LN2 * model.config.counted_pixels)
     negative_elbo = Estimate.over_images(records.reconstruction + kl)
     bounds = []
     for column, samples in enumerate(settings.importance_samples):
@@ -139,13 +139,13 @@ def summarise(
     channels = records.kl_per_channel.mean(0)
     return EvaluationResult(
         images=len(records),
-        dimensions=config.counted_pixels,
+        dimensions=model.config.counted_pixels,
         negative_elbo=negative_elbo,
         reconstruction=Estimate.over_images(records.reconstruction),
         kl=Estimate.over_images(kl),
         negative_elbo_bits_per_dim=negative_elbo.scaled(per_dimension),
         kl_per_group=tuple(channels.sum(1).tolist()),
         active_units=tuple((channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
-        latent_channels=config.latent_channels,
+        latent_channels=model.latent_channels,
         importance_weighted=tuple(bounds),
     )

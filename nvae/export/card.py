@@ -5,13 +5,7 @@ from typing import Any
 
 from nvae.command_line import brief
 from nvae.models import HierarchicalVAE
-from nvae.models.config import groups_per_scale
-
-_LIKELIHOODS = {
-    "bernoulli": "Bernoulli",
-    "logistic_mixture": "mixture of discretised logistics",
-    "normal": "Normal",
-}
+from nvae.models.likelihoods import LIKELIHOODS
 
 
 def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None) -> str:
@@ -32,13 +26,13 @@ def _network(model: HierarchicalVAE) -> list[str]:
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{config.image_size} x {config.image_size}"
     colour = {1: "grey", 3: "colour"}.get(config.image_channels, f"{config.image_channels}-channel")
-    groups = ", ".join(str(n) for n in groups_per_scale(config))
+    groups = ", ".join(str(n) for n in model.groups_per_scale[::-1])
     facts = {
         "images": f"{size}, {colour}, {config.bits} bits",
         "parameters": f"{parameters:,}",
         "latent groups, fine to coarse": groups,
-        "latent channels of a group": str(config.latent_channels),
-        "likelihood": _LIKELIHOODS[config.likelihood],
+        "latent channels of a group": str(model.latent_channels),
+        "likelihood": LIKELIHOODS[config.likelihood].title,
     }
     return [
         "# Deep hierarchical VAE (NVAE)\n",

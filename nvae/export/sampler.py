@@ -191,7 +191,7 @@ def describe_sampler(sampler: Sampler) -> dict[str, Any]:
     config = sampler.model.config
     return {
         "noise": [["B", *shape] for shape in sampler.model.latent_shapes],
-        "temperature": [len(sampler.model.groups)],
+        "temperature": [sampler.model.num_groups],
         "pixel_temperature": sampler.pixel_temperature,
         "pixel_noise": [
             {"distribution": each.distribution, "shape": ["B", *each.shape]}

@@ -202,6 +202,11 @@ class HierarchicalVAE(nn.Module, ABC):
         return tuple(len(list(run)) for _, run in runs)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels L of a group's latent, of the widest group where they differ."""
+        return max(shape[0] for shape in self.latent_shapes)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

@@ -1,6 +1,5 @@
 """The half of a model that makes images, as a function of noise and temperatures."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE
 from nvae.models.folding import fold
-from nvae.models.latent_group import LatentGroup
 
 
 class PriorDecoder(nn.Module):
@@ -22,7 +20,7 @@ class PriorDecoder(nn.Module):
 
     def __init__(self, model: HierarchicalVAE) -> None:
         super().__init__()
-        self.model = _without_encoder(model)
+        self.model = model.without_encoder()
         with torch.no_grad():
             fold(self.model)
 
@@ -43,13 +41,3 @@ class PriorDecoder(nn.Module):
         device = self.model.device
         noise = self.model.draw_noise(batch, torch.Generator(device).manual_seed(seed))
         return noise, torch.linspace(0.5, 1.0, len(noise), device=device)
-
-
-def _without_encoder(model: HierarchicalVAE) -> HierarchicalVAE:
-    half = copy.deepcopy(model).eval().requires_grad_(False)
-    del half.encoder
-    for group in half.groups:
-        assert isinstance(group, LatentGroup)
-        group.merge_encoder = group.flow = None
-        del group.posterior
-    return half

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.models.config import ModelConfig, groups_per_scale
 from nvae.modes import eval_mode
 from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
@@ -16,14 +15,14 @@ Decode = Callable[[Sequence[Tensor], Temperature], Tensor]
 """Noise of every group and temperature to logits ``(B, K, H, W)``."""
 
 
-def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[float]:
+def scale_temperatures(model: HierarchicalVAE, per_scale: Sequence[float]) -> list[float]:
     """One temperature a group from one a scale; both coarsest first.
 
     Raises:
         ValueError: not as many temperatures as the model has scales, or one that is no number
             >= 0.
     """
-    groups = groups_per_scale(config)[::-1]
+    groups = model.groups_per_scale
     for each in per_scale:
         if not 0 <= each < math.inf:
             raise ValueError(f"scale_temperatures holds {each}; allowed: finite numbers >= 0")
@@ -37,9 +36,8 @@ def scale_temperatures(config: ModelConfig, per_scale: Sequence[float]) -> list[
 
 def seed_noise(model: HierarchicalVAE, seeds: Tensor) -> list[Tensor]:
     """The prior's noise for every seed ``(B,)``: one ``(B, L, h, w)`` a group, coarsest first."""
-    like = model.initial_state
-    keys = keys_of(seeds.to(like.device), seed=0, stream=STREAM_PRIOR)
-    return latent_noise(keys, model.latent_shapes, like.dtype)
+    keys = keys_of(seeds.to(model.device), seed=0, stream=STREAM_PRIOR)
+    return latent_noise(keys, model.latent_shapes, model.dtype)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Not counted: the kernels' workspaces, fragmentation and the CUDA context; `bench
 prints the estimate beside a measured peak.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nvae.models import NVAE, HierarchicalVAE, ModelConfig
-from nvae.models.cells import Cell
+from nvae.models import HierarchicalVAE
 
 BYTES = 4
 """Weights, gradients and optimiser state are float32 in every precision."""
@@ -89,7 +88,7 @@ def activation_bytes(
     Returns:
         Bytes in all; bytes where every cell keeps its input alone; bytes of every cell.
     """
-    config, like = model.config, model.initial_state
+    config = model.config
     saved = SavedBytes()
     saved.ignore(model)
     cells: list[int] = []
@@ -106,18 +105,14 @@ def activation_bytes(
         cells.append(saved.total - starts.pop())
 
     handles = []
-    for module in model.modules():
-        if isinstance(module, Cell):
-            handles += [
-                module.register_forward_pre_hook(begin),
-                module.register_forward_hook(end),
-            ]
+    for block in model.blocks():
+        handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     x = torch.zeros(
         batch_size, config.image_channels, config.image_size, config.image_size,
-        device=like.device, dtype=like.dtype,
+        device=model.device, dtype=model.dtype,
     ).to(memory_format=torch.channels_last)  # fmt: skip
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    autocast = nullcontext() if half is None else torch.autocast(like.device.type, half)
+    autocast = nullcontext() if half is None else torch.autocast(model.device.type, half)
     was_training = model.training
     model.train()
     try:
@@ -132,7 +127,7 @@ def activation_bytes(
 
 
 def estimate_memory(
-    config: ModelConfig,
+    build: Callable[[], HierarchicalVAE],
     batch_size: int,
     *,
     precision: str = "32",
@@ -142,7 +137,7 @@ def estimate_memory(
     """The estimate for a training step, at the price of one traced forward pass.
 
     Args:
-        config: of the model.
+        build: makes the model.
         batch_size: images of a micro-batch.
         precision: as in the trainer's configuration.
         checkpoint_cells: cells are recomputed in the backward pass.
@@ -151,7 +146,7 @@ def estimate_memory(
     # the traced half precision is bfloat16: shapes and sizes are float16's
     traced = "32" if precision == "32" else "bf16-mixed"
     with FakeTensorMode():
-        model = NVAE(config)
+        model = build()
         kept, kept_inputs, cells = activation_bytes(model, batch_size, traced)
     parameters = sum(p.numel() for p in model.parameters()) * BYTES
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())

@@ -16,9 +16,9 @@ from rich.console import Console
 from nvae.checkpoint import load_model
 from nvae.cli import report
 from nvae.cli.report import ReportConfig, write_report
-from nvae.cli.train import compile_cells
+from nvae.cli.train import compile_blocks
 from nvae.models import NVAE, ModelConfig
-from nvae.training.activation_checkpointing import checkpoint_cells
+from nvae.training.recompute import recompute_blocks
 from nvae.training.run_folder import RunFolder
 from tests.cli.checkpoints import DATA, write_checkpoint
 
@@ -75,8 +75,8 @@ def test_compiled_cells_keep_their_names_and_numbers() -> None:
     plain = NVAE(config)
     compiled = NVAE(config)
     compiled.load_state_dict(plain.state_dict())
-    compile_cells(compiled, backend="aot_eager")
-    checkpoint_cells(compiled)
+    compile_blocks(compiled, backend="aot_eager")
+    recompute_blocks(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     x = torch.rand(2, 1, 8, 8).round()
     noise = plain.draw_noise(2)
@@ -105,7 +105,7 @@ def test_every_kind_of_cell_is_compiled() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = NVAE(config)
-    compile_cells(model, backend="eager")
+    compile_blocks(model, backend="eager")
     x = torch.rand(2, 1, 16, 16).round()
     model(x)
     model.eval()

@@ -1,6 +1,6 @@
 """A model whose evidence is known: z ~ N(0, I), x | z ~ N(W z + b, s^2 I).
 
-It has the parts of an NVAE that evaluation uses (encoder, top_down, decode_state, likelihood). Its
+A hierarchical VAE of one group. Its
 posterior is either exact, so that one importance weight is the evidence itself, or too wide.
 """
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.distributions import Normal
-from nvae.models.latent_group import GroupSample
+from nvae.models.hierarchical import GroupSample, HierarchicalVAE
 
 LATENT, PIXELS, SIDE = 2, 4, 2
 
 
-class LinearGaussian(nn.Module):
+class LinearGaussian(HierarchicalVAE):
     def __init__(self, widening: float = 1.0, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ class LinearGaussian(nn.Module):
         if tuple(x.shape[1:]) != (1, SIDE, SIDE):
             raise ValueError("wrong size")
 
-    def encoder(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor) -> list[Tensor]:
         self.encoded += len(x)
         return [x]
 

@@ -271,15 +271,15 @@ def test_half_precision_models_are_refused(dtype):
 
 def test_active_units_counts_channels_above_the_threshold():
     from nvae.evaluation.records import ImageRecords
-    from nvae.evaluation.result import summarise
+    from nvae.evaluation.result import summarize
 
     kl = np.zeros((4, 2, 3))
     kl[:, 0, 0] = 0.5
     kl[:, 0, 1] = [0.4, 0, 0, 0]  # mean exactly 0.1: not above
     kl[:, 1] = 0.2
     records = ImageRecords(np.arange(4), np.zeros(4), kl, np.zeros((4, 0)), np.zeros((4, 0)))
-    config = SimpleNamespace(counted_pixels=4, latent_channels=3)
-    result = summarise(records, config, BoundSettings())
+    model = SimpleNamespace(config=SimpleNamespace(counted_pixels=4), latent_channels=3)
+    result = summarize(records, model, BoundSettings())
     assert result.active_units == (1, 3)
     assert result.kl_per_group == pytest.approx((0.6, 0.6))
     assert "1 of 3" in result.table()

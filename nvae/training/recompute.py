@@ -1,6 +1,6 @@
-"""Gradient checkpointing of residual cells: memory for time.
+"""Gradient checkpointing of a model's repeated blocks: memory for time.
 
-A cell's activations are not kept for the backward pass but computed again. The second computation
+A block's activations are not kept for the backward pass but computed again. The second computation
 must not count: batch normalisation would move its running statistics twice a step.
 """
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nvae.models.cells import Cell
+from nvae.models import HierarchicalVAE
 from nvae.models.norm import BatchNorm
 
 
@@ -41,14 +41,13 @@ def _checkpointed(forward: Callable[[Tensor], Tensor], norms: list[BatchNorm], x
     return y
 
 
-def checkpoint_cells(model: nn.Module) -> None:
-    """Let every cell of ``model`` recompute its activations in the backward pass.
+def recompute_blocks(model: HierarchicalVAE) -> None:
+    """Let every block of ``model`` recompute its activations in the backward pass.
 
-    Cells draw no random numbers, so no generator state is kept. Parameters keep their names;
+    Blocks draw no random numbers, so no generator state is kept. Parameters keep their names;
     without gradients (evaluation) nothing changes.
     """
-    for cell in model.modules():
-        if isinstance(cell, Cell):
-            norms = [m for m in cell.modules() if isinstance(m, BatchNorm)]
-            # a partial of a bound method is copied with its cell (the weights' average does so)
-            cell.forward = partial(_checkpointed, cell.forward, norms)  # type: ignore[method-assign]
+    for block in model.blocks():
+        norms = [m for m in block.modules() if isinstance(m, BatchNorm)]
+        # a partial of a bound method is copied with its block (the weights' average does so)
+        block.forward = partial(_checkpointed, block.forward, norms)
