@@ -7,6 +7,7 @@ Needs the huggingface_hub package: ``pip install 'nvae[hub]'``. Folders are thos
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
 from nvae.checkpoint import CheckpointError, load_model
@@ -37,7 +38,10 @@ class HubNVAE(NVAE, PyTorchModelHubMixin):
         return ModelCard(model_card(self))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_weights(self, save_directory)
+        with torch.device("meta"):
+            plain = NVAE(self.config)  # the folder names the model, not this class
+        plain.load_state_dict(self.state_dict(), assign=True)
+        write_weights(plain, save_directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no settings for the model

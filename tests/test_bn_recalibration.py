@@ -87,7 +87,7 @@ def test_a_network_without_norms_is_refused():
         image_size=8, num_scales=1, groups_per_scale=2, latent_channels=2, encoder_channels=4,
         decoder_channels=4, preprocess_blocks=0, cell_family="res_elu",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="no batch normalisation"):
+    with pytest.raises(ValueError, match="no batch normalization"):
         recalibrate(NVAE(config), RecalibrationSettings((1.0, 1.0)))
 
 

@@ -59,10 +59,10 @@ def test_group_temperatures_narrow_only_their_groups():
 
 
 def test_scale_temperatures_go_coarsest_first():
-    config = small_nvae().config  # one coarse group, two fine ones
-    assert scale_temperatures(config, [0.5, 0.9]) == [0.5, 0.9, 0.9]
+    model = small_nvae()  # one coarse group, two fine ones
+    assert scale_temperatures(model, [0.5, 0.9]) == [0.5, 0.9, 0.9]
     with pytest.raises(ValueError, match="3 temperatures for 2"):
-        scale_temperatures(config, [1, 1, 1])
+        scale_temperatures(model, [1, 1, 1])
 
 
 def test_progress_and_mode():
