@@ -53,7 +53,7 @@ def _training(run: dict[str, Any]) -> list[str]:
         "its licence": data.get("licence"),
         "its source": data.get("citation") or data.get("homepage"),
         "training images": data.get("train_size"),
-        "epochs": trainer.get("epochs"),
+        "epochs": trainer.get("max_epochs"),
         "batch": data.get("batch_size"),
         "seed": run.get("seed"),
     }
