@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nvae.ops.compiler import kernel_source
-from nvae.ops.launcher import DeviceLimits, Launch
+from nvae.ops.cuda import DeviceLimits, Launch, kernel_source
 
 SHIM = Path(__file__).with_name("host_shim.h")
 H100 = DeviceLimits(90, 132, 232448, 233472)

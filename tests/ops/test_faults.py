@@ -163,7 +163,7 @@ def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
 
 def test_every_barrier_has_its_fault() -> None:
     """A barrier added to a kernel needs its removal on the list."""
-    from nvae.ops.compiler import kernel_source
+    from nvae.ops.cuda import kernel_source
 
     for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors"):
         barriers = kernel_source(kernel).count("__syncthreads()")
