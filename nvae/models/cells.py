@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.folding import Derived, fold_after, fold_around
+from nvae.models.folding import Derived, fixed_conv
 from nvae.models.layers import (
+    EPS,
+    BatchNorm,
     DataInitConv2d,
     FactorizedSkip,
     PlainConv2d,
@@ -22,7 +24,6 @@ from nvae.models.layers import (
     UpsampleSkip,
     WeightNormConv2d,
 )
-from nvae.models.norm import EPS, BatchNorm
 from nvae.ops import bn_swish_depthwise
 from nvae.registry import Registry
 
@@ -148,15 +149,32 @@ class MobileConv(nn.Module):
     def folded(self) -> nn.Module:
         """The same without the normalisations, which the weights take over."""
         layers: list[nn.Module] = [
-            fold_around(self.norm_in, self.expand, self.norm_expand),
+            _fold_around(self.norm_in, self.expand, self.norm_expand),
             nn.SiLU(inplace=True),
-            fold_after(self.spatial, self.norm_spatial),
+            _fold_after(self.spatial, self.norm_spatial),
             nn.SiLU(inplace=True),
-            fold_after(self.project, self.norm_out),
+            _fold_after(self.project, self.norm_out),
         ]
         if self.upsample:
             layers.insert(2, nn.Upsample(scale_factor=2, mode="nearest"))
         return nn.Sequential(*layers)
+
+
+def _fold_after(conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
+    """A convolution without bias followed by ``after``, as one convolution."""
+    scale, shift = after.affine()
+    return fixed_conv(
+        conv.weight * scale.view(-1, 1, 1, 1), shift, stride=conv.stride[0],
+        padding=int(conv.padding[0]), dilation=conv.dilation[0], groups=conv.groups,
+    )  # fmt: skip
+
+
+def _fold_around(before: BatchNorm, conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
+    """``before``, a 1x1 convolution, ``after``; 1x1, since padding would see the shift."""
+    in_scale, in_shift = before.affine()
+    scale, shift = after.affine()
+    weight = conv.weight * in_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
+    return fixed_conv(weight, scale * (conv.weight.flatten(1) @ in_shift) + shift)
 
 
 class Cell(nn.Module):

@@ -11,8 +11,6 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from nvae.models.norm import EPS, BatchNorm
-
 T = TypeVar("T")
 
 
@@ -54,29 +52,6 @@ def fixed_conv(
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return conv
-
-
-def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift, ``(C,)`` each, that the normalisation applies in evaluation."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + EPS)
-    return scale, norm.bias - norm.running_mean * scale
-
-
-def fold_after(conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
-    """A convolution without bias followed by ``after``, as one convolution."""
-    scale, shift = affine(after)
-    return fixed_conv(
-        conv.weight * scale.view(-1, 1, 1, 1), shift, stride=conv.stride[0],
-        padding=int(conv.padding[0]), dilation=conv.dilation[0], groups=conv.groups,
-    )  # fmt: skip
-
-
-def fold_around(before: BatchNorm, conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
-    """``before``, a 1x1 convolution, ``after``; 1x1, since padding would see the shift."""
-    in_scale, in_shift = affine(before)
-    scale, shift = affine(after)
-    weight = conv.weight * in_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
-    return fixed_conv(weight, scale * (conv.weight.flatten(1) @ in_shift) + shift)
 
 
 class Derived(Generic[T]):
