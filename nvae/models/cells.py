@@ -8,6 +8,7 @@ and around them; names and contents are the published ones (appendix A; `mconv_e
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,21 @@ from nvae.registry import Registry
 RESIDUAL_SCALE = 0.1
 
 
+class OpSpec(Protocol):
+    """One operation of a cell's branch, before its channels are known."""
+
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """The operation, ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
+
+        Args:
+            in_channels: C_in.
+            out_channels: C_out.
+            stride: 2 halves the resolution, 1 keeps it.
+            upsample: double the resolution.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ActConvSpec:
     """[BN], activation, 3x3 convolution.
@@ -44,6 +60,10 @@ class ActConvSpec:
     activation: str = "swish"
     batchnorm: bool = True
     dilation: int = 1
+
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """See :class:`OpSpec`."""
+        return ActConv(self, in_channels, out_channels, stride, upsample)
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,14 @@ class MobileConvSpec:
     kernel_size: int = 5
     groups: int = 0
 
-
-OpSpec = ActConvSpec | MobileConvSpec
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """See :class:`OpSpec`."""
+        return MobileConv(self, in_channels, out_channels, stride, upsample)
 
 
 @dataclass(frozen=True)
 class CellFamily:
-    """The operations of one cell's branch, for each place in the network."""
+    """The operations of one cell's branch, in order, for each place in the network."""
 
     encoder: tuple[OpSpec, ...]
     decoder: tuple[OpSpec, ...]
@@ -83,7 +104,7 @@ class ActConv(nn.Module):
     """[BN], activation, [nearest x2], 3x3 convolution."""
 
     def __init__(
-        self, spec: ActConvSpec, in_channels: int, out_channels: int, *, stride: int, upsample: bool
+        self, spec: ActConvSpec, in_channels: int, out_channels: int, stride: int, upsample: bool
     ) -> None:
         super().__init__()
         self.upsample = upsample
@@ -105,9 +126,8 @@ class MobileConv(nn.Module):
     """
 
     def __init__(
-        self, spec: MobileConvSpec, in_channels: int, out_channels: int, *, stride: int,
-        upsample: bool,
-    ) -> None:  # fmt: skip
+        self, spec: MobileConvSpec, in_channels: int, out_channels: int, stride: int, upsample: bool
+    ) -> None:
         super().__init__()
         hidden = round(spec.expansion * in_channels)
         self.upsample = upsample
@@ -208,16 +228,9 @@ class Cell(nn.Module):
         branch: list[nn.Module] = []
         for index, spec in enumerate(ops):
             first = index == 0
-            op = MobileConv if isinstance(spec, MobileConvSpec) else ActConv
-            branch.append(
-                op(
-                    spec,  # type: ignore[arg-type]
-                    in_channels if first else out_channels,
-                    out_channels,
-                    stride=2 if downsample and first else 1,
-                    upsample=upsample and first,
-                )
-            )
+            channels = in_channels if first else out_channels
+            stride = 2 if downsample and first else 1
+            branch.append(spec.build(channels, out_channels, stride, upsample and first))
         self.branch = nn.Sequential(*branch)
         self.attention = SqueezeExcitation(out_channels) if squeeze_excitation else None
 
