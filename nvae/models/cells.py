@@ -52,8 +52,8 @@ class ActConvSpec:
 
     Attributes:
         activation: ``swish`` or ``elu``.
-        batchnorm: normalise before the activation; without it the convolution is
-            initialised from its first batch.
+        batchnorm: normalize before the activation; without it the convolution is
+            initialized from its first batch.
         dilation: 2 gives the 5x5 receptive field of the published ``res_bnswish5``.
     """
 
@@ -167,7 +167,7 @@ class MobileConv(nn.Module):
         return y, sums
 
     def folded(self) -> nn.Module:
-        """The same without the normalisations, which the weights take over."""
+        """The same without the normalizations, which the weights take over."""
         layers: list[nn.Module] = [
             _fold_around(self.norm_in, self.expand, self.norm_expand),
             nn.SiLU(inplace=True),

@@ -1,8 +1,8 @@
-"""Normalisations folded into convolutions, for evaluation without gradients.
+"""Normalizations folded into convolutions, for evaluation without gradients.
 
 With running statistics a BN is an affine map per channel, so a mobile convolution needs none of
-its four: the maps go into the neighbouring weights. A weight-normalised convolution becomes a plain
-one with the normalised weight. What is folded is kept while nothing that it came from changes.
+its four: the maps go into the neighboring weights. A weight-normalized convolution becomes a plain
+one with the normalized weight. What is folded is kept while nothing that it came from changes.
 """
 
 from collections.abc import Callable, Iterable
@@ -58,7 +58,7 @@ class Derived(Generic[T]):
     """Holds what was derived last, together with the versions of what it was derived from.
 
     Never stored in a checkpoint; made anew when a source was written to or replaced. Fused
-    optimisers write without counting a version, so a training pass forgets the value; that also
+    optimizers write without counting a version, so a training pass forgets the value; that also
     frees its memory. Whoever writes through `.data` has to call :func:`forget`.
     """
 

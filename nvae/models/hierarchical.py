@@ -202,7 +202,7 @@ class HierarchicalVAE(nn.Module, ABC):
         """Encode ``x`` and decode a posterior sample.
 
         Args:
-            x: images in [0, 1], ``(B, C, H, W)``; bits and binarisation already applied.
+            x: images in [0, 1], ``(B, C, H, W)``; bits and binarization already applied.
             noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
                 drawn here when absent.
 

@@ -1,7 +1,7 @@
-"""The bricks of a residual cell: normalised convolutions, batch normalisation, attention.
+"""The bricks of a residual cell: normalized convolutions, batch normalization, attention.
 
-A convolution here knows the matrices that spectral regularisation looks at
-(:meth:`SpectralConv.spectral_matrices`), so that the regulariser needs no list of special cases.
+A convolution here knows the matrices that spectral regularization looks at
+(:meth:`SpectralConv.spectral_matrices`), so that the regularizer needs no list of special cases.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class SpectralMatrix:
 
     Attributes:
         weight: ``(out, in / groups * kh * kw)``, a differentiable view of the parameter.
-        log_gain: ``(out,)``, g of the weight normalisation, or None for a plain convolution.
+        log_gain: ``(out,)``, g of the weight normalization, or None for a plain convolution.
     """
 
     weight: Tensor
@@ -37,7 +37,7 @@ class SpectralMatrix:
 
 
 class SpectralConv(nn.Module):
-    """Base of every convolution that spectral regularisation counts."""
+    """Base of every convolution that spectral regularization counts."""
 
     weight: Tensor
 
@@ -57,7 +57,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 class PlainConv2d(nn.Conv2d, SpectralConv):
-    """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
+    """Convolution without weight normalization, "same" padding, no bias (mobile cells)."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class WeightNormConv2d(SpectralConv):
         super().__init__()
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = dilation * (kernel_size // 2)
-        # torch's own initialisation of weight and bias, which the published model keeps
+        # torch's own initialization of weight and bias, which the published model keeps
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=bias)
         self.weight = conv.weight
         self.bias = conv.bias
@@ -142,7 +142,7 @@ class WeightNormConv2d(SpectralConv):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def folded(self) -> nn.Module:
-        """A plain convolution with the normalised weight."""
+        """A plain convolution with the normalized weight."""
         return fixed_conv(
             self._normalize(), self.bias, stride=self.stride, padding=self.padding,
             dilation=self.dilation, groups=self.groups,
@@ -154,9 +154,9 @@ class WeightNormConv2d(SpectralConv):
 
 
 class DataInitConv2d(WeightNormConv2d):
-    """Weight-normalised convolution whose first batch sets gain and bias.
+    """Weight-normalized convolution whose first batch sets gain and bias.
 
-    Without batch normalisation in front, the output would start at an arbitrary scale: at the
+    Without batch normalization in front, the output would start at an arbitrary scale: at the
     first training batch its mean is removed and its standard deviation set to 1/5, per channel
     (Salimans & Kingma 2016, section 3). All ranks use the same, averaged statistics.
     """
@@ -169,7 +169,7 @@ class DataInitConv2d(WeightNormConv2d):
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the parent; the first call in training mode initialises."""
+        """As the parent; the first call in training mode initializes."""
         # the flag is read from the device once, not at every step
         if self.training and not self._checked:
             if not self.initialized:
@@ -196,7 +196,7 @@ class DataInitConv2d(WeightNormConv2d):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation followed by Swish, ELU or nothing.
+    """Batch normalization followed by Swish, ELU or nothing.
 
     Args:
         channels: C.
@@ -209,7 +209,7 @@ class BatchNorm(nn.Module):
     Attributes:
         group: process group whose ranks share batch statistics in training; None: this rank's
             own.
-        frozen: normalise with the batch but leave the running statistics alone; set while
+        frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
     """
 
@@ -304,7 +304,7 @@ class FactorizedSkip(WeightNormConv2d):
         return F.conv2d(F.silu(x), self.normalized_weight() * self.taps, self.bias, stride=2)
 
     def folded(self) -> nn.Module:
-        """The same with the normalised weight."""
+        """The same with the normalized weight."""
         return nn.Sequential(
             nn.SiLU(), fixed_conv(self._normalize() * self.taps, self.bias, stride=2)
         )

@@ -336,14 +336,14 @@ class LogisticMixture(PixelDistribution):
     def log_prob(self, x: Tensor) -> Tensor:
         """``(B,)`` nats; ``x`` on the grid k / (2^bits - 1)."""
         x = (2 * x.to(self.means.dtype) - 1).unsqueeze(2)  # (B, C, 1, H, W)
-        centred = x - self._conditional_means(x)
+        centered = x - self._conditional_means(x)
         inverse_scale = torch.exp(-self.log_scales)
         half_bin = inverse_scale / self.levels
-        middle = inverse_scale * centred
+        middle = inverse_scale * centered
         upper, lower = middle + half_bin, middle - half_bin
 
         mass = torch.sigmoid(upper) - torch.sigmoid(lower)
-        # where the mass underflows: density at the centre times the bin's width
+        # where the mass underflows: density at the center times the bin's width
         density = middle - self.log_scales - 2 * F.softplus(middle) - math.log(self.levels / 2)
         inner = torch.where(mass > TINY_MASS, mass.clamp(min=1e-10).log(), density)
         log_prob = torch.where(

@@ -38,7 +38,7 @@ def depthwise_forward(
         x: ``(B, C, H, W)``.
         weight: ``(C, 1, K, K)``.
         stride: 1 or 2.
-        bn: what to normalise with, or None.
+        bn: what to normalize with, or None.
         want_sums: whether to sum.
         launcher: where to run.
     """
@@ -71,7 +71,7 @@ def depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`depthwise_forward`: dx, dw ``(C, 1, K, K)`` and the BN sums ``(2, C)``.
 
-    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalised
+    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalized
     activation; empty without ``bn``. dx holds nothing through mean and rstd. What is not needed is
     empty.
 

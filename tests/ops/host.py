@@ -31,7 +31,7 @@ class HostLauncher:
         limits: the device to pretend.
         edit: changes a kernel's source (a deliberate fault), by (name, source).
         descending: order of the threads between barriers.
-        sanitize: run each launch in a process of its own under the address and undefined behaviour
+        sanitize: run each launch in a process of its own under the address and undefined behavior
             sanitizers, every tensor in an allocation of exactly its size.
     """
 

@@ -113,7 +113,7 @@ FAULTS = [
     Fault("Swish's derivative", BACKWARD, "fmaf(v * s, 1.f - s, s)", "s", depthwise(ODD)),
     Fault("scale left out", BACKWARD, "store_one(to, g * scale)", "store_one(to, g)",
           depthwise(ODD)),
-    Fault("moment not centred", BACKWARD, "fmaf(g, centred, moment)", "fmaf(g, x[o][q], moment)",
+    Fault("moment not centered", BACKWARD, "fmaf(g, centered, moment)", "fmaf(g, x[o][q], moment)",
           depthwise(ODD)),
     Fault("half the sums' gradient", BACKWARD, "2 * a.dsums", "a.dsums", depthwise(ODD)),
     Fault("sums' gradient in the padding", BACKWARD,

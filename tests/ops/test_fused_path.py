@@ -1,4 +1,4 @@
-"""The path through the registered ops (autograd, compile, autocast, synchronisation), on the CPU.
+"""The path through the registered ops (autograd, compile, autocast, synchronization), on the CPU.
 
 There the ops compute their formulas; that the kernels compute the same is test_host_kernels.py's.
 """
@@ -237,7 +237,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_synchronised_statistics_equal_one_large_batch(tmp_path: Path) -> None:
+def test_synchronized_statistics_equal_one_large_batch(tmp_path: Path) -> None:
     """As SyncBatchNorm, with an uneven batch: outputs, statistics, and gradients summed."""
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     args = inputs()
