@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from nvae.arrays import read_arrays
 from nvae.files import replacing
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import DataInitConv2d
-from nvae.models.norm import MOMENTUM, BatchNorm
+from nvae.models.layers import MOMENTUM, BatchNorm, DataInitConv2d
 from nvae.modes import eval_mode
 from nvae.noise import keys_of, latent_noise
 from nvae.settings import check_fields

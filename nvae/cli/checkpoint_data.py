@@ -22,8 +22,7 @@ from nvae.data.manifest import MANIFEST_NAME
 from nvae.data.module import ImageDataModule
 from nvae.data.sources import prepared_folder
 from nvae.data.tables import SPLITS
-from nvae.models.hierarchical import Config
-from nvae.models.likelihoods import LIKELIHOODS
+from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -159,7 +158,7 @@ def _quoted(text: Any) -> str:
     return brief(repr(text), 100)
 
 
-def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
+def open_data(chosen: ChosenData, model: ImageConfig) -> ImageDataModule:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
@@ -182,7 +181,7 @@ def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     return data
 
 
-def _check_fits(config: DataConfig, model: Config) -> None:
+def _check_fits(config: DataConfig, model: ImageConfig) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -107,24 +107,6 @@ class Output:
         return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
 
 
-class Config(ImageConfig, Protocol):
-    """The configuration of a model: a frozen dataclass that checks itself."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint or JSON."""
-        ...
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`; a ValueError names what is unknown or impossible."""
-        ...
-
-    @property
-    def counted_pixels(self) -> int:
-        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
-        ...
-
-
 class HierarchicalVAE(nn.Module, ABC):
     """Base class of all models.
 
@@ -133,13 +115,13 @@ class HierarchicalVAE(nn.Module, ABC):
     in the configuration.
 
     Attributes:
-        config_class: of the configuration.
+        config_class: of the configuration, a frozen dataclass derived from :class:`ImageConfig`.
         config: the configuration.
         latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
     """
 
-    config_class: ClassVar[type[Config]]
-    config: Config
+    config_class: ClassVar[type[ImageConfig]]
+    config: ImageConfig
     latent_shapes: tuple[Shape, ...]
 
     @classmethod
@@ -220,7 +202,7 @@ class HierarchicalVAE(nn.Module, ABC):
         """Encode ``x`` and decode a posterior sample.
 
         Args:
-            x: images in [0, 1], ``(B, C, H, W)``; bits and binarisation already applied.
+            x: images in [0, 1], ``(B, C, H, W)``; bits and binarization already applied.
             noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
                 drawn here when absent.
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from nvae.ops import launcher
-from nvae.ops.compiler import CompileError
-from nvae.ops.launcher import CudaLauncher, DeviceLimits, Launch
+from nvae.ops import cuda
+from nvae.ops.cuda import CompileError, CudaLauncher, DeviceLimits, Launch
 
 
 class Result(enum.IntEnum):
@@ -78,11 +77,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
     limits = DeviceLimits(90, 132, 232448, 233472)
-    monkeypatch.setattr(launcher, "_device_limits", lambda _: limits)
-    monkeypatch.setattr(launcher, "compile_kernel", lambda *key: repr(key).encode())
-    launcher._load.cache_clear()
+    monkeypatch.setattr(cuda, "_device_limits", lambda _: limits)
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *key: repr(key).encode())
+    cuda._load.cache_clear()
     yield fake
-    launcher._load.cache_clear()
+    cuda._load.cache_clear()
 
 
 DEVICE = torch.device("cuda", 3)

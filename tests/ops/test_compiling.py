@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae.ops import compiler, depthwise_conv2d, dispatch, library
-from nvae.ops.compiler import CompileError, compile_kernel
+from nvae.ops import cuda, depthwise_conv2d, library
+from nvae.ops.cuda import CompileError, compile_kernel
 
 MACROS = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
 
@@ -16,7 +16,7 @@ MACROS = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     try:
-        compiler._version()
+        cuda._version()
     except CompileError as error:
         pytest.skip(f"NVRTC is not installed: {error}")
     monkeypatch.setenv("NVAE_CACHE_DIR", str(tmp_path / "cache"))
@@ -27,7 +27,7 @@ def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bytes:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(compiler, "_compile", refuse)
+    monkeypatch.setattr(cuda, "_compile", refuse)
 
 
 def test_second_use_reads_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +41,8 @@ def test_second_use_reads_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_changed_source_is_compiled_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_kernel("vectors", MACROS, 90)
-    source = compiler.kernel_source("vectors")
-    monkeypatch.setattr(compiler, "kernel_source", lambda _: source + "\n// edited")
+    source = cuda.kernel_source("vectors")
+    monkeypatch.setattr(cuda, "kernel_source", lambda _: source + "\n// edited")
     forbid_compiling(monkeypatch)
     with pytest.raises(AssertionError, match="compiled again"):
         compile_kernel("vectors", MACROS, 90)
@@ -125,8 +125,8 @@ class FakeCuda:
 
 def test_auto_takes_the_kernel_only_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(dispatch, "_unavailable", lambda *_: None)
-    use = dispatch.use_kernel
+    monkeypatch.setattr(library, "_unavailable", lambda *_: None)
+    use = library.use_kernel
     assert use("auto", FakeCuda())  # type: ignore[arg-type]
     assert not use("reference", FakeCuda())  # type: ignore[arg-type]
     assert not use("auto", FakeCuda(torch.float64))  # type: ignore[arg-type]
@@ -147,9 +147,9 @@ def gpu_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise CompileError("NVRTC is not installed")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch, "_not_applicable", lambda *_: None)
-    monkeypatch.setattr(dispatch, "compile_kernel", refuse)
-    monkeypatch.setattr(dispatch, "_try", dispatch._try.__wrapped__)
+    monkeypatch.setattr(library, "_not_applicable", lambda *_: None)
+    monkeypatch.setattr(library, "compile_kernel", refuse)
+    monkeypatch.setattr(library, "_try", library._try.__wrapped__)
     monkeypatch.setattr(library, "_warned", set())
 
 
@@ -176,9 +176,9 @@ def test_no_compiler_does_not_break_the_graph() -> None:
 
 def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch, "_not_applicable", lambda *_: None)
-    monkeypatch.setattr(dispatch, "compile_kernel", lambda *_: b"")
-    monkeypatch.setattr(dispatch, "_try", dispatch._try.__wrapped__)
+    monkeypatch.setattr(library, "_not_applicable", lambda *_: None)
+    monkeypatch.setattr(library, "compile_kernel", lambda *_: b"")
+    monkeypatch.setattr(library, "_try", library._try.__wrapped__)
     x = torch.randn(1, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     w = torch.randn(3, 1, 3, 3)
     torch._dynamo.reset()
@@ -195,4 +195,4 @@ def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.Monkey
 
 
 def test_old_gpu_has_no_kernels() -> None:
-    assert dispatch._try(7, 5) == "compute capability 7.5 is below 8.0"
+    assert library._try(7, 5) == "compute capability 7.5 is below 8.0"
