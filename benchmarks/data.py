@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from nvae.data.conversion import prepare
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,7 +30,6 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
 from nvae.data.config import DataConfig
 from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepare
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
 from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.data.manifest import MANIFEST_NAME
+from nvae.data.store import MANIFEST_NAME
 from nvae.data.module import ImageDataModule
-from nvae.data.prepare import CONFIG_FOLDER, load_config
-from nvae.data.sources import prepared_folder
-from nvae.data.tables import SPLITS
+from nvae.data.config import CONFIG_FOLDER, load_config
+from nvae.data.places import prepared_folder
+from nvae.data.splits import SPLITS
 from nvae.models import ModelConfig
 from nvae.settings import check_choice, check_fields
 

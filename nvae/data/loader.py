@@ -1,22 +1,127 @@
-"""Loaders: uint8 batches read ahead by threads, in a fixed order, with exact resume.
+"""From a split to uint8 batches: which images, in which order, read ahead by threads.
 
-Threads and not processes: a batch is one `index_select` from a memory-mapped array, which holds no
-interpreter lock, so threads read in parallel without copying every batch between processes.
+Orders are pure functions of seed, epoch and position, so training resumes exactly. Threads and not
+processes: a batch is one `index_select` from a memory-mapped array, which holds no interpreter
+lock, so threads read in parallel without copying every batch between processes.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from nvae.data.sampler import EvalSampler, TrainSampler
-from nvae.data.tables import ImageTable
+from nvae.counter_rng import STREAM_ORDER, permutation
+from nvae.data.splits import Split
 from nvae.settings import LARGEST_INTEGER
 
 _BATCHES_AHEAD_PER_WORKER = 2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's share of the work: `rank` of `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}; it must be in 0..{self.world_size - 1}")
+
+
+@dataclass(frozen=True)
+class TrainSampler:
+    """Shuffled batches of equal size; what does not fill a batch on every rank is dropped.
+
+    All ranks together take one global batch after another from the same permutation, so what a
+    step sees depends on the global batch size, not on the number of ranks.
+
+    Attributes:
+        size: images in the split.
+        batch_size: images a step on each rank.
+        seed: seed of the order.
+        shard: this process.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    shard: Shard = Shard()
+
+    def __post_init__(self) -> None:
+        if self.size < self.global_batch_size:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} on {self.shard.world_size} device(s) needs "
+                f"{self.global_batch_size} training images a step, but there are {self.size}"
+            )
+
+    @classmethod
+    def fitting(cls, size: int, batch_size: int, seed: int, shard: Shard) -> Self:
+        """A sampler with as large a batch as there are images for, `batch_size` at most.
+
+        Raises:
+            ValueError: There is not one image for each device.
+        """
+        if size < shard.world_size:
+            raise ValueError(
+                f"{shard.world_size} devices need as many training images at least, but there are "
+                f"{size}: set trainer.devices={size}"
+            )
+        return cls(size, min(batch_size, size // shard.world_size), seed, shard)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images a step on all ranks together."""
+        return self.batch_size * self.shard.world_size
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return self.size // self.global_batch_size
+
+    def batches(self, epoch: int, position: int = 0) -> Iterator[Tensor]:
+        """This rank's batches of an epoch.
+
+        Args:
+            epoch: which permutation.
+            position: images that all ranks together have already read in this epoch.
+
+        Yields:
+            (batch_size,) int64 indices.
+        """
+        order = permutation(self.size, seed=self.seed, epoch=epoch, stream=STREAM_ORDER)
+        for start in range(
+            position, self.size - self.global_batch_size + 1, self.global_batch_size
+        ):
+            begin = start + self.shard.rank * self.batch_size
+            yield order[begin : begin + self.batch_size]
+
+
+@dataclass(frozen=True)
+class EvalSampler:
+    """Every image once, in order, over all ranks: nothing padded, nothing repeated.
+
+    Attributes:
+        size: images in the split.
+        batch_size: images a step on each rank; the last may be smaller.
+        shard: this process, which takes every world_size-th image.
+    """
+
+    size: int
+    batch_size: int
+    shard: Shard = Shard()
+
+    def __len__(self) -> int:
+        mine = len(range(self.shard.rank, self.size, self.shard.world_size))
+        return -(-mine // self.batch_size)
+
+    def batches(self) -> Iterator[Tensor]:
+        """This rank's batches: int64 indices of at most `batch_size` images each."""
+        mine = torch.arange(self.size)[self.shard.rank :: self.shard.world_size]
+        yield from mine.split(self.batch_size) if len(mine) else ()
 
 
 class RawBatch(NamedTuple):
@@ -25,7 +130,7 @@ class RawBatch(NamedTuple):
     Attributes:
         images: (B, H, W, C) uint8; None where the whole split lies on the device.
         indices: (B,) int64, positions in the split.
-        split: `train`, `valid` or `test`: which table the indices are of.
+        split: `train`, `valid` or `test`: what the indices are of.
         epoch: training epoch, None for evaluation.
     """
 
@@ -59,7 +164,7 @@ class _Loader:
     """Reads batches of one split.
 
     Args:
-        table: the split.
+        images: the split.
         split: its name.
         seed: seed of random crops.
         num_workers: threads that read ahead; 0 reads in the calling thread.
@@ -69,7 +174,7 @@ class _Loader:
 
     def __init__(
         self,
-        table: ImageTable,
+        images: Split,
         split: str,
         *,
         seed: int,
@@ -77,7 +182,7 @@ class _Loader:
         index_only: bool,
         pin_memory: bool,
     ) -> None:
-        self._table = table
+        self._images = images
         self._split = split
         self._seed = seed
         self._workers = 0 if index_only else num_workers
@@ -87,7 +192,7 @@ class _Loader:
     def _read(self, index: Tensor, epoch: int | None) -> RawBatch:
         if self._index_only:
             return RawBatch(None, index, self._split, epoch)
-        images = self._table.gather(index, epoch=epoch, seed=self._seed)
+        images = self._images.gather(index, epoch=epoch, seed=self._seed)
         if self._pin_memory:
             images, index = images.pin_memory(), index.pin_memory()
         return RawBatch(images, index, self._split, epoch)
@@ -99,8 +204,8 @@ class _Loader:
 class EvalLoader(_Loader):
     """Batches of an `EvalSampler`; the same at every iteration."""
 
-    def __init__(self, sampler: EvalSampler, table: ImageTable, split: str, **options: Any) -> None:
-        super().__init__(table, split, **options)
+    def __init__(self, sampler: EvalSampler, images: Split, split: str, **options: Any) -> None:
+        super().__init__(images, split, **options)
         self._sampler = sampler
 
     def __len__(self) -> int:
@@ -120,10 +225,8 @@ class TrainLoader(_Loader):
     finished iteration moves on to the next epoch by itself.
     """
 
-    def __init__(
-        self, sampler: TrainSampler, table: ImageTable, split: str, **options: Any
-    ) -> None:
-        super().__init__(table, split, **options)
+    def __init__(self, sampler: TrainSampler, images: Split, split: str, **options: Any) -> None:
+        super().__init__(images, split, **options)
         self._sampler = sampler
         self._epoch = 0
         self._position = 0
@@ -180,8 +283,3 @@ class TrainLoader(_Loader):
                 )
         self._epoch = state_dict["epoch"]
         self._position = state_dict["position"]
-
-
-def pin_memory_for(device: torch.device) -> bool:
-    """Whether page-locked memory speeds up the transfer to `device`."""
-    return device.type == "cuda"

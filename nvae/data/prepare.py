@@ -12,11 +12,22 @@ from nvae.command_line import brief, fail, interruptible
 with interruptible():  # the imports below take seconds
     from rich.progress import Progress as ProgressBar
 
-    from nvae.data.catalog import FOLDER, OPTIONS, config_names, is_known, load_config
-    from nvae.data.config import CROPS, RESIZES, SOURCE_FORMATS, DataConfig
-    from nvae.data.manifest import DataError, Manifest
+    from nvae.data.config import (
+        CROPS,
+        FOLDER,
+        OPTIONS,
+        RESIZES,
+        SOURCE_FORMATS,
+        DataConfig,
+        DataError,
+        config_names,
+        is_known,
+        load_config,
+    )
+    from nvae.data.conversion import prepare
+    from nvae.data.dataset import open_splits
     from nvae.data.places import prepared_folder
-    from nvae.data.sources import open_tables, prepare
+    from nvae.data.store import Manifest
 
 MOST_WORKERS = 256
 
@@ -39,9 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", type=Path, help="where it goes for a folder without --root (data.cache)"
     )
-    parser.add_argument("--format", choices=SOURCE_FORMATS, help="kind of source files")
+    formats = f"{', '.join(SOURCE_FORMATS)}, or package.module:function"
+    parser.add_argument("--format", help=f"kind of source files: {formats}")
     parser.add_argument("--size", type=int, help="side of the model's input (data.image_size)")
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="1 gray, 3 color")
     parser.add_argument("--crop", choices=CROPS, help="how pictures become square")
     parser.add_argument(
         "--crop-box",
@@ -129,7 +141,7 @@ def _run(argv: Sequence[str] | None) -> int:
                 workers=arguments.workers,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        open_tables(config)
+        open_splits(config)
         _report(config, manifest)
     except MemoryError:
         print("error: there is not enough memory for these files", file=sys.stderr)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from nvae.data.memory import open_in_memory
+from nvae.data.dataset import make_in_memory
 
 
 def digits(make_config, **overrides):
@@ -16,7 +16,7 @@ def digits(make_config, **overrides):
         "valid_size": 100,
         "test_size": 300,
     }
-    return open_in_memory(make_config(**(defaults | overrides)))
+    return make_in_memory(make_config(**(defaults | overrides)))
 
 
 def test_digits_are_the_1797_real_images_each_once(make_config):
@@ -37,22 +37,22 @@ def test_digits_can_be_enlarged(make_config):
     assert digits(make_config, image_size=16)["train"].shape == (16, 16, 1)
 
 
-def test_digits_have_no_colour(make_config):
+def test_digits_have_no_color(make_config):
     with pytest.raises(ValueError, match="channels=1"):
         digits(make_config, channels=3)
 
 
 def test_random_images_are_seeded_and_fill_the_range(make_config):
-    tables = open_in_memory(make_config())
+    tables = make_in_memory(make_config())
     assert {split: len(table) for split, table in tables.items()} == {
         "train": 50,
         "valid": 7,
         "test": 5,
     }
-    assert torch.equal(tables["train"].images, open_in_memory(make_config())["train"].images)
+    assert torch.equal(tables["train"].images, make_in_memory(make_config())["train"].images)
     assert tables["train"].images.unique().numel() == 256
 
 
 def test_random_images_need_their_number(make_config):
     with pytest.raises(ValueError, match="train_size"):
-        open_in_memory(make_config(train_size=None))
+        make_in_memory(make_config(train_size=None))
