@@ -1,4 +1,7 @@
-"""The two data sets that need no files."""
+"""Data sets, open: those that need no files, and all of them without Lightning."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +59,27 @@ def test_random_images_are_seeded_and_fill_the_range(make_config):
 def test_random_images_need_their_number(make_config):
     with pytest.raises(ValueError, match="train_size"):
         make_in_memory(make_config(train_size=None))
+
+
+WITHOUT_LIGHTNING = """
+import sys
+from nvae.data.config import DataConfig
+from nvae.data.dataset import ImageData
+config = DataConfig("x", "random", 8, 3, 8, "normal", train_size=9, valid_size=1, flip=True)
+data = ImageData(config)
+data.prepare()
+data.setup()
+assert [len(batch.x) for batch in data.batches("valid")] == [1]
+assert data.split("test") is data.split("valid")
+assert data.fingerprint()["splits"]["train"]["images"] == 9
+heavy = {"pytorch_lightning", "hydra", "torchvision", "scipy", "sklearn", "lmdb"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_a_data_set_opens_without_lightning():
+    """Sampling and evaluation need data, and none of the seconds that these imports take."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIGHTNING], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
