@@ -222,21 +222,11 @@ CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
 FOLDER = "folder"
 """The data set of the user's own pictures."""
 
-OPTIONS = {
-    "root": "--root",
-    "source": "--source",
-    "cache": "--cache",
-    "format": "--format",
-    "image_size": "--size",
-    "channels": "--channels",
-    "crop": "--crop",
-    "crop_box": "--crop-box",
-    "resize": "--resize",
-    "train_size": "--train-size",
-    "valid_size": "--valid-size",
-    "test_size": "--test-size",
-}
-"""Settings that the preparing command takes, and how it calls them."""
+OPTIONS = (
+    *("root", "source", "cache", "format", "image_size", "channels", "crop", "crop_box", "resize"),
+    *("train_size", "valid_size", "test_size"),
+)
+"""Settings that the preparing command takes; `--size` is `image_size`."""
 
 
 def is_known(name: str) -> bool:
@@ -280,8 +270,9 @@ def prepare_command(config: DataConfig) -> str:
     name = config.name if is_known(config.name) else FOLDER
     usual = load_config(name) if is_known(name) else None
     words: list[object] = ["python", "-m", "nvae.data.prepare", name]
-    for setting, option in OPTIONS.items():
+    for setting in OPTIONS:
         value = getattr(config, setting)
         if value is not None and value != getattr(usual, setting, None):
-            words += [option, *(value if isinstance(value, list | tuple) else [value])]
+            words.append("--" + setting.removeprefix("image_").replace("_", "-"))
+            words += value if isinstance(value, list | tuple) else [value]
     return shell(*words)
