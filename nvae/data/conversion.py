@@ -8,21 +8,18 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.lib.format as npy
 from numpy.typing import NDArray
 
 from nvae.data.config import IN_MEMORY_FORMATS, DataConfig, DataError
+from nvae.data.loader import read_ahead
 from nvae.data.places import (
     by_hand,
     can_be_fetched,
@@ -59,7 +56,7 @@ class _ArrayWriter:
 
     def __init__(self, folder: Path, stem: str, dtype: str, row: tuple[int, ...]) -> None:
         self._folder, self._stem, self._dtype, self._row = folder, stem, dtype, row
-        self._file = (folder / f"{stem}{PARTIAL}").open("wb")
+        self.file = (folder / f"{stem}{PARTIAL}").open("wb")
         self._digest = hashlib.sha256()
         self.length = 0
         self._write_header(0)
@@ -68,29 +65,26 @@ class _ArrayWriter:
         # numpy leaves room for the count to grow: the header is as long when it is written again.
         shape = (count, *self._row)
         header = {"descr": self._dtype, "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(self._file, header)
+        npy.write_array_header_1_0(self.file, header)
 
     def add(self, array: NDArray[np.generic]) -> None:
         data = np.ascontiguousarray(array).data.cast("B")
-        self._file.write(data)
+        self.file.write(data)
         self._digest.update(data)
         self.length += len(data)
 
     def finish(self, count: int) -> ArrayFile:
-        size = self._file.tell()
-        self._file.seek(0)
+        size = self.file.tell()
+        self.file.seek(0)
         self._write_header(count)
-        assert self._file.tell() == size - self.length
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        assert self.file.tell() == size - self.length
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
         digest = self._digest.hexdigest()
         name = f"{self._stem}-{digest[:12]}.npy"
-        Path(self._file.name).replace(self._folder / name)
+        Path(self.file.name).replace(self._folder / name)
         return ArrayFile(name, size, digest)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class SplitWriter:
@@ -99,7 +93,7 @@ class SplitWriter:
     Args:
         folder: of the data set.
         name: of the split.
-        shape: (H, W, C) of the images, or of the window cut from them when `ragged`.
+        shape: (H, W, C) of the images, or, where they are `ragged`, of the window cut from them.
         ragged: images differ in size.
     """
 
@@ -134,58 +128,56 @@ class SplitWriter:
 
     def close(self) -> None:
         """Release the file."""
-        self._pixels.close()
+        self._pixels.file.close()
 
 
 class StoreWriter:
-    """All splits of one data set. Leaving the block without `commit` leaves no trace.
-
-    Use under `exclusive(folder)`.
-    """
+    """All splits of one data set; see `writing`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writers: dict[str, SplitWriter] = {}
-        self._before: set[Path] = set()
-        self._committed = False
-
-    def __enter__(self) -> Self:
-        for leftover in own_files(self._folder, PARTIAL):
-            leftover.unlink()
-        self._before = own_files(self._folder)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for writer in self._writers.values():
-            # On a full disk closing fails as well, because it writes what is still buffered.
-            with suppress(OSError) if kind is not None else nullcontext():
-                writer.close()
-        if kind is not None and not self._committed:
-            for path in own_files(self._folder) - self._before:
-                path.unlink()
+        self.splits: dict[str, SplitWriter] = {}
+        self.is_committed = False
 
     def split(self, name: str, shape: tuple[int, int, int], *, ragged: bool) -> SplitWriter:
         """Start a split."""
-        self._writers[name] = SplitWriter(self._folder, name, shape, ragged=ragged)
-        return self._writers[name]
+        self.splits[name] = SplitWriter(self._folder, name, shape, ragged=ragged)
+        return self.splits[name]
 
     def finish(self) -> dict[str, SplitFiles]:
         """Complete the arrays of all splits that have images."""
-        return {name: writer.finish() for name, writer in self._writers.items() if writer.count}
+        return {name: split.finish() for name, split in self.splits.items() if split.count}
 
     def commit(self, manifest: Manifest) -> None:
         """Make the new arrays the data set, then remove what no manifest names."""
         manifest.write(self._folder)
-        self._committed = True
+        self.is_committed = True
         write_stamps(self._folder, manifest)
         keep = {self._folder / array.file for array in manifest.files()}
         for path in own_files(self._folder) - keep:
             path.unlink()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[StoreWriter]:
+    """Write a prepared form, under `exclusive`; what fails before `commit` leaves no trace."""
+    for leftover in own_files(folder, PARTIAL):
+        leftover.unlink()
+    before = own_files(folder)
+    writer = StoreWriter(folder)
+    try:
+        yield writer
+    except BaseException:
+        for split in writer.splits.values():
+            # On a full disk closing fails as well, because it writes what is still buffered.
+            with suppress(OSError):
+                split.close()
+        if not writer.is_committed:
+            for path in own_files(folder) - before:
+                path.unlink()
+        raise
+    for split in writer.splits.values():
+        split.close()
 
 
 @contextmanager
@@ -199,8 +191,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Which picture of which part goes to which split.
 
     Attributes:
@@ -265,29 +256,19 @@ def _to_array(item: Item, config: DataConfig) -> NDArray[np.uint8] | BadImageErr
         return BadImageError(f"it cannot be read: {error.strerror or error}")
 
 
-def _map_in_order(
+def _read_all(
     items: Iterator[tuple[int, Item]], config: DataConfig, workers: int
 ) -> Iterator[Result]:
     """Decode chunks of pictures in threads (PIL holds no interpreter lock); results in order."""
 
-    def work(chunk: list[tuple[int, Item]]) -> list[Result]:
+    def read(chunk: list[tuple[int, Item]]) -> list[Result]:
         return [(split, item, _to_array(item, config)) for split, item in chunk]
 
-    pending: deque[Future[list[Result]]] = deque()
+    chunks = iter(lambda: list(islice(items, _CHUNK)), [])
     # PIL's warnings about damaged pictures are several lines each; set for all threads at once.
-    with (
-        warnings.catch_warnings(action="ignore"),
-        ThreadPoolExecutor(workers, thread_name_prefix="nvae-prepare") as pool,
-    ):
-        try:
-            while chunk := list(islice(items, _CHUNK)):
-                pending.append(pool.submit(work, chunk))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with warnings.catch_warnings(action="ignore"):
+        for results in read_ahead(read, chunks, workers, "nvae-prepare"):
+            yield from results
 
 
 def _check_space(folder: Path, images: int, config: DataConfig) -> None:
@@ -329,7 +310,7 @@ def _convert(
     total, done = sum(plan.counts.values()), 0
     for name, part in parts.items():
         items = _with_split(part, plan.destination[name])
-        for split, item, result in _map_in_order(items, config, workers):
+        for split, item, result in _read_all(items, config, workers):
             if isinstance(result, BadImageError):
                 if not skip_bad:
                     raise DataError(f"{item.name} cannot be used: {result}") from result
@@ -412,7 +393,7 @@ def _prepare(
     digest = listing_digest(source, kind)
     plan = plan_splits(parts, config)
     workers = workers or min(8, os.cpu_count() or 1)
-    with StoreWriter(folder) as writer:
+    with writing(folder) as writer:
         _check_space(folder, sum(plan.counts.values()), config)
         skipped = _convert(
             parts, plan, writer, config, skip_bad=skip_bad, workers=workers, progress=progress

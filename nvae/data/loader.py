@@ -8,8 +8,8 @@ lock, so threads read in parallel without copying every batch between processes.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from nvae.counter_rng import STREAM_ORDER, permutation
 from nvae.data.splits import Split
 from nvae.settings import LARGEST_INTEGER
 
-_BATCHES_AHEAD_PER_WORKER = 2
+_AHEAD_PER_WORKER = 2
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -140,19 +143,17 @@ class RawBatch(NamedTuple):
     epoch: int | None
 
 
-def _read_ahead(
-    read: Callable[[Tensor], RawBatch], batches: Iterator[Tensor], workers: int
-) -> Iterator[RawBatch]:
-    """`map(read, batches)` by threads, results in order, a bounded number ahead."""
+def read_ahead(read: Callable[[T], U], items: Iterator[T], workers: int, name: str) -> Iterator[U]:
+    """`map(read, items)` by threads of a name, results in order, a bounded number ahead."""
     if workers == 0:
-        yield from map(read, batches)
+        yield from map(read, items)
         return
-    pending: deque[Future[RawBatch]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="nvae-data")
+    pending: deque[Future[U]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     try:
-        for index in batches:
-            pending.append(pool.submit(read, index))
-            if len(pending) > workers * _BATCHES_AHEAD_PER_WORKER:
+        for item in items:
+            pending.append(pool.submit(read, item))
+            if len(pending) > workers * _AHEAD_PER_WORKER:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -160,10 +161,12 @@ def _read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(eq=False)
 class _Loader:
     """Reads batches of one split.
 
-    Args:
+    Attributes:
+        order: which images each batch has.
         images: the split.
         split: its name.
         seed: seed of random crops.
@@ -172,49 +175,42 @@ class _Loader:
         pin_memory: put batches in page-locked memory, for CUDA.
     """
 
-    def __init__(
-        self,
-        images: Split,
-        split: str,
-        *,
-        seed: int,
-        num_workers: int,
-        index_only: bool,
-        pin_memory: bool,
-    ) -> None:
-        self._images = images
-        self._split = split
-        self._seed = seed
-        self._workers = 0 if index_only else num_workers
-        self._index_only = index_only
-        self._pin_memory = pin_memory
+    order: Any
+    images: Split
+    split: str
+    seed: int
+    num_workers: int
+    index_only: bool
+    pin_memory: bool
 
-    def _read(self, index: Tensor, epoch: int | None) -> RawBatch:
-        if self._index_only:
-            return RawBatch(None, index, self._split, epoch)
-        images = self._images.gather(index, epoch=epoch, seed=self._seed)
-        if self._pin_memory:
-            images, index = images.pin_memory(), index.pin_memory()
-        return RawBatch(images, index, self._split, epoch)
+    def __len__(self) -> int:
+        """Batches in a whole epoch, also when resumed within one."""
+        return len(self.order)
 
     def _iterate(self, batches: Iterator[Tensor], epoch: int | None) -> Iterator[RawBatch]:
-        return _read_ahead(lambda index: self._read(index, epoch), batches, self._workers)
+        def read(index: Tensor) -> RawBatch:
+            if self.index_only:
+                return RawBatch(None, index, self.split, epoch)
+            images = self.images.gather(index, epoch=epoch, seed=self.seed)
+            if self.pin_memory:
+                images, index = images.pin_memory(), index.pin_memory()
+            return RawBatch(images, index, self.split, epoch)
+
+        workers = 0 if self.index_only else self.num_workers
+        return read_ahead(read, batches, workers, "nvae-data")
 
 
+@dataclass(eq=False)
 class EvalLoader(_Loader):
     """Batches of an `EvalSampler`; the same at every iteration."""
 
-    def __init__(self, sampler: EvalSampler, images: Split, split: str, **options: Any) -> None:
-        super().__init__(images, split, **options)
-        self._sampler = sampler
-
-    def __len__(self) -> int:
-        return len(self._sampler)
+    order: EvalSampler
 
     def __iter__(self) -> Iterator[RawBatch]:
-        return self._iterate(self._sampler.batches(), None)
+        return self._iterate(self.order.batches(), None)
 
 
+@dataclass(eq=False)
 class TrainLoader(_Loader):
     """Batches of a `TrainSampler`, one epoch an iteration, from wherever the last state was.
 
@@ -225,11 +221,9 @@ class TrainLoader(_Loader):
     finished iteration moves on to the next epoch by itself.
     """
 
-    def __init__(self, sampler: TrainSampler, images: Split, split: str, **options: Any) -> None:
-        super().__init__(images, split, **options)
-        self._sampler = sampler
-        self._epoch = 0
-        self._position = 0
+    order: TrainSampler
+    _epoch: int = field(default=0, init=False)
+    _position: int = field(default=0, init=False)
 
     @property
     def sampler(self) -> "TrainLoader":
@@ -241,16 +235,12 @@ class TrainLoader(_Loader):
         if epoch != self._epoch:
             self._epoch, self._position = epoch, 0
 
-    def __len__(self) -> int:
-        """Batches in a whole epoch, also when resumed within one."""
-        return len(self._sampler)
-
     def __iter__(self) -> Iterator[RawBatch]:
         # A generator: epoch and position are read at the first batch, because Lightning asks for
         # the iterator before it tells the epoch.
-        sampler, epoch = self._sampler, self._epoch
-        for batch in self._iterate(sampler.batches(epoch, self._position), epoch):
-            self._position += sampler.global_batch_size
+        order, epoch = self.order, self._epoch
+        for batch in self._iterate(order.batches(epoch, self._position), epoch):
+            self._position += order.global_batch_size
             yield batch
         self.set_epoch(epoch + 1)
 
@@ -259,8 +249,8 @@ class TrainLoader(_Loader):
         return {
             "epoch": self._epoch,
             "position": self._position,
-            "size": self._sampler.size,
-            "seed": self._sampler.seed,
+            "size": self.order.size,
+            "seed": self.order.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -275,7 +265,7 @@ class TrainLoader(_Loader):
                 raise ValueError(f"the checkpoint's state of the training data has no {key}")
         if state_dict["position"] > state_dict["size"]:
             raise ValueError("the checkpoint's state of the training data is behind their end")
-        for key, have in (("size", self._sampler.size), ("seed", self._sampler.seed)):
+        for key, have in (("size", self.order.size), ("seed", self.order.seed)):
             if state_dict[key] != have:
                 raise ValueError(
                     f"the checkpoint was made with {key} {state_dict[key]} of the training data, "

@@ -1,7 +1,7 @@
 """The splits of a data set: their pixels, and how they are drawn where the source has none."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,43 +14,37 @@ SPLITS = (TRAIN, VALID, TEST)
 TOO_FEW = "it takes at least two: one to train on, one to hold out"
 
 
-class Split(Protocol):
-    """The images of one split."""
+class Split(ABC):
+    """The images of one split.
+
+    Attributes:
+        sha256: of the stored pixels: results name the images they were taken on by it.
+    """
+
+    sha256: str
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a gathered image."""
-        ...
 
-    @property
-    def sha256(self) -> str:
-        """Of the stored pixels: results name the images they were taken on by it."""
-        ...
-
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
-        """Pixels of some images.
+        """Pixels of some images, (B, H, W, C) uint8.
 
         Args:
             index: (B,) int64.
             epoch: training epoch, None for evaluation; where a crop is drawn it depends on it.
             seed: seed of the crop.
-
-        Returns:
-            (B, H, W, C) uint8.
         """
-        ...
 
 
 @dataclass(frozen=True)
-class DenseSplit:
-    """Images of one size in one tensor, in memory, memory-mapped or on a device.
-
-    Attributes:
-        images: (N, H, W, C) uint8.
-        sha256: see `Split`.
-    """
+class DenseSplit(Split):
+    """Images of one size, (N, H, W, C) uint8, in memory, memory-mapped or on a device."""
 
     images: Tensor
     sha256: str = ""
@@ -66,13 +60,11 @@ class DenseSplit:
         return self.images.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
         _, height, width, channels = self.images.shape
         return height, width, channels
 
-    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
-        """See `Split.gather`; nothing is drawn here."""
+    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
         del epoch, seed
         return self.images.index_select(0, index)
 
@@ -82,8 +74,9 @@ class DenseSplit:
 
 
 @dataclass(frozen=True)
-class RaggedSplit:
-    """Images whose shorter side is `size`; a square window is cut when they are read.
+class RaggedSplit(Split):
+    """Images whose shorter side is `size`; a square window is cut when they are read: a random
+    one in training, the central one otherwise.
 
     Attributes:
         pixels: (bytes,) uint8, all images one after another.
@@ -103,12 +96,10 @@ class RaggedSplit:
         return self.layout.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(size, size, C)."""
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
         return self.size, self.size, self.channels
 
-    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
-        """See `Split.gather`: a random window in training, the central one otherwise."""
+    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
         layout = self.layout[index]
         slack = layout[:, 1:] - self.size
         if epoch is None:

@@ -59,7 +59,7 @@ def test_threads_change_nothing(workers):
 
 def test_an_error_in_a_thread_reaches_the_caller():
     loader = train_loader(2, cls=SlowTable)
-    loader._images.__dict__["fail_at"] = 17
+    loader.images.__dict__["fail_at"] = 17
     with pytest.raises(OSError, match="disk gone"):
         list(loader)
 
