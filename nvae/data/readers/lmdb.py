@@ -9,7 +9,6 @@ found through 16-bit offsets; long values on pages of their own.
 
 import mmap
 import struct
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import isqrt
@@ -60,8 +59,11 @@ def _reference_part(path: Path) -> Part:
         return lambda: decode_raw(file.value(node))
 
     def items() -> Iterator[Item]:
+        # LMDB sorts keys as text, 10 before 2. No number has a longer key, and a damaged page could
+        # hold many that are very long.
+        nodes = {key: node for key, node in file.items() if len(key) < 20}
         for i in range(len(file)):
-            node = file.find(str(i).encode())
+            node = nodes.get(str(i).encode())
             if node is None:
                 raise DataError(
                     f"{path} has {len(file)} entries but no key {str(i)!r}: keys must be "
@@ -253,29 +255,3 @@ class LmdbFile:
                 yield self._key(node), node
         if given < len(self):
             raise self._damage(f"it holds {given} entries instead of {len(self)}")
-
-    def find(self, key: bytes) -> int | None:
-        """Position of the node of a key, None where it is not there.
-
-        Raises:
-            DataError: It is damaged.
-        """
-        number = self._now.root
-        if number == _EMPTY:
-            return None
-        for _ in range(_DEEPEST):
-            kind, nodes = self._nodes(number)
-            if kind == _LEAF:
-                low = self._first_from(nodes, key)
-                return nodes[low] if low < len(nodes) and self._key(nodes[low]) == key else None
-            # The first key of a branch page is left out: it stands for all that is smaller.
-            low = self._first_from(nodes[1:], key)
-            exact = low + 1 < len(nodes) and self._key(nodes[low + 1]) == key
-            if not nodes:
-                break
-            number = self._child(nodes[low + exact])
-        raise self._damage("its pages lead round in a circle")
-
-    def _first_from(self, nodes: list[int], key: bytes) -> int:
-        """Position of the first node whose key is not smaller."""
-        return bisect_left(nodes, key, key=self._key)
