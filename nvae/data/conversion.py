@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.lib.format as npy
@@ -30,7 +30,7 @@ from nvae.data.places import (
     target_folder,
 )
 from nvae.data.readers import Item, MissingSourceError, Part, detect_format, read_source
-from nvae.data.splits import SPLITS, TRAIN, draw_splits, split_counts
+from nvae.data.splits import SPLITS, TRAIN, Plan, plan_splits
 from nvae.data.store import (
     PARTIAL,
     ArrayFile,
@@ -189,46 +189,6 @@ def exclusive(folder: Path) -> Iterator[None]:
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+b", buffering=0) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-class Plan(NamedTuple):
-    """Which picture of which part goes to which split.
-
-    Attributes:
-        counts: pictures by split, before unreadable ones are left out.
-        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
-        rule: the same in words.
-    """
-
-    counts: dict[str, int]
-    destination: dict[str, NDArray[np.int8]]
-    rule: str
-
-
-def plan_splits(parts: dict[str, Part], config: DataConfig) -> Plan:
-    """Decide the splits before any picture is read.
-
-    Raises:
-        DataError: The source cannot give the sizes that the config asks for.
-    """
-    available = {split: part.count for split, part in parts.items()}
-    try:
-        counts = split_counts(available, {n: getattr(config, f"{n}_size") for n in SPLITS})
-    except ValueError as error:
-        raise DataError(error) from error
-    drawn = {split: 0 if split in parts else counts[split] for split in SPLITS[1:]}
-    destination = {
-        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
-        for split, count in available.items()
-    }
-    if not any(drawn.values()):
-        return Plan(counts, destination, "as in the source")
-    indices = draw_splits(available[TRAIN], *drawn.values(), seed=config.split_seed)
-    for split, rows in indices.items():
-        destination[TRAIN][rows.numpy()] = SPLITS.index(split)
-    names = " and ".join(split for split, count in drawn.items() if count)
-    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
-    return Plan(counts, destination, f"{rule}{config.split_seed})")
 
 
 def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:
@@ -391,7 +351,7 @@ def _prepare(
     kind, parts = _read_or_download(config, source)
     # Before the pictures are read: what changes meanwhile is seen at the next start.
     digest = listing_digest(source, kind)
-    plan = plan_splits(parts, config)
+    plan = plan_splits({split: part.count for split, part in parts.items()}, config)
     workers = workers or min(8, os.cpu_count() or 1)
     with writing(folder) as writer:
         _check_space(folder, sum(plan.counts.values()), config)

@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nvae.counter_rng import STREAM_CROP, STREAM_SPLIT, image_keys, permutation
+from nvae.data.config import DataConfig, DataError
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)
@@ -174,3 +178,42 @@ def draw_splits(n: int, valid: int, test: int, *, seed: int) -> dict[str, Tensor
     order = permutation(n, seed=seed, epoch=0, stream=STREAM_SPLIT)
     parts = order.split([n - valid - test, valid, test])
     return {split: part.sort().values for split, part in zip(SPLITS, parts, strict=True)}
+
+
+class Plan(NamedTuple):
+    """Which picture of which part of a source goes to which split.
+
+    Attributes:
+        counts: pictures by split, before unreadable ones are left out.
+        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
+        rule: the same in words.
+    """
+
+    counts: dict[str, int]
+    destination: dict[str, NDArray[np.int8]]
+    rule: str
+
+
+def plan_splits(available: dict[str, int], config: DataConfig) -> Plan:
+    """Decide the splits, given how many pictures each part of the source has.
+
+    Raises:
+        DataError: The source cannot give the sizes that the config asks for.
+    """
+    try:
+        counts = split_counts(available, {n: getattr(config, f"{n}_size") for n in SPLITS})
+    except ValueError as error:
+        raise DataError(error) from error
+    drawn = {split: 0 if split in available else counts[split] for split in SPLITS[1:]}
+    destination = {
+        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
+        for split, count in available.items()
+    }
+    if not any(drawn.values()):
+        return Plan(counts, destination, "as in the source")
+    indices = draw_splits(available[TRAIN], *drawn.values(), seed=config.split_seed)
+    for split, rows in indices.items():
+        destination[TRAIN][rows.numpy()] = SPLITS.index(split)
+    names = " and ".join(split for split, count in drawn.items() if count)
+    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
+    return Plan(counts, destination, f"{rule}{config.split_seed})")

@@ -6,6 +6,7 @@ All processes of a machine share the mapped pages. Nothing that the files say is
 import hashlib
 import io
 import re
+import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -225,7 +226,8 @@ def read_header(file: IO[bytes], allowed: tuple[str, ...]) -> Header:
     try:
         is_first = npy.read_magic(start) == (1, 0)
         read = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
-        shape, is_fortran, dtype = read(start)
+        with warnings.catch_warnings(action="ignore"):  # one line on a bad file is enough
+            shape, is_fortran, dtype = read(start)
     except Exception as error:  # numpy raises nearly anything on damaged headers
         raise ValueError(f"its header cannot be read: {error}") from None
     if any(type(side) is not int or side < 0 for side in shape):

@@ -231,3 +231,17 @@ def test_a_file_of_another_length_than_its_header_says_is_refused(tmp_path, chan
     (tmp_path / "a.npy").write_bytes(data)
     with pytest.raises(ValueError, match="header"):
         map_array(tmp_path / "a.npy", "|u1")
+
+
+@pytest.mark.parametrize(
+    "shape", ["(2L, 3L)", "(True, 3)", "(-2, 3)", "(2**70, 3)", "2", "(2.0, 3)"]
+)
+def test_shapes_that_numpy_frowns_at_or_lets_pass(recwarn, shape):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+    data = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{text:<117}\n".encode()
+    if shape == "(2L, 3L)":  # as Python 2 wrote them
+        assert read_header(io.BytesIO(data), ("|u1",)).shape == (2, 3)
+    else:
+        with pytest.raises(ValueError, match="header"):
+            read_header(io.BytesIO(data), ("|u1",))
+    assert not recwarn.list
