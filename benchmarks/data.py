@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvae.data.conversion import prepare
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,6 +28,7 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
 from nvae.data.config import DataConfig
+from nvae.data.conversion import prepare
 from nvae.data.module import ImageDataModule
 
 
