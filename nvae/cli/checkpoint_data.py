@@ -16,12 +16,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.catalog import is_known, load_config
-from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.data.manifest import MANIFEST_NAME
+from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
 from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepared_folder
-from nvae.data.tables import SPLITS
+from nvae.data.places import prepared_folder
+from nvae.data.splits import SPLITS
+from nvae.data.store import MANIFEST_NAME
 from nvae.models.hierarchical import Config
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.settings import check_choice, check_fields

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from nvae.data.manifest import DataError
+from nvae.data.config import DataError
+from nvae.data.readers import MissingSourceError
 from nvae.data.readers.npz import read_npz
-from nvae.data.readers.source import MissingSourceError
 from tests.data.files import pictures, write_npz
 
 

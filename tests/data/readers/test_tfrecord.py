@@ -5,11 +5,11 @@ import contextlib
 import numpy as np
 import pytest
 
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.readers.source import MissingSourceError
-from nvae.data.readers.tfrecord import decode_example, read_tfrecord
-from tests.data.files import example, field, pictures, write_tfrecords
+from nvae.data.config import DataError
+from nvae.data.readers import MissingSourceError
+from nvae.data.readers.tfrecord import crc32c, decode_example, masked_crc32c, read_tfrecord
+from nvae.data.transforms import BadImageError
+from tests.data.files import crc32c_reference, example, field, masked, pictures, write_tfrecords
 
 
 def loaded(part):
@@ -103,3 +103,24 @@ def test_random_bytes_never_do_worse_than_being_refused():
 def test_missing_files_are_named(tmp_path, make_config):
     with pytest.raises(MissingSourceError, match="tfrecord"):
         read_tfrecord(tmp_path, make_config())
+
+
+@pytest.mark.parametrize(
+    ("data", "crc"),
+    [
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+    ],
+)
+def test_published_vectors(data, crc):
+    assert crc32c(data) == crc
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 31, 33, 63, 64, 65, 1000, 4097])
+def test_every_length_agrees_with_the_bitwise_form(length):
+    data = np.random.default_rng(length).bytes(length)
+    assert crc32c(data) == crc32c_reference(data)
+    assert masked_crc32c(data).to_bytes(4, "little") == masked(data)
