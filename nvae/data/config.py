@@ -8,23 +8,26 @@ from nvae.command_line import brief, shell
 from nvae.files import read_yaml
 from nvae.settings import LARGEST_INTEGER, check_fields
 
+TRAIN, VALID, TEST = "train", "valid", "test"
+SPLITS = (TRAIN, VALID, TEST)
+
 IN_MEMORY_FORMATS = ("digits", "random")
 """Made in memory at start: nothing on disk, nothing to prepare."""
 
 READERS = {
-    "idx": "nvae.data.readers.classic:read_idx",
-    "stacked_idx": "nvae.data.readers.classic:read_stacked_idx",
-    "cifar": "nvae.data.readers.classic:read_cifar",
-    "omniglot": "nvae.data.readers.classic:read_omniglot",
-    "celeba": "nvae.data.readers.pictures:read_celeba",
-    "npz": "nvae.data.readers.npz:read_npz",
-    "folder": "nvae.data.readers.pictures:read_folder",
-    "tfrecord": "nvae.data.readers.tfrecord:read_tfrecord",
-    "lmdb": "nvae.data.readers.lmdb:read_reference_lmdb",
-    "lsun": "nvae.data.readers.lmdb:read_lsun",
+    "idx": "nvae.data.readers.arrays:Idx",
+    "stacked_idx": "nvae.data.readers.arrays:StackedIdx",
+    "cifar": "nvae.data.readers.arrays:Cifar",
+    "omniglot": "nvae.data.readers.arrays:Omniglot",
+    "npz": "nvae.data.readers.arrays:Npz",
+    "celeba": "nvae.data.readers.pictures:CelebA",
+    "folder": "nvae.data.readers.pictures:Folder",
+    "tfrecord": "nvae.data.readers.tfrecord:TFRecord",
+    "lmdb": "nvae.data.readers.lmdb:ReferenceLmdb",
+    "lsun": "nvae.data.readers.lmdb:Lsun",
 }
 """The reader of each format of source files, imported when a source is read. A format may also be
-such a `package.module:function` itself; see :func:`nvae.data.readers.read_source`."""
+such a `package.module:Class` itself; see :func:`nvae.data.readers.read_source`."""
 
 SOURCE_FORMATS = ("auto", *READERS)
 """`auto` looks what is there: an LMDB, TFRecords, npz batches, or pictures."""
@@ -79,8 +82,8 @@ class DataConfig:
 
     Attributes:
         name: label in logs and manifests.
-        format: kind of the source files (`SOURCE_FORMATS`, or `package.module:function` for a
-            reader of your own), or made in memory (`IN_MEMORY_FORMATS`).
+        format: kind of the source files (`SOURCE_FORMATS`, or `package.module:Class` for a reader
+            of your own), or made in memory (`IN_MEMORY_FORMATS`).
         root: folder of the data set; the prepared form lies in a folder inside, named after its
             shape. A folder that is a prepared form is taken as such. Where the pictures lie in
             `root` itself (or it is an archive of them), nothing is written there: see `cache`.

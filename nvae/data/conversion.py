@@ -39,7 +39,7 @@ from nvae.data.store import (
     own_files,
     write_stamps,
 )
-from nvae.data.transforms import BadImageError, decode, fit, fit_array
+from nvae.data.transforms import BadImageError, decode, fit, fit_array, to_channels
 
 _CHUNK = 32
 _NAMES_KEPT = 100
@@ -207,9 +207,11 @@ def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int
 def _to_array(item: Item, config: DataConfig) -> NDArray[np.uint8] | BadImageError:
     try:
         loaded = item.load()
+        if isinstance(loaded, np.ndarray):
+            return fit_array(loaded, config)
         if isinstance(loaded, bytes):
             return fit(decode(loaded, config.channels), config)
-        return fit_array(loaded, config)
+        return fit(to_channels(loaded, config.channels), config)
     except BadImageError as error:
         return error
     except OSError as error:

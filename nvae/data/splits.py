@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nvae.counter_rng import STREAM_CROP, STREAM_SPLIT, image_keys, permutation
-from nvae.data.config import DataConfig, DataError
-
-TRAIN, VALID, TEST = "train", "valid", "test"
-SPLITS = (TRAIN, VALID, TEST)
+from nvae.data.config import SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
 
 TOO_FEW = "it takes at least two: one to train on, one to hold out"
 

@@ -57,7 +57,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """To gray or RGB; what is transparent becomes black."""
     mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     if image.mode == mode and "transparency" not in image.info:
@@ -84,7 +84,7 @@ def decode(data: bytes, channels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_KINDS)
         check_sides(*image.size)
         image.load()
-        return _to_channels(ImageOps.exif_transpose(image), channels)
+        return to_channels(ImageOps.exif_transpose(image), channels)
     except BadImageError:
         raise
     # PIL's decoders raise almost anything on damaged input.
@@ -136,7 +136,7 @@ def fit_array(pixels: NDArray[np.uint8], config: DataConfig) -> NDArray[np.uint8
     if (height, width, have) == (size, size, channels) and config.crop_box is None:
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if have == 1 else pixels)
-    return fit(_to_channels(image, channels), config)
+    return fit(to_channels(image, channels), config)
 
 
 def random_flip(images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:

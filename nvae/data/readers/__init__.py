@@ -1,22 +1,19 @@
-"""Readers of source files: what each gives, what they share, and how one is found.
-
-A reader is a function of the source (folder or file) and the `DataConfig` that returns the parts of
-the source by split. It raises `MissingSourceError` where its files are not there and `DataError`
-where they are bad. `READERS` in `nvae.data.config` lists ours.
-"""
+"""Readers of source files: what each gives, the one door to them, and what they share."""
 
 import re
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FunctionType
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-from nvae.data.config import READERS, DataConfig, DataError
-from nvae.data.splits import TEST, TRAIN, VALID
+from nvae.data.config import READERS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
 from nvae.data.transforms import BadImageError
 from nvae.files import open_regular, read_bytes
 from nvae.registry import Registry
@@ -44,12 +41,12 @@ class Item:
 
     Attributes:
         name: for error messages.
-        load: its encoded bytes, or its pixels (H, W, C) uint8; called in any thread, once. It
-            raises a `BadImageError` where the picture, and nothing else, is bad.
+        load: its encoded bytes, its pixels (H, W, C) uint8, or a PIL image; called once, in any
+            thread. It raises a `BadImageError` where the picture, and nothing else, is bad.
     """
 
     name: str
-    load: Callable[[], bytes | Pixels]
+    load: Callable[[], bytes | Pixels | Image.Image]
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,28 @@ class Part:
     items: Callable[[], Iterator[Item]]
 
 
-Reader = Callable[[Path, DataConfig], dict[str, Part]]
+class Reader(ABC):
+    """A kind of source files; `READERS` in `nvae.data.config` lists ours.
+
+    Args:
+        source: folder or file.
+        config: where a format needs more (sizes of stacked sets, resolution of a pyramid).
+    """
+
+    def __init__(self, source: Path, config: DataConfig) -> None:
+        self.source, self.config = source, config
+
+    @abstractmethod
+    def parts(self) -> Mapping[str, Any]:
+        """The pictures by split: `train`, and `valid` and `test` where the source has them.
+
+        Each is a `Part`, or anything that has a length and is indexed by numbers, such as an array
+        (N, H, W, C) uint8 or a torch `Dataset`; see `picture_of` for what its entries may be.
+
+        Raises:
+            MissingSourceError: The files are not there.
+            DataError: They are, but bad.
+        """
 
 
 def read_source(source: Path, format_: str, config: DataConfig) -> dict[str, Part]:
@@ -73,20 +91,64 @@ def read_source(source: Path, format_: str, config: DataConfig) -> dict[str, Par
 
     Args:
         source: folder or file.
-        format_: one of `READERS`, or a `package.module:function`, which is imported: it must come
+        format_: one of `READERS`, or a `package.module:Class`, which is imported: it must come
             from what the user composed, never from a file.
-        config: where a format needs more (sizes of stacked sets, resolution of a pyramid).
+        config: see `Reader`.
 
     Raises:
         MissingSourceError: The files are not there.
         DataError: They are, but bad; or there is no such reader.
     """
-    registry: Registry[Reader] = Registry("data.format", FunctionType, {})
+    registry: Registry[type[Reader]] = Registry("data.format", Reader, {})
     try:
         reader = registry[READERS.get(format_, format_)]
     except ValueError as error:
         raise DataError(error) from error
-    return reader(source, config)
+    parts = reader(source, config).parts()
+    if unknown := set(parts) - set(SPLITS):
+        raise DataError(f"{format_} gives {', '.join(sorted(unknown))}; splits are {SPLITS}")
+    return {
+        split: part if isinstance(part, Part) else indexed_part(part, split)
+        for split, part in parts.items()
+    }
+
+
+def indexed_part(images: Any, name: str) -> Part:
+    """A part of what has a length and is indexed by numbers, such as a torch `Dataset`."""
+
+    def items() -> Iterator[Item]:
+        for i in range(len(images)):
+            yield Item(f"{name} number {i}", partial(picture_of, images, i))
+
+    return Part(len(images), items)
+
+
+def picture_of(images: Any, index: int) -> bytes | Pixels | Image.Image:
+    """An entry as a picture; of (picture, label) the first.
+
+    It may be a PIL image, encoded bytes, an array (H, W) or (H, W, C) uint8, or a tensor (C, H, W),
+    uint8 or floating-point in [0, 1].
+
+    Raises:
+        BadImageError: It is something else.
+    """
+    entry = images[index]
+    if isinstance(entry, tuple | list):
+        entry = entry[0]
+    if isinstance(entry, Tensor) and entry.ndim == 3:
+        if entry.is_floating_point():
+            if not (entry.min() >= 0 and entry.max() <= 1):
+                raise BadImageError("it has values that are not between 0 and 1")
+            entry = (entry * 255).round().byte()
+        entry = np.ascontiguousarray(entry.movedim(0, 2).cpu().numpy())
+    if isinstance(entry, np.ndarray):
+        pixels = entry[:, :, None] if entry.ndim == 2 else entry
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+            raise BadImageError(f"it is an array {entry.shape} of {entry.dtype}")
+        return pixels
+    if isinstance(entry, bytes | Image.Image):
+        return entry
+    raise BadImageError(f"it is no picture, but of type {type(entry).__name__}")
 
 
 def detect_format(source: Path) -> str:
@@ -163,16 +225,6 @@ def loaded_item(name: str, value: bytes | Pixels) -> Item:
 def list_part(items: list[Item]) -> Part:
     """A part of items that are already listed."""
     return Part(len(items), lambda: iter(items))
-
-
-def array_part(images: Pixels, name: str) -> Part:
-    """A part whose pictures are the rows of one array, (N, H, W, C) uint8."""
-
-    def items() -> Iterator[Item]:
-        for i, image in enumerate(images):
-            yield loaded_item(f"{name} number {i}", image)
-
-    return Part(len(images), items)
 
 
 def find_files(source: Path, names: tuple[str, ...]) -> Path:

@@ -9,15 +9,15 @@ found through 16-bit offsets; long values on pages of their own.
 
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvae.data.config import DataConfig, DataError
+from nvae.data.config import TRAIN, VALID, DataError
 from nvae.data.readers import (
     LARGEST_PICTURE,
     REFERENCE_LMDBS,
@@ -25,9 +25,9 @@ from nvae.data.readers import (
     MissingSourceError,
     Part,
     Pixels,
+    Reader,
     open_source,
 )
-from nvae.data.splits import TRAIN, VALID
 from nvae.data.transforms import BadImageError
 
 _ENCODED = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
@@ -74,15 +74,15 @@ def _reference_part(path: Path) -> Part:
     return Part(len(file), items)
 
 
-def read_reference_lmdb(source: Path, config: DataConfig) -> dict[str, Part]:
+class ReferenceLmdb(Reader):
     """`train.lmdb` and `validation.lmdb` with keys "0", "1", ... and raw RGB or encoded values."""
-    del config
-    paths = {split: source / name for split, name in REFERENCE_LMDBS.items()}
-    if not _data_file(paths[TRAIN]).exists():
-        raise MissingSourceError(f"{REFERENCE_LMDBS[TRAIN]} not found in {source}")
-    return {
-        split: _reference_part(path) for split, path in paths.items() if _data_file(path).exists()
-    }
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        paths = {split: self.source / name for split, name in REFERENCE_LMDBS.items()}
+        if not _data_file(paths[TRAIN]).exists():
+            raise MissingSourceError(f"{REFERENCE_LMDBS[TRAIN]} not found in {self.source}")
+        there = {split: path for split, path in paths.items() if _data_file(path).exists()}
+        return {split: _reference_part(path) for split, path in there.items()}
 
 
 def _lsun_part(path: Path) -> Part:
@@ -96,19 +96,21 @@ def _lsun_part(path: Path) -> Part:
     return Part(len(file), items)
 
 
-def read_lsun(source: Path, config: DataConfig) -> dict[str, Part]:
+class Lsun(Reader):
     """`CATEGORY_train_lmdb` and `CATEGORY_val_lmdb` of one category, in the order of their keys."""
-    del config
-    found = {
-        split: sorted(path for path in source.glob(pattern) if _data_file(path).exists())
-        for split, pattern in ((TRAIN, "*_train_lmdb"), (VALID, "*_val_lmdb"))
-    }
-    if not found[TRAIN]:
-        raise MissingSourceError(f"CATEGORY_train_lmdb not found in {source}")
-    if len(found[TRAIN]) > 1 or len(found[VALID]) > 1:
-        names = ", ".join(path.name for path in found[TRAIN])
-        raise DataError(f"{source} holds several categories ({names}): keep one in a folder")
-    return {split: _lsun_part(paths[0]) for split, paths in found.items() if paths}
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        found = {
+            split: sorted(path for path in source.glob(pattern) if _data_file(path).exists())
+            for split, pattern in ((TRAIN, "*_train_lmdb"), (VALID, "*_val_lmdb"))
+        }
+        if not found[TRAIN]:
+            raise MissingSourceError(f"CATEGORY_train_lmdb not found in {source}")
+        if len(found[TRAIN]) > 1 or len(found[VALID]) > 1:
+            names = ", ".join(path.name for path in found[TRAIN])
+            raise DataError(f"{source} holds several categories ({names}): keep one in a folder")
+        return {split: _lsun_part(paths[0]) for split, paths in found.items() if paths}
 
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1

@@ -10,17 +10,18 @@ import lzma
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
-from nvae.data.config import DataConfig, DataError
+from nvae.data.config import SPLITS, DataError
 from nvae.data.readers import (
     LARGEST_PICTURE,
     PIECE,
     Item,
     MissingSourceError,
     Part,
+    Reader,
     file_item,
     find_files,
     group_by_split,
@@ -31,7 +32,6 @@ from nvae.data.readers import (
     read_whole,
     unpacked_limit,
 )
-from nvae.data.splits import SPLITS
 from nvae.data.transforms import BadImageError
 from nvae.files import LARGEST_TEXT
 
@@ -53,40 +53,42 @@ def is_picture(name: str) -> bool:
     return last.endswith(PICTURE_SUFFIXES) and not last.startswith(".") and "__MACOSX" not in name
 
 
-def read_folder(source: Path, config: DataConfig) -> dict[str, Part]:
+class Folder(Reader):
     """Every picture below `source`, or in it where it is an archive.
 
     Folders or archives called train..., val... and test... are the splits, if all pictures are in
     such; otherwise there is one part.
     """
-    del config
-    if not source.exists():
-        raise MissingSourceError(f"{source} does not exist")
-    files = _walk(source) if source.is_dir() else [source]
-    root = source if source.is_dir() else source.parent
-    loose = [
-        file_item(path.relative_to(root).as_posix(), path)
-        for path in files
-        if is_picture(path.name)
-    ]
-    found = [([item.name for item in loose], list_part(loose))]
-    for path in files:
-        # The archive's own name may tell the split: train_32x32.tar.
-        stem = "" if path == source else f"{path.relative_to(root).as_posix()}/"
-        if path.name.lower().endswith(".zip"):
-            packed = zip_items(path)
-            found.append(([f"{stem}{item.name}" for item in packed], list_part(packed)))
-        elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
-            names = tar_names(path)
-            found.append(([f"{stem}{name}" for name in names], _tar_part(path, len(names))))
-    groups = group_by_split([name for names, _ in found for name in names])
-    if not any(groups.values()):
-        raise MissingSourceError(
-            f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
-            "also inside zip and tar archives)"
-        )
-    parts = [part for _, part in found]
-    return {split: _chosen(parts, positions) for split, positions in groups.items()}
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        if not source.exists():
+            raise MissingSourceError(f"{source} does not exist")
+        files = _walk(source) if source.is_dir() else [source]
+        root = source if source.is_dir() else source.parent
+        loose = [
+            file_item(path.relative_to(root).as_posix(), path)
+            for path in files
+            if is_picture(path.name)
+        ]
+        found = [([item.name for item in loose], list_part(loose))]
+        for path in files:
+            # The archive's own name may tell the split: train_32x32.tar.
+            stem = "" if path == source else f"{path.relative_to(root).as_posix()}/"
+            if path.name.lower().endswith(".zip"):
+                packed = zip_items(path)
+                found.append(([f"{stem}{item.name}" for item in packed], list_part(packed)))
+            elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
+                names = tar_names(path)
+                found.append(([f"{stem}{name}" for name in names], _tar_part(path, len(names))))
+        groups = group_by_split([name for names, _ in found for name in names])
+        if not any(groups.values()):
+            raise MissingSourceError(
+                f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
+                "also inside zip and tar archives)"
+            )
+        parts = [part for _, part in found]
+        return {split: _chosen(parts, positions) for split, positions in groups.items()}
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -292,28 +294,30 @@ def _tar_part(path: Path, count: int) -> Part:
     return Part(count, items)
 
 
-def read_celeba(source: Path, config: DataConfig) -> dict[str, Part]:
+class CelebA(Reader):
     """The official train, validation and test images, aligned JPEGs in a folder or zip."""
-    del config
-    partition = find_files(source, ("list_eval_partition.txt",))
-    images = find_files(source, ("img_align_celeba", "img_align_celeba.zip"))
-    names = _partition(partition)
-    packed = {}
-    if images.is_file():
-        packed = {Path(item.name).name: item for item in zip_items(images)}
-    elif not all((images / row[0]).exists() for row in names.values() if row):
-        # torchvision unpacks one level deeper than the archive's own layout.
-        nested = images / images.name
-        images = nested if nested.is_dir() else images
 
-    def item(name: str) -> Item:
-        if not images.is_file():
-            return file_item(name, images / name)
-        if name not in packed:
-            raise DataError(f"{images} lacks {name}, which {partition} lists")
-        return packed[name]
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        partition = find_files(self.source, ("list_eval_partition.txt",))
+        images = find_files(self.source, ("img_align_celeba", "img_align_celeba.zip"))
+        names = _partition(partition)
+        packed = {}
+        if images.is_file():
+            packed = {Path(item.name).name: item for item in zip_items(images)}
+        elif not all((images / row[0]).exists() for row in names.values() if row):
+            # torchvision unpacks one level deeper than the archive's own layout.
+            nested = images / images.name
+            images = nested if nested.is_dir() else images
 
-    return {split: list_part([item(name) for name in row]) for split, row in names.items() if row}
+        def item(name: str) -> Item:
+            if not images.is_file():
+                return file_item(name, images / name)
+            if name not in packed:
+                raise DataError(f"{images} lacks {name}, which {partition} lists")
+            return packed[name]
+
+        parts = {split: [item(name) for name in row] for split, row in names.items() if row}
+        return {split: list_part(items) for split, items in parts.items()}
 
 
 def _partition(path: Path) -> dict[str, list[str]]:

@@ -7,17 +7,17 @@ checksum: TensorFlow would be a heavy thing to install for one kind of file.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvae.data.config import DataConfig, DataError
+from nvae.data.config import DataError
 from nvae.data.readers import (
     LARGEST_PICTURE,
     TFRECORD_SUFFIXES,
@@ -25,6 +25,7 @@ from nvae.data.readers import (
     MissingSourceError,
     Part,
     Pixels,
+    Reader,
     group_by_split,
     open_source,
     read_pieces,
@@ -212,15 +213,18 @@ def _at_resolution(paths: list[Path], size: int) -> list[Path]:
     return [path for path in paths if exponents[path] == chosen]
 
 
-def read_tfrecord(source: Path, config: DataConfig) -> dict[str, Part]:
+class TFRecord(Reader):
     """All records below `source`; folders train and validation are the splits."""
-    paths = tfrecord_files(source) if source.is_dir() else [source]
-    paths = _at_resolution(paths, config.stored_size) if paths else []
-    if not paths or not paths[0].exists():
-        raise MissingSourceError(f"no {' or '.join(TFRECORD_SUFFIXES)} files found in {source}")
-    root = source if source.is_dir() else source.parent
-    groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
-    return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        paths = tfrecord_files(source) if source.is_dir() else [source]
+        paths = _at_resolution(paths, self.config.stored_size) if paths else []
+        if not paths or not paths[0].exists():
+            raise MissingSourceError(f"no {' or '.join(TFRECORD_SUFFIXES)} files found in {source}")
+        root = source if source.is_dir() else source.parent
+        groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
+        return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
 
 
 # CRC-32C (Castagnoli, RFC 3720) in numpy. Where it starts at zero the checksum is linear over GF(2)

@@ -13,16 +13,50 @@ from nvae.data.conversion import prepare
 from nvae.data.dataset import ImageData
 from nvae.data.places import is_current, prepared_folder
 from nvae.data.prepare import main
-from nvae.data.readers import read_source
+from nvae.data.readers import picture_of, read_source
+from nvae.data.transforms import BadImageError
 from tests.data.files import pictures
 
 READER = """
 import numpy as np
-from nvae.data.readers import array_part
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+from nvae.data.readers import Reader
 
-def read_mine(source, config):
-    images = np.load(source / "mine.npy")
-    return {"train": array_part(images[:9], "mine"), "test": array_part(images[9:], "mine")}
+
+class Mine(Reader):
+    def parts(self):
+        images = np.load(self.source / "mine.npy")
+        return {"train": images[:9], "test": images[9:]}
+
+
+class Pictures(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), 7
+
+
+class Datasets(Mine):
+    def parts(self):
+        parts = super().parts()
+        levels = torch.from_numpy(parts["test"]).permute(0, 3, 1, 2) / 255
+        return {"train": Pictures(parts["train"]), "test": TensorDataset(levels, torch.zeros(3))}
+
+
+class Wrong(Mine):
+    def parts(self):
+        return {"train": [np.zeros((8, 8, 3), np.float32)] * 9, "test": ["text"] * 3}
+
+
+class Unknown(Mine):
+    def parts(self):
+        return {"training": []}
 """
 
 
@@ -34,7 +68,7 @@ def config(tmp_path, monkeypatch, make_config):
     np.save(tmp_path / "source" / "mine.npy", pictures(12, 8, 3))
     monkeypatch.syspath_prepend(tmp_path)
     yield make_config(
-        format="my_reader:read_mine",
+        format="my_reader:Mine",
         root=str(tmp_path),
         train_size=9,
         valid_size=None,
@@ -56,6 +90,29 @@ def test_a_reader_from_outside_the_package_prepares_and_trains(config):
     assert weight.grad != 0
 
 
+def test_torch_data_sets_of_pil_images_and_of_tensors_are_parts(config):
+    config.format = "my_reader:Datasets"
+    data = ImageData(config)
+    data.prepare()
+    data.setup()
+    images = pictures(12, 8, 3)
+    assert np.array_equal(data.split("train").images.numpy(), images[:9])
+    assert np.array_equal(data.split("test").images.numpy(), images[9:])
+
+
+def test_entries_that_are_no_pictures_are_named(config):
+    config.format = "my_reader:Wrong"
+    words = r"train number 0 cannot be used: it is an array \(8, 8, 3\) of float32"
+    with pytest.raises(DataError, match=words):
+        prepare(config)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_floats_out_of_range_are_no_pictures(value):
+    with pytest.raises(BadImageError, match="not between 0 and 1"):
+        picture_of([torch.full((3, 2, 2), value)], 0)
+
+
 def test_the_command_takes_it_too(config, tmp_path, capsys):
     options = ["--root", str(tmp_path), "--size", "8", "--format", config.format]
     assert main([str(tmp_path / "source"), *options]) == 0
@@ -67,8 +124,9 @@ def test_the_command_takes_it_too(config, tmp_path, capsys):
     [
         ("nowhere_at_all:read", "data.format=nowhere_at_all:read cannot be imported"),
         ("my_reader:other", "data.format=my_reader:other cannot be imported"),
-        ("my_reader:np", "data.format=my_reader:np is no function"),
-        ("collections:OrderedDict", "is no function"),
+        ("my_reader:np", "data.format=my_reader:np is no Reader"),
+        ("collections:OrderedDict", "is no Reader"),
+        ("my_reader:Unknown", "gives training; splits are"),
         (":", "cannot be imported"),
     ],
 )
