@@ -16,10 +16,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
 from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
-from nvae.data.splits import SPLITS
 from nvae.data.store import MANIFEST_NAME
 from nvae.models.hierarchical import Config
 from nvae.models.likelihoods import LIKELIHOODS

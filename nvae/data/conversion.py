@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.lib.format as npy
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nvae.data.config import IN_MEMORY_FORMATS, DataConfig, DataError
+from nvae.counter_rng import STREAM_SPLIT, permutation
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
 from nvae.data.loader import read_ahead
 from nvae.data.places import (
     by_hand,
@@ -26,11 +28,10 @@ from nvae.data.places import (
     download,
     is_current,
     listing_digest,
+    prepared_folder,
     source_folder,
-    target_folder,
 )
 from nvae.data.readers import Item, MissingSourceError, Part, detect_format, read_source
-from nvae.data.splits import SPLITS, TRAIN, Plan, plan_splits
 from nvae.data.store import (
     PARTIAL,
     ArrayFile,
@@ -40,6 +41,8 @@ from nvae.data.store import (
     write_stamps,
 )
 from nvae.data.transforms import BadImageError, decode, fit, fit_array, to_channels
+
+TOO_FEW = "it takes at least two: one to train on, one to hold out"
 
 _CHUNK = 32
 _NAMES_KEPT = 100
@@ -52,11 +55,12 @@ Result = tuple[int, Item, NDArray[np.uint8] | BadImageError]
 
 
 class _ArrayWriter:
-    """Appends to one array; its final name carries the checksum."""
+    """Appends rows to one array; its final name carries the checksum."""
 
     def __init__(self, folder: Path, stem: str, dtype: str, row: tuple[int, ...]) -> None:
-        self._folder, self._stem, self._dtype, self._row = folder, stem, dtype, row
-        self.file = (folder / f"{stem}{PARTIAL}").open("wb")
+        self._stem, self._dtype, self._row = stem, dtype, row
+        self.path = folder / f"{stem}{PARTIAL}"
+        self.file = self.path.open("wb")
         self._digest = hashlib.sha256()
         self.length = 0
         self._write_header(0)
@@ -83,12 +87,12 @@ class _ArrayWriter:
         self.file.close()
         digest = self._digest.hexdigest()
         name = f"{self._stem}-{digest[:12]}.npy"
-        Path(self.file.name).replace(self._folder / name)
+        self.path.replace(self.path.with_name(name))
         return ArrayFile(name, size, digest)
 
 
 class SplitWriter:
-    """Collects the images of one split.
+    """Writes the images of one split.
 
     Args:
         folder: of the data set.
@@ -100,9 +104,9 @@ class SplitWriter:
     def __init__(
         self, folder: Path, name: str, shape: tuple[int, int, int], *, ragged: bool
     ) -> None:
-        self._folder, self._name, self._shape = folder, name, shape
+        self._shape = shape
         self._pixels = _ArrayWriter(folder, name, "|u1", () if ragged else shape)
-        self._layout: list[tuple[int, int, int]] | None = [] if ragged else None
+        self._layout = _ArrayWriter(folder, f"{name}-layout", "<i8", (3,)) if ragged else None
         self.count = 0
         self.skipped = 0
 
@@ -111,33 +115,35 @@ class SplitWriter:
         if self._layout is None:
             assert image.shape == self._shape, (image.shape, self._shape)
         else:
-            self._layout.append((self._pixels.length, image.shape[0], image.shape[1]))
+            self._layout.add(np.array([self._pixels.length, *image.shape[:2]], "<i8"))
         self._pixels.add(image)
         self.count += 1
 
     def finish(self) -> SplitFiles:
         """Put the files under their final names; they count only once a manifest names them."""
-        if self._layout is None:
-            pixels = self._pixels.finish(self.count)
-            return SplitFiles(self.count, self._shape, pixels, skipped=self.skipped)
-        pixels = self._pixels.finish(self._pixels.length)
-        writer = _ArrayWriter(self._folder, f"{self._name}-layout", "<i8", (3,))
-        writer.add(np.array(self._layout, dtype="<i8"))
-        layout = writer.finish(self.count)
+        layout = None if self._layout is None else self._layout.finish(self.count)
+        pixels = self._pixels.finish(self.count if layout is None else self._pixels.length)
         return SplitFiles(self.count, self._shape, pixels, layout, self.skipped)
 
     def close(self) -> None:
-        """Release the file."""
-        self._pixels.file.close()
+        """Release the files."""
+        for array in (self._pixels, self._layout):
+            # On a full disk closing fails as well, because it writes what is still buffered.
+            with suppress(OSError):
+                if array is not None:
+                    array.file.close()
 
 
 class StoreWriter:
-    """All splits of one data set; see `writing`."""
+    """A prepared form in the making, under `exclusive`; what fails before `commit` leaves no
+    trace."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        for leftover in own_files(folder, PARTIAL):
+            leftover.unlink()
+        self._before = own_files(folder)
         self.splits: dict[str, SplitWriter] = {}
-        self.is_committed = False
 
     def split(self, name: str, shape: tuple[int, int, int], *, ragged: bool) -> SplitWriter:
         """Start a split."""
@@ -151,33 +157,20 @@ class StoreWriter:
     def commit(self, manifest: Manifest) -> None:
         """Make the new arrays the data set, then remove what no manifest names."""
         manifest.write(self._folder)
-        self.is_committed = True
+        self._before |= {self._folder / array.file for array in manifest.files()}
         write_stamps(self._folder, manifest)
         keep = {self._folder / array.file for array in manifest.files()}
         for path in own_files(self._folder) - keep:
             path.unlink()
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def writing(folder: Path) -> Iterator[StoreWriter]:
-    """Write a prepared form, under `exclusive`; what fails before `commit` leaves no trace."""
-    for leftover in own_files(folder, PARTIAL):
-        leftover.unlink()
-    before = own_files(folder)
-    writer = StoreWriter(folder)
-    try:
-        yield writer
-    except BaseException:
-        for split in writer.splits.values():
-            # On a full disk closing fails as well, because it writes what is still buffered.
-            with suppress(OSError):
-                split.close()
-        if not writer.is_committed:
-            for path in own_files(folder) - before:
-                path.unlink()
-        raise
-    for split in writer.splits.values():
-        split.close()
+    def __exit__(self, *error: object) -> None:
+        for split in self.splits.values():
+            split.close()
+        for path in own_files(self._folder) - self._before:
+            path.unlink()
 
 
 @contextmanager
@@ -189,6 +182,104 @@ def exclusive(folder: Path) -> Iterator[None]:
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+b", buffering=0) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> dict[str, int]:
+    """Sizes of the three splits, given what the source has and what the config asks for.
+
+    A split that the source lacks is drawn from its training part. Where the source has nothing
+    but a training part and the config names no size, a tenth goes to validation, at least one.
+
+    Args:
+        available: images in each split of the source.
+        wanted: `train_size`, `valid_size`, `test_size` of the config, None = no wish.
+
+    Returns:
+        Images in each of train, valid, test.
+
+    Raises:
+        ValueError: The source cannot give what is asked for.
+    """
+    have = {split: available.get(split, 0) for split in SPLITS}
+    if sum(have.values()) == 1:
+        raise ValueError(f"the source has one picture; {TOO_FEW}")
+    counts = dict(have)
+    drawn = 0
+    no_wish = all(wanted.get(split) is None for split in SPLITS)
+    for split in (VALID, TEST):
+        if not have[split]:
+            counts[split] = wanted.get(split) or 0
+            if split == VALID and no_wish and not have[TEST]:
+                counts[split] = max(have[TRAIN] // 10, 1)
+            drawn += counts[split]
+    counts[TRAIN] = have[TRAIN] - drawn
+    for split in SPLITS:
+        asked = wanted.get(split)
+        # A source's own validation or test images may be left unused, never cut short.
+        if asked == 0 and split != TRAIN:
+            counts[split] = 0
+        elif asked is not None and asked != counts[split]:
+            raise ValueError(
+                f"data.{split}_size is {asked}, but the source gives {counts[split]} (it has "
+                + ", ".join(f"{n} {name}" for name, n in have.items())
+                + " images)"
+            )
+    if counts[TRAIN] < 1:
+        raise ValueError(
+            f"no training images are left: the source has {have[TRAIN]}, and {drawn} are asked "
+            "for validation and test"
+        )
+    return counts
+
+
+def draw_splits(n: int, valid: int, test: int, *, seed: int) -> dict[str, Tensor]:
+    """Divide n images at random; every split keeps the order of the source.
+
+    Returns:
+        Sorted int64 indices for train, valid and test, disjoint and complete.
+    """
+    order = permutation(n, seed=seed, epoch=0, stream=STREAM_SPLIT)
+    parts = order.split([n - valid - test, valid, test])
+    return {split: part.sort().values for split, part in zip(SPLITS, parts, strict=True)}
+
+
+class Plan(NamedTuple):
+    """Which picture of which part of a source goes to which split.
+
+    Attributes:
+        counts: pictures by split, before unreadable ones are left out.
+        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
+        rule: the same in words.
+    """
+
+    counts: dict[str, int]
+    destination: dict[str, NDArray[np.int8]]
+    rule: str
+
+
+def plan_splits(available: dict[str, int], config: DataConfig) -> Plan:
+    """Decide the splits, given how many pictures each part of the source has.
+
+    Raises:
+        DataError: The source cannot give the sizes that the config asks for.
+    """
+    try:
+        counts = split_counts(available, {n: getattr(config, f"{n}_size") for n in SPLITS})
+    except ValueError as error:
+        raise DataError(error) from error
+    drawn = {split: 0 if split in available else counts[split] for split in SPLITS[1:]}
+    destination = {
+        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
+        for split, count in available.items()
+    }
+    if not any(drawn.values()):
+        return Plan(counts, destination, "as in the source")
+    indices = draw_splits(available[TRAIN], *drawn.values(), seed=config.split_seed)
+    for split, rows in indices.items():
+        destination[TRAIN][rows.numpy()] = SPLITS.index(split)
+    names = " and ".join(split for split, count in drawn.items() if count)
+    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
+    return Plan(counts, destination, f"{rule}{config.split_seed})")
 
 
 def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:
@@ -331,7 +422,7 @@ def prepare_if_missing(config: DataConfig) -> None:
 @contextmanager
 def _locked(config: DataConfig) -> Iterator[Path]:
     """The prepared folder, for this process alone; a full or read-only disk is one clear line."""
-    source, folder = source_folder(config), target_folder(config)
+    source, folder = source_folder(config), prepared_folder(config)
     if not source.exists() and not can_be_fetched(config):
         raise MissingSourceError(f"{source} does not exist")
     try:
@@ -355,7 +446,7 @@ def _prepare(
     digest = listing_digest(source, kind)
     plan = plan_splits({split: part.count for split, part in parts.items()}, config)
     workers = workers or min(8, os.cpu_count() or 1)
-    with writing(folder) as writer:
+    with StoreWriter(folder) as writer:
         _check_space(folder, sum(plan.counts.values()), config)
         skipped = _convert(
             parts, plan, writer, config, skip_bad=skip_bad, workers=workers, progress=progress

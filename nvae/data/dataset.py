@@ -14,21 +14,28 @@ import torch
 from torch import Tensor
 
 from nvae.counter_rng import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
-from nvae.data.config import IN_MEMORY_FORMATS, DataConfig, DataError, prepare_command
-from nvae.data.conversion import geometry, prepare_if_missing
-from nvae.data.loader import EvalLoader, EvalSampler, RawBatch, Shard, TrainLoader, TrainSampler
-from nvae.data.places import is_among_pictures, prepared_folder
-from nvae.data.splits import (
+from nvae.data.config import (
+    IN_MEMORY_FORMATS,
     SPLITS,
     TEST,
-    TOO_FEW,
     TRAIN,
     VALID,
-    DenseSplit,
-    Split,
-    draw_splits,
-    split_counts,
+    DataConfig,
+    DataError,
+    prepare_command,
 )
+from nvae.data.conversion import TOO_FEW, draw_splits, geometry, prepare_if_missing, split_counts
+from nvae.data.loader import (
+    DenseSplit,
+    EvalLoader,
+    EvalSampler,
+    RawBatch,
+    Shard,
+    Split,
+    TrainLoader,
+    TrainSampler,
+)
+from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
 from nvae.data.transforms import fit_array, model_input
 
@@ -182,7 +189,7 @@ def open_splits(config: DataConfig) -> dict[str, Split]:
                 f"{config.name} is not prepared ({folder} is not there); run: "
                 f"{prepare_command(config)}"
             )
-        splits = open_store(folder, keep_stamps=not is_among_pictures(folder, config))
+        splits = open_store(folder)
         manifest = read_manifest(folder)
         skipped = {name: files.skipped for name, files in manifest.splits.items()}
         if manifest.geometry != geometry(config):

@@ -1,10 +1,12 @@
-"""From a split to uint8 batches: which images, in which order, read ahead by threads.
+"""The images of a split, and the way to uint8 batches: which images, in which order, read ahead by
+threads.
 
 Orders are pure functions of seed, epoch and position, so training resumes exactly. Threads and not
 processes: a batch is one `index_select` from a memory-mapped array, which holds no interpreter
 lock, so threads read in parallel without copying every batch between processes.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,14 +16,116 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_ORDER, permutation
-from nvae.data.splits import Split
+from nvae.counter_rng import STREAM_CROP, STREAM_ORDER, image_keys, permutation
 from nvae.settings import LARGEST_INTEGER
 
 _AHEAD_PER_WORKER = 2
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+class Split(ABC):
+    """The images of one split.
+
+    Attributes:
+        sha256: of the stored pixels: results name the images they were taken on by it.
+    """
+
+    sha256: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a gathered image."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
+        """Pixels of some images, (B, H, W, C) uint8.
+
+        Args:
+            index: (B,) int64.
+            epoch: training epoch, None for evaluation; where a crop is drawn it depends on it.
+            seed: seed of the crop.
+        """
+
+
+@dataclass(frozen=True)
+class DenseSplit(Split):
+    """Images of one size, (N, H, W, C) uint8, in memory, memory-mapped or on a device."""
+
+    images: Tensor
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be (N, H, W, C) uint8, not {tuple(self.images.shape)} "
+                f"{self.images.dtype}"
+            )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
+        del epoch, seed
+        return self.images.index_select(0, index)
+
+    def to(self, device: torch.device) -> "DenseSplit":
+        """The same images on another device."""
+        return DenseSplit(self.images.to(device), self.sha256)
+
+
+@dataclass(frozen=True)
+class RaggedSplit(Split):
+    """Images whose shorter side is `size`; a square window is cut when they are read: a random
+    one in training, the central one otherwise.
+
+    Attributes:
+        pixels: (bytes,) uint8, all images one after another.
+        layout: (N, 3) int64: offset, height, width.
+        size: side of the window.
+        channels: channels of every image.
+        sha256: see `Split`.
+    """
+
+    pixels: Tensor
+    layout: Tensor
+    size: int
+    channels: int
+    sha256: str = ""
+
+    def __len__(self) -> int:
+        return self.layout.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # noqa: D102
+        return self.size, self.size, self.channels
+
+    def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
+        layout = self.layout[index]
+        slack = layout[:, 1:] - self.size
+        if epoch is None:
+            corner = slack // 2
+        else:
+            keys = image_keys(index, seed=seed, epoch=epoch, stream=STREAM_CROP)
+            # One side has no slack, so one draw serves both: floor(u * (slack + 1)).
+            corner = ((keys & 0xFFFFFF)[:, None] * (slack + 1)) >> 24
+        out = self.pixels.new_empty(len(index), *self.shape)
+        starts = zip(layout.tolist(), corner.tolist(), strict=True)
+        for i, ((offset, height, width), (top, left)) in enumerate(starts):
+            end = offset + height * width * self.channels
+            image = self.pixels[offset:end].view(height, width, self.channels)
+            out[i] = image[top : top + self.size, left : left + self.size]
+        return out
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 import pytorch_lightning as pl
 import torch
 
-from nvae.data.config import DataConfig
+from nvae.data.config import TEST, TRAIN, VALID, DataConfig
 from nvae.data.dataset import ImageBatch, ImageData
 from nvae.data.loader import EvalLoader, RawBatch, Shard, TrainLoader
-from nvae.data.splits import TEST, TRAIN, VALID, Split
 
 
 class ImageDataModule(ImageData, pl.LightningDataModule):
@@ -23,10 +22,6 @@ class ImageDataModule(ImageData, pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Download and convert what is missing; one process of a machine does it."""
         self.prepare()
-
-    def table(self, split: str) -> Split:
-        """The images that `split` reads."""
-        return self.split(split)
 
     def _process(self) -> tuple[Shard, torch.device]:
         trainer = self.trainer

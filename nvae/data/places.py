@@ -12,7 +12,6 @@ from nvae.data.config import DataConfig, DataError
 from nvae.data.readers.pictures import ARCHIVE_SUFFIXES, is_picture
 from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
 
-_WITH_TIMES = "times:"
 _PREPARED = re.compile(r"nvae-\d+x\d+x\d(-[a-z]+)?")
 _NO_SOURCE = ("lock.mdb",)
 """Files that reading a source with other programs may touch."""
@@ -33,9 +32,9 @@ def source_folder(config: DataConfig) -> Path:
     return Path(config.root) if is_plain_folder and not can_be_fetched(config) else inside
 
 
-def target_folder(config: DataConfig) -> Path:
-    """Where a preparation writes: `root` itself if it is a prepared form, else a folder inside,
-    or the cache where `root` is nothing but the user's pictures.
+def prepared_folder(config: DataConfig) -> Path:
+    """Where the prepared form is or will be: `root` itself if it is one, else a folder inside, or
+    the cache where `root` is nothing but the user's pictures.
 
     Raises:
         DataError: There is no home for a cache.
@@ -43,31 +42,12 @@ def target_folder(config: DataConfig) -> Path:
     root = Path(config.root)
     if _is_prepared(root):
         return root
-    return (_cache_folder(config) if _is_source(root, config) else root) / _shape_name(config)
-
-
-def prepared_folder(config: DataConfig) -> Path:
-    """Where the prepared form is or will be: as `target_folder`, or where earlier versions put
-    it, among the user's pictures, unless it was made from these and they changed since."""
-    target = target_folder(config)
-    root = Path(config.root)
-    inside = root / _shape_name(config)
-    if target in (root, inside) or (target / MANIFEST_NAME).exists():
-        return target
-    try:
-        manifest = read_manifest(inside)
-        is_kept = is_unchanged(root, manifest.format, manifest.source_digest) or (
-            not _same(Path(manifest.source), root) and Path(manifest.source).name == "source"
-        )
-    except DataError:
-        is_kept = False
-    return inside if is_kept else target
-
-
-def is_among_pictures(folder: Path, config: DataConfig) -> bool:
-    """Whether a prepared form lies in the user's folder, where nothing may be written."""
-    root = Path(config.root)
-    return folder != root and folder.parent == root and _is_source(root, config)
+    size = config.stored_size
+    suffix = "" if config.crop == "center" else f"-{config.crop}"
+    name = f"nvae-{size}x{size}x{config.channels}{suffix}"
+    if not _same(source_folder(config), root) or _source_is_gone(root / name):
+        return root / name
+    return _cache_folder(config) / name
 
 
 def is_current(config: DataConfig) -> bool:
@@ -87,13 +67,7 @@ def is_current(config: DataConfig) -> bool:
     manifest = read_manifest(folder)
     if config.source is None and not _same(Path(manifest.source), source):
         return True
-    return is_unchanged(source, manifest.format, manifest.source_digest)
-
-
-def _shape_name(config: DataConfig) -> str:
-    size = config.stored_size
-    suffix = "" if config.crop == "center" else f"-{config.crop}"
-    return f"nvae-{size}x{size}x{config.channels}{suffix}"
+    return manifest.source_digest == listing_digest(source, manifest.format)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -107,8 +81,13 @@ def _is_prepared(folder: Path) -> bool:
     return True
 
 
-def _is_source(root: Path, config: DataConfig) -> bool:
-    return _same(source_folder(config), root)
+def _source_is_gone(folder: Path) -> bool:
+    """Whether a prepared form was made from the folder `source` beside it, which is not there."""
+    try:
+        source = Path(read_manifest(folder).source)
+    except DataError:
+        return False
+    return source.name == "source" and not os.path.exists(source)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -131,16 +110,11 @@ def _cache_folder(config: DataConfig) -> Path:
     return Path(base, "nvae", "data", name)
 
 
-def listing_digest(source: Path, kind: str, *, times: bool = True) -> str:
+def listing_digest(source: Path, kind: str) -> str:
     """A digest of the names, sizes and times of a source's files.
 
     Pictures exchanged under the same names and sizes have other times. In a folder of pictures
     only pictures and archives count. Hidden files and prepared forms never do.
-
-    Args:
-        source: folder or file.
-        kind: its format.
-        times: False is how digests were made before: of names and sizes alone.
     """
     digest = hashlib.sha256()
     for name, path in sorted(_files(source)):
@@ -149,20 +123,11 @@ def listing_digest(source: Path, kind: str, *, times: bool = True) -> str:
             continue
         try:
             status = os.stat(path)
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
         except OSError:  # a dangling link, or one that leads round in a circle
             line = f"{name}\0none\n"
-        else:
-            time = f"\0{status.st_mtime_ns}" if times else ""
-            line = f"{name}\0{status.st_size}{time}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
-    return (_WITH_TIMES if times else "") + digest.hexdigest()
-
-
-def is_unchanged(source: Path, kind: str, digest: str) -> bool:
-    """Whether a source is what it was when `digest` was taken; an empty digest says nothing."""
-    if not digest:
-        return True
-    return digest == listing_digest(source, kind, times=digest.startswith(_WITH_TIMES))
+    return f"times:{digest.hexdigest()}"  # of names, sizes and times
 
 
 # Strings and not Path objects: a data set may have millions of files.

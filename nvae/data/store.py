@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -17,8 +18,8 @@ import numpy.lib.format as npy
 import torch
 from torch import Tensor
 
-from nvae.data.config import LARGEST_SIDE, DataError
-from nvae.data.splits import SPLITS, DenseSplit, RaggedSplit, Split
+from nvae.data.config import LARGEST_SIDE, SPLITS, DataError
+from nvae.data.loader import DenseSplit, RaggedSplit, Split
 from nvae.files import open_regular, read_json, write_json
 from nvae.settings import check_fields
 
@@ -94,7 +95,7 @@ class Manifest:
         name: of the data set.
         format: kind of source files.
         source: where they were.
-        source_digest: of the source's listing (`nvae.data.places`); empty where it is not known.
+        source_digest: of the source's listing (`nvae.data.places`).
         geometry: crop_box, crop and resize, as in `DataConfig`.
         split_rule: how images were assigned to splits.
         splits: by name.
@@ -257,18 +258,14 @@ def map_array(path: Path, dtype: str) -> Tensor:
         raise DataError(f"{path} is not an array: {error}: prepare it again") from error
 
 
-def open_store(folder: Path, *, keep_stamps: bool = True) -> dict[str, Split]:
+def open_store(folder: Path) -> dict[str, Split]:
     """Open every split of a prepared folder, after checking that nothing was cut or changed.
-
-    Args:
-        folder: of the prepared form.
-        keep_stamps: note which files were found whole; False writes nothing.
 
     Raises:
         DataError: The folder is not prepared, or damaged.
     """
     manifest = read_manifest(folder)
-    verify(folder, manifest, keep_stamps=keep_stamps)
+    verify(folder, manifest)
     return {name: _open_split(folder, split) for name, split in manifest.splits.items()}
 
 
@@ -323,7 +320,7 @@ def write_stamps(folder: Path, manifest: Manifest) -> None:
     write_json(folder / _STAMPS_NAME, stamps)
 
 
-def verify(folder: Path, manifest: Manifest, *, keep_stamps: bool = True) -> None:
+def verify(folder: Path, manifest: Manifest) -> None:
     """Check sizes always, and checksums of files that changed since they were last checked.
 
     Raises:
@@ -352,9 +349,7 @@ def verify(folder: Path, manifest: Manifest, *, keep_stamps: bool = True) -> Non
                 raise DataError(f"{path} is not an array: {error}: prepare it again") from error
             if found != array.sha256:
                 raise DataError(f"{path} was altered (its checksum differs): prepare it again")
-    if is_stale and keep_stamps:
-        try:
+    if is_stale:
+        # A read-only folder is read in full at every start; that is slow, not wrong.
+        with suppress(OSError):
             write_stamps(folder, manifest)
-        except OSError:
-            # A read-only folder is read in full at every start; that is slow, not wrong.
-            return

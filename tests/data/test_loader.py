@@ -1,13 +1,21 @@
-"""Orders and loaders: complete, disjoint over ranks, the same whatever the threads, resumable."""
+"""Splits, orders and loaders: the right pixels; complete, disjoint over ranks, the same whatever
+the threads, resumable."""
 
 import itertools
 
 import pytest
 import torch
 
-from nvae.data.loader import EvalLoader, EvalSampler, Shard, TrainLoader, TrainSampler
+from nvae.data.loader import (
+    DenseSplit,
+    EvalLoader,
+    EvalSampler,
+    RaggedSplit,
+    Shard,
+    TrainLoader,
+    TrainSampler,
+)
 from nvae.data.module import ImageDataModule
-from nvae.data.splits import DenseSplit
 
 N = 50
 
@@ -234,3 +242,45 @@ def test_evaluation_is_in_order():
 def test_a_rank_outside_the_world_is_refused():
     with pytest.raises(ValueError, match="rank is 2"):
         Shard(2, 2)
+
+
+def ragged() -> tuple[RaggedSplit, list[torch.Tensor]]:
+    shapes = [(4, 9), (7, 4), (4, 4)]
+    images = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8) for h, w in shapes]
+    pixels = torch.cat([image.flatten() for image in images])
+    offsets = [0, 4 * 9 * 3, 4 * 9 * 3 + 7 * 4 * 3]
+    layout = torch.tensor([[o, h, w] for o, (h, w) in zip(offsets, shapes, strict=True)])
+    return RaggedSplit(pixels, layout, size=4, channels=3), images
+
+
+def test_dense_gathers_rows_in_order():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 2, 2, 1).contiguous()
+    table = DenseSplit(images)
+    got = table.gather(torch.tensor([3, 0, 3]), epoch=1, seed=0)
+    assert got[:, 0, 0, 0].tolist() == [3, 0, 3]
+    assert table.shape == (2, 2, 1)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 2, 2, 1), torch.zeros(2, 2, 2, dtype=torch.uint8)])
+def test_dense_refuses_other_arrays(bad):
+    with pytest.raises(ValueError, match="uint8"):
+        DenseSplit(bad)
+
+
+def test_ragged_evaluation_takes_the_center():
+    table, images = ragged()
+    got = table.gather(torch.tensor([1, 0, 2]), epoch=None, seed=0)
+    assert torch.equal(got[0], images[1][1:5])
+    assert torch.equal(got[1], images[0][:, 2:6])
+    assert torch.equal(got[2], images[2])
+
+
+def test_ragged_training_takes_every_window_and_repeats_itself():
+    table, images = ragged()
+    index = torch.tensor([0])
+    seen = set()
+    for epoch in range(60):
+        window = table.gather(index, epoch=epoch, seed=0)[0]
+        assert torch.equal(window, table.gather(torch.tensor([2, 0]), epoch=epoch, seed=0)[1])
+        seen.add(next(k for k in range(6) if torch.equal(window, images[0][:, k : k + 4])))
+    assert seen == set(range(6))

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from nvae.data.config import DataError
-from nvae.data.conversion import exclusive, writing
-from nvae.data.splits import DenseSplit, RaggedSplit
+from nvae.data.conversion import StoreWriter, exclusive
+from nvae.data.loader import DenseSplit, RaggedSplit
 from nvae.data.store import Manifest, map_array, open_store, read_header, read_manifest
 from tests.data.files import pictures
 
 
 def write(folder, images, *, ragged=False, name="set"):
-    with exclusive(folder), writing(folder) as writer:
+    with exclusive(folder), StoreWriter(folder) as writer:
         size = min(min(image.shape[:2]) for image in images)
         split = writer.split("train", (size, size, 3), ragged=ragged)
         for image in images:
@@ -168,7 +168,7 @@ def test_a_failed_second_preparation_leaves_the_first_untouched(tmp_path):
         raise KeyboardInterrupt
 
     def interrupted():
-        with writing(tmp_path) as writer:
+        with StoreWriter(tmp_path) as writer:
             split = writer.split("train", (8, 8, 3), ragged=False)
             for image in failing():
                 split.add(image)
