@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.lib.format as npy
 from numpy.typing import NDArray
-from torch import Tensor
 
-from nvae.counter_rng import STREAM_SPLIT, permutation
-from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TRAIN, DataConfig, DataError
 from nvae.data.loader import read_ahead
 from nvae.data.places import (
     by_hand,
@@ -31,7 +29,15 @@ from nvae.data.places import (
     prepared_folder,
     source_folder,
 )
-from nvae.data.readers import Item, MissingSourceError, Part, detect_format, read_source
+from nvae.data.readers import (
+    Item,
+    MissingSourceError,
+    Part,
+    Plan,
+    detect_format,
+    plan_splits,
+    read_source,
+)
 from nvae.data.store import (
     PARTIAL,
     ArrayFile,
@@ -41,8 +47,6 @@ from nvae.data.store import (
     write_stamps,
 )
 from nvae.data.transforms import BadImageError, decode, fit, fit_array, to_channels
-
-TOO_FEW = "it takes at least two: one to train on, one to hold out"
 
 _CHUNK = 32
 _NAMES_KEPT = 100
@@ -182,104 +186,6 @@ def exclusive(folder: Path) -> Iterator[None]:
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+b", buffering=0) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> dict[str, int]:
-    """Sizes of the three splits, given what the source has and what the config asks for.
-
-    A split that the source lacks is drawn from its training part. Where the source has nothing
-    but a training part and the config names no size, a tenth goes to validation, at least one.
-
-    Args:
-        available: images in each split of the source.
-        wanted: `train_size`, `valid_size`, `test_size` of the config, None = no wish.
-
-    Returns:
-        Images in each of train, valid, test.
-
-    Raises:
-        ValueError: The source cannot give what is asked for.
-    """
-    have = {split: available.get(split, 0) for split in SPLITS}
-    if sum(have.values()) == 1:
-        raise ValueError(f"the source has one picture; {TOO_FEW}")
-    counts = dict(have)
-    drawn = 0
-    no_wish = all(wanted.get(split) is None for split in SPLITS)
-    for split in (VALID, TEST):
-        if not have[split]:
-            counts[split] = wanted.get(split) or 0
-            if split == VALID and no_wish and not have[TEST]:
-                counts[split] = max(have[TRAIN] // 10, 1)
-            drawn += counts[split]
-    counts[TRAIN] = have[TRAIN] - drawn
-    for split in SPLITS:
-        asked = wanted.get(split)
-        # A source's own validation or test images may be left unused, never cut short.
-        if asked == 0 and split != TRAIN:
-            counts[split] = 0
-        elif asked is not None and asked != counts[split]:
-            raise ValueError(
-                f"data.{split}_size is {asked}, but the source gives {counts[split]} (it has "
-                + ", ".join(f"{n} {name}" for name, n in have.items())
-                + " images)"
-            )
-    if counts[TRAIN] < 1:
-        raise ValueError(
-            f"no training images are left: the source has {have[TRAIN]}, and {drawn} are asked "
-            "for validation and test"
-        )
-    return counts
-
-
-def draw_splits(n: int, valid: int, test: int, *, seed: int) -> dict[str, Tensor]:
-    """Divide n images at random; every split keeps the order of the source.
-
-    Returns:
-        Sorted int64 indices for train, valid and test, disjoint and complete.
-    """
-    order = permutation(n, seed=seed, epoch=0, stream=STREAM_SPLIT)
-    parts = order.split([n - valid - test, valid, test])
-    return {split: part.sort().values for split, part in zip(SPLITS, parts, strict=True)}
-
-
-class Plan(NamedTuple):
-    """Which picture of which part of a source goes to which split.
-
-    Attributes:
-        counts: pictures by split, before unreadable ones are left out.
-        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
-        rule: the same in words.
-    """
-
-    counts: dict[str, int]
-    destination: dict[str, NDArray[np.int8]]
-    rule: str
-
-
-def plan_splits(available: dict[str, int], config: DataConfig) -> Plan:
-    """Decide the splits, given how many pictures each part of the source has.
-
-    Raises:
-        DataError: The source cannot give the sizes that the config asks for.
-    """
-    try:
-        counts = split_counts(available, {n: getattr(config, f"{n}_size") for n in SPLITS})
-    except ValueError as error:
-        raise DataError(error) from error
-    drawn = {split: 0 if split in available else counts[split] for split in SPLITS[1:]}
-    destination = {
-        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
-        for split, count in available.items()
-    }
-    if not any(drawn.values()):
-        return Plan(counts, destination, "as in the source")
-    indices = draw_splits(available[TRAIN], *drawn.values(), seed=config.split_seed)
-    for split, rows in indices.items():
-        destination[TRAIN][rows.numpy()] = SPLITS.index(split)
-    names = " and ".join(split for split, count in drawn.items() if count)
-    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
-    return Plan(counts, destination, f"{rule}{config.split_seed})")
 
 
 def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:

@@ -24,7 +24,7 @@ from nvae.data.config import (
     DataError,
     prepare_command,
 )
-from nvae.data.conversion import TOO_FEW, draw_splits, geometry, prepare_if_missing, split_counts
+from nvae.data.conversion import geometry, prepare_if_missing
 from nvae.data.loader import (
     DenseSplit,
     EvalLoader,
@@ -36,6 +36,7 @@ from nvae.data.loader import (
     TrainSampler,
 )
 from nvae.data.places import prepared_folder
+from nvae.data.readers import TOO_FEW, plan_splits
 from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
 from nvae.data.transforms import fit_array, model_input
 
@@ -240,14 +241,14 @@ def make_in_memory(config: DataConfig) -> dict[str, Split]:
         ValueError: The config asks for what the set does not have.
     """
     images = _digits(config) if config.format == "digits" else _random(config)
-    wanted = {split: getattr(config, f"{split}_size") for split in SPLITS}
-    counts = split_counts({TRAIN: len(images)}, wanted)
-    indices = draw_splits(len(images), counts[VALID], counts[TEST], seed=config.split_seed)
-    return {
-        split: DenseSplit(images[rows], hashlib.sha256(images[rows].numpy().tobytes()).hexdigest())
-        for split, rows in indices.items()
-        if len(rows)
-    }
+    plan = plan_splits({TRAIN: len(images)}, config)
+    splits: dict[str, Split] = {}
+    for number, split in enumerate(SPLITS):
+        chosen = images[torch.from_numpy(plan.destination[TRAIN] == number)]
+        if len(chosen):
+            sha256 = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
+            splits[split] = DenseSplit(chosen, sha256)
+    return splits
 
 
 def _digits(config: DataConfig) -> Tensor:

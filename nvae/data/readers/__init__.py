@@ -1,4 +1,4 @@
-"""Readers of source files: what each gives, the one door to them, and what they share."""
+"""Readers of source files: what each gives, one door to them all, and how splits are drawn."""
 
 import re
 from abc import ABC, abstractmethod
@@ -6,19 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from nvae.counter_rng import STREAM_SPLIT, permutation
 from nvae.data.config import READERS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
 from nvae.data.transforms import BadImageError
 from nvae.files import open_regular, read_bytes
 from nvae.registry import Registry
 
 Pixels = NDArray[np.uint8]
+
+TOO_FEW = "it takes at least two: one to train on, one to hold out"
 
 LARGEST_PICTURE = 1 << 28
 """Bytes of one picture, encoded or not."""
@@ -265,3 +268,85 @@ def group_by_split(names: list[str]) -> dict[str, list[int]]:
     if None in groups or TRAIN not in groups:
         return {TRAIN: list(range(len(names)))}
     return {split: rows for split, rows in groups.items() if split is not None}
+
+
+class Plan(NamedTuple):
+    """Which picture of which part of a source goes to which split.
+
+    Attributes:
+        counts: pictures by split, before unreadable ones are left out.
+        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
+        rule: the same in words.
+    """
+
+    counts: dict[str, int]
+    destination: dict[str, NDArray[np.int8]]
+    rule: str
+
+
+def plan_splits(available: dict[str, int], config: DataConfig) -> Plan:
+    """Decide the splits, given how many pictures each part of the source has.
+
+    A split that the source lacks is drawn from its training part; every split keeps the order of
+    the source.
+
+    Raises:
+        DataError: The source cannot give the sizes that the config asks for.
+    """
+    counts = split_counts(available, {split: getattr(config, f"{split}_size") for split in SPLITS})
+    drawn = {split: 0 if split in available else counts[split] for split in (VALID, TEST)}
+    destination = {
+        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
+        for split, count in available.items()
+    }
+    if not any(drawn.values()):
+        return Plan(counts, destination, "as in the source")
+    order = permutation(available[TRAIN], seed=config.split_seed, epoch=0, stream=STREAM_SPLIT)
+    valid, test = drawn.values()
+    rows = order[len(order) - valid - test :].numpy()
+    destination[TRAIN][rows[:valid]] = SPLITS.index(VALID)
+    destination[TRAIN][rows[valid:]] = SPLITS.index(TEST)
+    names = " and ".join(split for split, count in drawn.items() if count)
+    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
+    return Plan(counts, destination, f"{rule}{config.split_seed})")
+
+
+def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> dict[str, int]:
+    """Sizes of the three splits, given what the source has and what the config asks for.
+
+    Where the source has nothing but a training part and the config names no size, a tenth goes to
+    validation, at least one.
+
+    Args:
+        available: images in each split of the source.
+        wanted: `train_size`, `valid_size`, `test_size` of the config, None = no wish.
+
+    Raises:
+        DataError: The source cannot give what is asked for.
+    """
+    have = {split: available.get(split, 0) for split in SPLITS}
+    if sum(have.values()) == 1:
+        raise DataError(f"the source has one picture; {TOO_FEW}")
+    counts = dict(have)
+    if all(wanted[split] is None for split in SPLITS) and not have[VALID] and not have[TEST]:
+        counts[VALID] = max(have[TRAIN] // 10, 1)
+    else:
+        counts |= {split: wanted[split] or 0 for split in (VALID, TEST) if not have[split]}
+    counts[TRAIN] = sum(have.values()) - counts[VALID] - counts[TEST]
+    for split in SPLITS:
+        asked = wanted[split]
+        # A source's own validation or test images may be left unused, never cut short.
+        if asked == 0 and split != TRAIN:
+            counts[split] = 0
+        elif asked is not None and asked != counts[split]:
+            images = ", ".join(f"{count} {name}" for name, count in have.items())
+            raise DataError(
+                f"data.{split}_size is {asked}, but the source gives {counts[split]} (it has "
+                f"{images} images)"
+            )
+    if counts[TRAIN] < 1:
+        raise DataError(
+            f"no training images are left: the source has {have[TRAIN]}, and "
+            f"{have[TRAIN] - counts[TRAIN]} are asked for validation and test"
+        )
+    return counts
