@@ -5,7 +5,7 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.cli.sample_config import check_temperature, pixel_setting
-from nvae.data.tables import SPLITS
+from nvae.data.config import SPLITS
 from nvae.evaluation import BoundSettings
 from nvae.metrics import DistanceSettings
 from nvae.metrics.distances import check_metrics

@@ -27,8 +27,8 @@ from nvae.cli.recalibration import recalibrated
 from nvae.cli.sample_config import SampleConfig
 from nvae.cli.sample_output import SampleFolder
 from nvae.cli.schema import build
+from nvae.data.dataset import ImageData
 from nvae.data.loader import RawBatch
-from nvae.data.module import ImageDataModule
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
@@ -79,7 +79,7 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, weights: Path, data: ImageDataModule | None) -> dict[str, Any]:
+def _request(config: SampleConfig, weights: Path, data: ImageData | None) -> dict[str, Any]:
     """Everything that the pictures depend on."""
     split = "train" if config.mode == "nearest" else config.split
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
@@ -113,7 +113,7 @@ class _Sampler:
         config: SampleConfig,
         weights: Path,
         model: HierarchicalVAE,
-        data: ImageDataModule | None,
+        data: ImageData | None,
         folder: SampleFolder,
     ) -> None:
         self.config, self.weights, self.model = config, weights, model
@@ -179,7 +179,7 @@ class _Sampler:
     def _draw_nearest(self) -> None:
         assert self.data is not None
         samples = self._prior(*self.temperatures[0])
-        with progress_bar("training images", len(self.data.table("train"))) as advance:
+        with progress_bar("training images", len(self.data.split("train"))) as advance:
             found = nearest_images(
                 samples, _counted(self.data.batches("train"), advance), self.config.neighbours
             )
@@ -262,7 +262,7 @@ class _Sampler:
     def _images(self) -> Tensor:
         """The data images asked for, ``(N, C, H, W)``, on the model's device."""
         assert self.data is not None
-        table, wanted = self.data.table(self.config.split), torch.tensor(self.config.image_list)
+        table, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
         if wanted.max() >= len(table):
             raise ValueError(
                 f"images names {int(wanted.max())}; split={self.config.split} has {len(table)} "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
-from nvae.data.module import ImageBatch
+from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.training.distributed import synchronize_batchnorm

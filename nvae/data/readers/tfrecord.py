@@ -1,35 +1,38 @@
 """TFRecords of tf.Example messages with `shape` and `data`, read without TensorFlow.
 
 The record framing is that of TensorFlow's `record_writer.h`; the message is protocol buffers' wire
-format, of which an Example needs three kinds: Features, a map entry, and a list.
+format, of which an Example needs three kinds: Features, a map entry, and a list. Own reader and
+checksum: TensorFlow would be a heavy thing to install for one kind of file.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nvae.data.config import DataConfig
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.readers.crc32c import masked_crc32c
-from nvae.data.readers.source import (
+from nvae.data.config import DataError
+from nvae.data.readers import (
     LARGEST_PICTURE,
+    TFRECORD_SUFFIXES,
     Item,
     MissingSourceError,
     Part,
     Pixels,
+    Reader,
     group_by_split,
     open_source,
     read_pieces,
+    tfrecord_files,
 )
+from nvae.data.transforms import BadImageError
 
-_SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FEATURES = ("shape", "data")
@@ -210,17 +213,85 @@ def _at_resolution(paths: list[Path], size: int) -> list[Path]:
     return [path for path in paths if exponents[path] == chosen]
 
 
-def tfrecord_files(source: Path) -> list[Path]:
-    """All record files below a folder, sorted."""
-    return sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
-
-
-def read_tfrecord(source: Path, config: DataConfig) -> dict[str, Part]:
+class TFRecord(Reader):
     """All records below `source`; folders train and validation are the splits."""
-    paths = tfrecord_files(source) if source.is_dir() else [source]
-    paths = _at_resolution(paths, config.stored_size) if paths else []
-    if not paths or not paths[0].exists():
-        raise MissingSourceError(f"no {' or '.join(_SUFFIXES)} files found in {source}")
-    root = source if source.is_dir() else source.parent
-    groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
-    return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        paths = tfrecord_files(source) if source.is_dir() else [source]
+        paths = _at_resolution(paths, self.config.stored_size) if paths else []
+        if not paths or not paths[0].exists():
+            raise MissingSourceError(f"no {' or '.join(TFRECORD_SUFFIXES)} files found in {source}")
+        root = source if source.is_dir() else source.parent
+        groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
+        return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
+
+
+# CRC-32C (Castagnoli, RFC 3720) in numpy. Where it starts at zero the checksum is linear over GF(2)
+# in the message, so a message is cut into equal rows, the rows are summed in parallel, and the sums
+# are folded in pairs: crc(a b) = shift(crc(a), |b|) xor crc(b).
+_POLYNOMIAL = 0x82F63B78  # bit-reversed
+_ROW_BYTES = 32
+_MASK_DELTA = 0xA282EAD8
+
+Words = NDArray[np.uint32]
+
+
+@cache
+def _byte_table() -> Words:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ _POLYNOMIAL, table >> 1).astype(np.uint32)
+    return table
+
+
+def _apply(tables: Words, crc: Words) -> Words:
+    """Apply a linear map given as four tables of 256, one for each byte of the argument."""
+    out: Words = tables[0][crc & 255]
+    for byte in (1, 2, 3):
+        out = out ^ tables[byte][(crc >> (8 * byte)) & 255]
+    return out
+
+
+@cache
+def _shift_tables(zeros: int) -> Words:
+    """Tables of the map "append `zeros` zero bytes"; `zeros` is `_ROW_BYTES` times a power of 2."""
+    values = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    if zeros == _ROW_BYTES:
+        out = values
+        for _ in range(zeros):
+            out = _byte_table()[out & 255] ^ (out >> 8)
+        return out
+    half = _shift_tables(zeros // 2)
+    return _apply(half, half.ravel()).reshape(4, 256)
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of `data`."""
+    table = _byte_table()
+    if len(data) < 4:
+        crc = 0xFFFFFFFF
+        for byte in data:
+            crc = int(table[(crc ^ byte) & 255]) ^ (crc >> 8)
+        return crc ^ 0xFFFFFFFF
+    rows = 1 << ((len(data) - 1) // _ROW_BYTES).bit_length()
+    padded = np.zeros(rows * _ROW_BYTES, dtype=np.uint8)
+    # Zeros in front change nothing once the start value is folded into the message.
+    head = len(padded) - len(data)
+    padded[head:] = np.frombuffer(data, dtype=np.uint8)
+    padded[head : head + 4] ^= 0xFF
+    columns = np.ascontiguousarray(padded.reshape(rows, _ROW_BYTES).T)
+    sums = np.zeros(rows, dtype=np.uint32)
+    for column in columns:
+        sums = table[(sums ^ column) & 255] ^ (sums >> 8)
+    width = _ROW_BYTES
+    while len(sums) > 1:
+        sums = _apply(_shift_tables(width), sums[0::2]) ^ sums[1::2]
+        width *= 2
+    return int(sums[0]) ^ 0xFFFFFFFF
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The rotated form that TFRecords store."""
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF

@@ -1,15 +1,15 @@
-"""Folders and archives of pictures: which files, which order, which split."""
+"""Folders and archives of pictures, and CelebA: which files, which order, split and damage."""
 
 import tarfile
 import zipfile
 
 import pytest
 
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.readers.folder import read_folder
-from nvae.data.readers.source import MissingSourceError, group_by_split, split_of_word
-from tests.data.files import add_to_tar, encoded, pictures, write_pictures
+from nvae.data.config import DataError
+from nvae.data.readers import MissingSourceError, group_by_split, read_source, split_of_word
+from nvae.data.readers.pictures import tar_names, zip_items
+from nvae.data.transforms import BadImageError
+from tests.data.files import add_to_tar, encoded, pictures, write_celeba, write_pictures
 
 
 def names(parts):
@@ -22,7 +22,7 @@ def test_pictures_anywhere_below_sorted_and_nothing_else(tmp_path, make_config):
     write_pictures(tmp_path / ".hidden", pictures(1, 4, 3))
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "._b.png").write_bytes(b"resource fork")
-    assert names(read_folder(tmp_path, make_config())) == {
+    assert names(read_source(tmp_path, "folder", make_config())) == {
         "train": ["a/deep/0000.webp", "b/0000.png", "b/0001.png"]
     }
 
@@ -60,8 +60,8 @@ def test_older_imagenet_as_unpacked_and_as_packed(tmp_path, make_config):
         (tmp_path / "packed").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "packed" / f"{split}_32x32.tar", "w") as tar:
             tar.add(tmp_path / "loose" / f"{split}_32x32", f"{split}_32x32")
-    loose = read_folder(tmp_path / "loose", make_config())
-    packed = read_folder(tmp_path / "packed", make_config())
+    loose = read_source(tmp_path / "loose", "folder", make_config())
+    packed = read_source(tmp_path / "packed", "folder", make_config())
     assert {split: part.count for split, part in loose.items()} == {"train": 3, "valid": 2}
     for split in loose:
         assert sorted(i.load() for i in loose[split].items()) == sorted(
@@ -82,7 +82,7 @@ def test_archives_are_read_in_place(tmp_path, make_config, suffix):
         with tarfile.open(path, f"w:{suffix[5:]}") as tar:
             for name, data in members.items():
                 add_to_tar(tar, name, data)
-    part = read_folder(path, make_config())["train"]
+    part = read_source(path, "folder", make_config())["train"]
     assert [item.load() for item in part.items()] == images
     assert list(tmp_path.iterdir()) == [path]
 
@@ -99,7 +99,7 @@ def test_archives_with_paths_that_lead_outside_are_refused(tmp_path, make_config
         with tarfile.open(folder / "set.tar", "w") as tar:
             add_to_tar(tar, name, b"x")
     with pytest.raises(DataError, match="leads out of the archive"):
-        read_folder(folder, make_config())
+        read_source(folder, "folder", make_config())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -109,7 +109,7 @@ def test_links_in_a_tar_are_not_followed(tmp_path, make_config):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         add_to_tar(tar, "real.png", b"x")
-    assert names(read_folder(tmp_path, make_config())) == {"train": ["real.png"]}
+    assert names(read_source(tmp_path, "folder", make_config())) == {"train": ["real.png"]}
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
@@ -117,7 +117,7 @@ def test_links_in_a_tar_are_not_followed(tmp_path, make_config):
 def test_a_damaged_archive_is_named(tmp_path, make_config, suffix, content):
     (tmp_path / f"set{suffix}").write_bytes(content)
     with pytest.raises(DataError, match=r"is damaged|no pictures"):
-        read_folder(tmp_path, make_config())
+        read_source(tmp_path, "folder", make_config())
 
 
 def test_a_damaged_member_of_a_zip_is_one_bad_picture(tmp_path, make_config):
@@ -126,7 +126,7 @@ def test_a_damaged_member_of_a_zip_is_one_bad_picture(tmp_path, make_config):
         archive.writestr("a.png", b"A" * 100)
         archive.writestr("b.png", b"B" * 100)
     path.write_bytes(path.read_bytes().replace(b"A" * 100, b"A" * 99 + b"x"))
-    first, second = read_folder(path, make_config())["train"].items()
+    first, second = read_source(path, "folder", make_config())["train"].items()
     with pytest.raises(BadImageError, match="CRC"):
         first.load()
     assert second.load() == b"B" * 100
@@ -137,9 +137,96 @@ def test_a_folder_without_pictures_is_named(tmp_path, make_config, files):
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(MissingSourceError, match=r"no pictures found in .*looked for .png"):
-        read_folder(tmp_path, make_config())
+        read_source(tmp_path, "folder", make_config())
 
 
 def test_a_missing_folder_is_named(tmp_path, make_config):
     with pytest.raises(MissingSourceError, match="does not exist"):
-        read_folder(tmp_path / "nowhere", make_config())
+        read_source(tmp_path / "nowhere", "folder", make_config())
+
+
+def tar(path, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for i in range(5):
+            add_to_tar(archive, f"{i}.png", b"x" * 600)
+    return path
+
+
+def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
+    """tarfile would give the pictures before it, and not a word."""
+    path = tar(tmp_path / "a.tar")
+    data = bytearray(path.read_bytes())
+    data[1536 * 2 + 3] ^= 1
+    path.write_bytes(data)
+    with tarfile.open(path) as archive:
+        assert len(archive.getnames()) == 2
+    with pytest.raises(DataError, match="something other than a header at byte 3072"):
+        tar_names(path)
+
+
+@pytest.mark.parametrize("keep", [1536 * 2, 1536 * 2 + 100, 1536 * 2 + 512, 1536 * 2 + 700])
+def test_a_tar_that_is_cut_short_is_not_a_shorter_one(tmp_path, keep):
+    path = tar(tmp_path / "a.tar")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="is damaged"):
+        tar_names(path)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+def test_the_checksum_at_the_end_of_a_packed_tar_is_compared(tmp_path, mode):
+    path = tar(tmp_path / "a.tar.x", mode)
+    assert len(tar_names(path)) == 5
+    data = bytearray(path.read_bytes())
+    data[-6 if mode == "w:gz" else -16] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="is damaged"):
+        tar_names(path)
+
+
+def test_a_damaged_name_in_a_zip_drops_no_picture(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", b"x")
+        archive.writestr("readme.txt", b"x")
+        archive.writestr("folder/", b"")
+    assert len(zip_items(path)) == 3
+    data = path.read_bytes()
+    at = data.rindex(b"1.png")
+    path.write_bytes(data[:at] + b"1.pnf" + data[at + 5 :])
+    with pytest.raises(DataError, match="is damaged"):
+        zip_items(path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_splits_follow_the_partition_file(tmp_path, make_config, packed):
+    images = pictures(6, 8, 3)
+    write_celeba(tmp_path, images, [0, 2, 0, 1, 2, 0], packed=packed)
+    parts = read_source(tmp_path, "celeba", make_config())
+    got = {split: [item.load() for item in part.items()] for split, part in parts.items()}
+    rows = {"train": [0, 2, 5], "valid": [3], "test": [1, 4]}
+    assert got == {split: [encoded(images[i]) for i in index] for split, index in rows.items()}
+
+
+@pytest.mark.parametrize("line", ["000001.jpg", "000001.jpg 3", "../x.jpg 0", "a b c"])
+def test_a_bad_partition_line_is_named(tmp_path, make_config, line):
+    write_celeba(tmp_path, pictures(1, 8, 3), [0])
+    (tmp_path / "list_eval_partition.txt").write_text(f"000001.jpg 0\n{line}\n")
+    with pytest.raises(DataError, match="line 2"):
+        read_source(tmp_path, "celeba", make_config())
+
+
+def test_a_listed_picture_missing_from_the_archive_is_named(tmp_path, make_config):
+    write_celeba(tmp_path, pictures(2, 8, 3), [0, 0], packed=True)
+    with (tmp_path / "list_eval_partition.txt").open("a") as file:
+        file.write("000009.jpg 0\n")
+    with pytest.raises(DataError, match=r"lacks 000009\.jpg"):
+        read_source(tmp_path, "celeba", make_config())
+
+
+@pytest.mark.parametrize("name", ["list_eval_partition.txt", "img_align_celeba"])
+def test_missing_files_are_named(tmp_path, make_config, name):
+    write_celeba(tmp_path, pictures(1, 8, 3), [0])
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingSourceError, match=name):
+        read_source(tmp_path, "celeba", make_config())

@@ -1,21 +1,117 @@
-"""Reading LMDB files page by page, with every position checked.
+"""LMDB databases: LSUN as distributed, and the layout that other NVAE code uses.
 
-The C library takes what a page says for granted: a damaged file ends the process, or never ends.
-The layout is that of LMDB 0.9 on 64-bit little-endian machines: pages of equal size, each with a
-header of 16 bytes; two meta pages, of which the one of the later transaction counts; a B+ tree of
-branch and leaf pages whose nodes are found through 16-bit offsets; long values on pages of their
-own.
+Own reader of pages, every position checked: the C library takes what a page says for granted, so
+that a damaged file ends the process, or never ends. The layout is that of LMDB 0.9 on 64-bit
+little-endian machines: pages of equal size, each with a header of 16 bytes; two meta pages, of
+which the one of the later transaction counts; a B+ tree of branch and leaf pages whose nodes are
+found through 16-bit offsets; long values on pages of their own.
 """
 
 import mmap
 import struct
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import isqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nvae.data.manifest import DataError
-from nvae.data.readers.source import LARGEST_PICTURE, open_source
+import numpy as np
+
+from nvae.data.config import TRAIN, VALID, DataError
+from nvae.data.readers import (
+    LARGEST_PICTURE,
+    REFERENCE_LMDBS,
+    Item,
+    MissingSourceError,
+    Part,
+    Pixels,
+    Reader,
+    open_source,
+)
+from nvae.data.transforms import BadImageError
+
+_ENCODED = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
+
+
+def _data_file(path: Path) -> Path:
+    return path / "data.mdb" if path.is_dir() else path
+
+
+def decode_raw(value: bytes) -> Pixels | bytes:
+    """A value of the reference's layout: an encoded picture as it is, or square raw RGB pixels.
+
+    Raises:
+        BadImageError: Neither.
+    """
+    if value.startswith(_ENCODED):
+        return value
+    side = isqrt(len(value) // 3)
+    if not value or side * side * 3 != len(value):
+        raise BadImageError(f"its {len(value)} bytes are neither a picture nor a square of RGB")
+    return np.frombuffer(value, dtype=np.uint8).reshape(side, side, 3)
+
+
+def _reference_part(path: Path) -> Part:
+    file = LmdbFile(_data_file(path))
+
+    # Values are read when they are decoded: many entries may point to one large value.
+    def loader(node: int) -> Callable[[], Pixels | bytes]:
+        return lambda: decode_raw(file.value(node))
+
+    def items() -> Iterator[Item]:
+        # LMDB sorts keys as text, 10 before 2. No number has a longer key, and a damaged page could
+        # hold many that are very long.
+        nodes = {key: node for key, node in file.items() if len(key) < 20}
+        for i in range(len(file)):
+            node = nodes.get(str(i).encode())
+            if node is None:
+                raise DataError(
+                    f"{path} has {len(file)} entries but no key {str(i)!r}: keys must be "
+                    f"'0' to '{len(file) - 1}'"
+                )
+            yield Item(f"{path.name} key {i}", loader(node))
+
+    return Part(len(file), items)
+
+
+class ReferenceLmdb(Reader):
+    """`train.lmdb` and `validation.lmdb` with keys "0", "1", ... and raw RGB or encoded values."""
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        paths = {split: self.source / name for split, name in REFERENCE_LMDBS.items()}
+        if not _data_file(paths[TRAIN]).exists():
+            raise MissingSourceError(f"{REFERENCE_LMDBS[TRAIN]} not found in {self.source}")
+        there = {split: path for split, path in paths.items() if _data_file(path).exists()}
+        return {split: _reference_part(path) for split, path in there.items()}
+
+
+def _lsun_part(path: Path) -> Part:
+    file = LmdbFile(_data_file(path))
+
+    def items() -> Iterator[Item]:
+        for key, node in file.items():
+            name = key.decode("ascii", "replace")
+            yield Item(f"{path.name} key {name}", partial(file.value, node))
+
+    return Part(len(file), items)
+
+
+class Lsun(Reader):
+    """`CATEGORY_train_lmdb` and `CATEGORY_val_lmdb` of one category, in the order of their keys."""
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        found = {
+            split: sorted(path for path in source.glob(pattern) if _data_file(path).exists())
+            for split, pattern in ((TRAIN, "*_train_lmdb"), (VALID, "*_val_lmdb"))
+        }
+        if not found[TRAIN]:
+            raise MissingSourceError(f"CATEGORY_train_lmdb not found in {source}")
+        if len(found[TRAIN]) > 1 or len(found[VALID]) > 1:
+            names = ", ".join(path.name for path in found[TRAIN])
+            raise DataError(f"{source} holds several categories ({names}): keep one in a folder")
+        return {split: _lsun_part(paths[0]) for split, paths in found.items() if paths}
+
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _PAGE = struct.Struct("<QHHHH")  # number, padding, kind, lower, upper
@@ -161,29 +257,3 @@ class LmdbFile:
                 yield self._key(node), node
         if given < len(self):
             raise self._damage(f"it holds {given} entries instead of {len(self)}")
-
-    def find(self, key: bytes) -> int | None:
-        """Position of the node of a key, None where it is not there.
-
-        Raises:
-            DataError: It is damaged.
-        """
-        number = self._now.root
-        if number == _EMPTY:
-            return None
-        for _ in range(_DEEPEST):
-            kind, nodes = self._nodes(number)
-            if kind == _LEAF:
-                low = self._first_from(nodes, key)
-                return nodes[low] if low < len(nodes) and self._key(nodes[low]) == key else None
-            # The first key of a branch page is left out: it stands for all that is smaller.
-            low = self._first_from(nodes[1:], key)
-            exact = low + 1 < len(nodes) and self._key(nodes[low + 1]) == key
-            if not nodes:
-                break
-            number = self._child(nodes[low + exact])
-        raise self._damage("its pages lead round in a circle")
-
-    def _first_from(self, nodes: list[int], key: bytes) -> int:
-        """Position of the first node whose key is not smaller."""
-        return bisect_left(nodes, key, key=self._key)

@@ -1,26 +1,44 @@
-"""Pictures inside zip and tar archives, read where they are: nothing is ever extracted to disk."""
+"""Folders and archives of pictures, and CelebA, which is such a folder with a list of splits.
+
+Archives are read where they are: nothing is ever extracted to disk. Own reader of CelebA:
+torchvision's needs the attribute files and its own folders, and cannot read the zip.
+"""
 
 import bz2
 import gzip
 import lzma
+import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.readers.source import (
+from nvae.data.config import SPLITS, DataError
+from nvae.data.readers import (
     LARGEST_PICTURE,
     PIECE,
     Item,
-    constant,
+    MissingSourceError,
+    Part,
+    Reader,
+    file_item,
+    find_files,
+    group_by_split,
+    list_part,
+    loaded_item,
     open_source,
     read_pieces,
+    read_whole,
     unpacked_limit,
 )
+from nvae.data.transforms import BadImageError
+from nvae.files import LARGEST_TEXT
 
+PICTURE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _PACKED: tuple[tuple[bytes, Callable[[BinaryIO], Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
@@ -29,9 +47,76 @@ _PACKED: tuple[tuple[bytes, Callable[[BinaryIO], Any]], ...] = (
 )
 
 
-def is_archive(path: Path) -> bool:
-    """Whether the name is that of an archive we read."""
-    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+def is_picture(name: str) -> bool:
+    """Whether the name is that of a picture; hidden files (also of macOS archives) are not."""
+    last = name.rpartition("/")[2].lower()
+    return last.endswith(PICTURE_SUFFIXES) and not last.startswith(".") and "__MACOSX" not in name
+
+
+class Folder(Reader):
+    """Every picture below `source`, or in it where it is an archive.
+
+    Folders or archives called train..., val... and test... are the splits, if all pictures are in
+    such; otherwise there is one part.
+    """
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        if not source.exists():
+            raise MissingSourceError(f"{source} does not exist")
+        files = _walk(source) if source.is_dir() else [source]
+        root = source if source.is_dir() else source.parent
+        loose = [
+            file_item(path.relative_to(root).as_posix(), path)
+            for path in files
+            if is_picture(path.name)
+        ]
+        found = [([item.name for item in loose], list_part(loose))]
+        for path in files:
+            # The archive's own name may tell the split: train_32x32.tar.
+            stem = "" if path == source else f"{path.relative_to(root).as_posix()}/"
+            if path.name.lower().endswith(".zip"):
+                packed = zip_items(path)
+                found.append(([f"{stem}{item.name}" for item in packed], list_part(packed)))
+            elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
+                names = tar_names(path)
+                found.append(([f"{stem}{name}" for name in names], _tar_part(path, len(names))))
+        groups = group_by_split([name for names, _ in found for name in names])
+        if not any(groups.values()):
+            raise MissingSourceError(
+                f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
+                "also inside zip and tar archives)"
+            )
+        parts = [part for _, part in found]
+        return {split: _chosen(parts, positions) for split, positions in groups.items()}
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below, sorted by relative path, without hidden folders and links to folders."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _chosen(parts: list[Part], positions: list[int]) -> Part:
+    """The pictures at positions, in rising order, counted through all parts."""
+
+    def items() -> Iterator[Item]:
+        wanted = iter(positions)
+        following = next(wanted, None)
+        start = 0
+        for part in parts:
+            # A part of which nothing is wanted is not read.
+            if following is not None and following < start + part.count:
+                for position, item in enumerate(part.items(), start):
+                    if position == following:
+                        yield item
+                        following = next(wanted, None)
+            start += part.count
+
+    return Part(len(positions), items)
 
 
 def _check_name(name: str, archive: Path) -> None:
@@ -41,7 +126,7 @@ def _check_name(name: str, archive: Path) -> None:
         raise DataError(f"{archive} is refused: its member {name!r} leads out of the archive")
 
 
-def zip_items(path: Path, is_picture: Callable[[str], bool]) -> list[Item]:
+def zip_items(path: Path) -> list[Item]:
     """The pictures of a zip archive, sorted by name; each is read when it is loaded."""
     file = open_source(path)
     try:
@@ -62,9 +147,8 @@ def zip_items(path: Path, is_picture: Callable[[str], bool]) -> list[Item]:
 
         return load
 
-    members = sorted(archive.infolist(), key=lambda member: member.filename)
     items = []
-    for member in members:
+    for member in sorted(archive.infolist(), key=lambda member: member.filename):
         _check_name(member.filename, path)
         if is_picture(member.filename):
             items.append(Item(member.filename, loader(member)))
@@ -191,18 +275,60 @@ def _check_end(file: _Unpacked, position: int) -> None:
         raise tarfile.ReadError("it is cut short")
 
 
-def tar_names(path: Path, is_picture: Callable[[str], bool]) -> list[str]:
+def tar_names(path: Path) -> list[str]:
     """Names of the pictures in a tar archive, in its own order."""
-    names = []
-    for name, _ in tar_members(path):
+    names = [name for name, _ in tar_members(path)]
+    for name in names:
         _check_name(name, path)
-        if is_picture(name):
-            names.append(name)
-    return names
+    return [name for name in names if is_picture(name)]
 
 
-def tar_items(path: Path, is_picture: Callable[[str], bool]) -> Iterator[Item]:
+def _tar_part(path: Path, count: int) -> Part:
     """The same pictures with their bytes, read once from front to back: tars allow nothing else."""
-    for name, read in tar_members(path):
-        if is_picture(name):
-            yield Item(name, constant(read()))
+
+    def items() -> Iterator[Item]:
+        for name, read in tar_members(path):
+            if is_picture(name):
+                yield loaded_item(name, read())
+
+    return Part(count, items)
+
+
+class CelebA(Reader):
+    """The official train, validation and test images, aligned JPEGs in a folder or zip."""
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        partition = find_files(self.source, ("list_eval_partition.txt",))
+        images = find_files(self.source, ("img_align_celeba", "img_align_celeba.zip"))
+        names = _partition(partition)
+        packed = {}
+        if images.is_file():
+            packed = {Path(item.name).name: item for item in zip_items(images)}
+        elif not all((images / row[0]).exists() for row in names.values() if row):
+            # torchvision unpacks one level deeper than the archive's own layout.
+            nested = images / images.name
+            images = nested if nested.is_dir() else images
+
+        def item(name: str) -> Item:
+            if not images.is_file():
+                return file_item(name, images / name)
+            if name not in packed:
+                raise DataError(f"{images} lacks {name}, which {partition} lists")
+            return packed[name]
+
+        parts = {split: [item(name) for name in row] for split, row in names.items() if row}
+        return {split: list_part(items) for split, items in parts.items()}
+
+
+def _partition(path: Path) -> dict[str, list[str]]:
+    """File names by split, in the order of the file: 0 train, 1 validation, 2 test."""
+    names: dict[str, list[str]] = {split: [] for split in SPLITS}
+    text = read_whole(path, LARGEST_TEXT).decode("ascii", "replace")
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if len(words) != 2 or words[1] not in ("0", "1", "2"):
+            raise DataError(f"{path}, line {number}: not a file name and 0, 1 or 2")
+        if Path(words[0]).name != words[0] or words[0] == "..":
+            raise DataError(f"{path}, line {number}: {words[0]!r} leads out of the folder")
+        names[SPLITS[int(words[1])]].append(words[0])
+    return names

@@ -1,9 +1,9 @@
-"""Sizes of splits, and who is in them."""
+"""Splits: their sizes, and which pictures are in them."""
 
+import numpy as np
 import pytest
-import torch
 
-from nvae.data.splits import draw_splits, split_counts
+from nvae.data.readers import plan_splits, split_counts
 
 
 def wanted(train=None, valid=None, test=None):
@@ -42,14 +42,18 @@ def test_impossible_sizes_are_one_clear_line(available, asked, words):
         split_counts(available, asked)
 
 
-def test_drawn_splits_are_disjoint_complete_sorted_and_seeded():
-    splits = draw_splits(100, 20, 10, seed=0)
-    assert [len(rows) for rows in splits.values()] == [70, 20, 10]
-    assert torch.equal(torch.cat(list(splits.values())).sort().values, torch.arange(100))
-    assert all((rows.diff() > 0).all() for rows in splits.values())
-    assert not torch.equal(splits["valid"], draw_splits(100, 20, 10, seed=1)["valid"])
+def test_drawn_splits_are_complete_and_seeded(make_config):
+    def destination(n, seed=0, **sizes):
+        config = make_config(split_seed=seed, train_size=None, **sizes)
+        return plan_splits({"train": n}, config).destination["train"]
+
+    first = destination(100, valid_size=20, test_size=10)
+    assert [(first == split).sum() for split in range(3)] == [70, 20, 10]
+    other = destination(100, seed=1, valid_size=20, test_size=10)
+    assert not np.array_equal(first, other)
     # Pinned: a changed split would silently make old and new likelihoods incomparable.
-    assert draw_splits(10, 2, 2, seed=0)["valid"].tolist() == PINNED_VALID
+    pinned = destination(10, valid_size=2, test_size=2)
+    assert np.flatnonzero(pinned == 1).tolist() == PINNED_VALID
 
 
 PINNED_VALID = [4, 7]
