@@ -24,10 +24,9 @@ from nvae.models import HierarchicalVAE
 from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
 from nvae.modes import eval_mode
-from nvae.noise import keys_of, latent_noise
+from nvae.random import STREAM_RECALIBRATION, image_keys, latent_noise
 from nvae.settings import check_fields
 
-STREAM_RECALIBRATION = 105
 _FORMAT = 2
 _LARGEST = 1 << 28
 """Bytes of a cache; the largest model in use has 8 MiB of statistics."""
@@ -167,7 +166,7 @@ def _one_pass(
         norm.num_batches_tracked.zero_()
     start = batch * settings.batch_size
     index = torch.arange(start, start + settings.batch_size, device=device)
-    keys = keys_of(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
+    keys = image_keys(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
     noise = latent_noise(keys, model.latent_shapes, model.dtype)
     model.sample_logits(settings.batch_size, settings.temperature, noise)
     for name, norm in norms.items():

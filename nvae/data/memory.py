@@ -7,11 +7,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 from nvae.data.config import DataConfig
 from nvae.data.images import fit_array
 from nvae.data.splits import draw_splits, split_counts
 from nvae.data.tables import TRAIN, DenseTable, ImageTable
+from nvae.random import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 
 _LARGEST = 1 << 31
 """Bytes of a set that is made in memory."""

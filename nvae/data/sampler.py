@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_ORDER, permutation
+from nvae.random import STREAM_ORDER, permutation
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_SPLIT, permutation
 from nvae.data.tables import SPLITS, TEST, TRAIN, VALID
+from nvae.random import STREAM_SPLIT, permutation
 
 TOO_FEW = "it takes at least two: one to train on, one to hold out"
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_CROP, image_keys
+from nvae.random import STREAM_CROP, image_keys
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.counter_rng import (
+from nvae.data.config import DataConfig
+from nvae.random import (
     STREAM_BINARIZE,
     STREAM_FLIP,
     UNIFORM_BITS,
     image_keys,
     uniform_bits,
 )
-from nvae.data.config import DataConfig
 
 
 def random_flip(images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nvae.evaluation.records import ImageRecords
 from nvae.models import HierarchicalVAE, Output
-from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
+from nvae.random import STREAM_POSTERIOR, fold_in, image_keys, latent_noise
 from nvae.settings import check_fields
 
 MOST_DRAWS = 10_000_000
@@ -130,7 +130,7 @@ def bound_images(
     """
     images = len(x)
     encoder_maps = model.encode(x)
-    keys = keys_of(index.to(x.device), seed=settings.seed, stream=STREAM_POSTERIOR)
+    keys = image_keys(index.to(x.device), seed=settings.seed, stream=STREAM_POSTERIOR)
     weights = LogWeights(images)
     reconstruction = torch.zeros(images, dtype=torch.float64)
     kl = torch.zeros(images, len(model.latent_shapes), model.latent_channels).double()

@@ -17,7 +17,7 @@ from torch import Tensor
 from nvae.models import HierarchicalVAE, Temperature
 from nvae.models.latent_group import GroupSample
 from nvae.modes import eval_mode
-from nvae.noise import STREAM_POSTERIOR, STREAM_TRAVERSE, keys_of, latent_noise
+from nvae.random import STREAM_POSTERIOR, STREAM_TRAVERSE, image_keys, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
 from nvae.sampling.prior import seed_noise
 
@@ -81,7 +81,7 @@ def encode(
             if seeds is None:
                 noise = [x.new_zeros(shape) for shape in model.noise_shapes(len(images))]
             else:
-                keys = keys_of(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
+                keys = image_keys(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
                 noise = latent_noise(keys, model.latent_shapes, x.dtype)
             _, groups = model.top_down(noise, encoder_maps=model.encode(images))
             parts.append(_latents(groups))
@@ -286,7 +286,7 @@ def traverse(
     start = latents.noise[group]
     if start[0].numel() < 2:
         raise ValueError(f"group {group} is a single number; there is no circle to turn on")
-    keys = keys_of(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
+    keys = image_keys(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
     aside = latent_noise(keys, [tuple(start.shape[1:])], start.dtype)[0]
     e, d = start.flatten(1), aside.flatten(1)
     length = e.norm(dim=1, keepdim=True)

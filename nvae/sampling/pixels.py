@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE
-from nvae.noise import STREAM_PIXELS, PixelNoise, keys_of
+from nvae.random import STREAM_PIXELS, PixelNoise, image_keys
 
 PixelTemperature = float | Literal["mean"]
 
@@ -49,5 +49,5 @@ def render(
     likelihood = model.likelihood(logits)
     if pixel_temperature == "mean":
         return likelihood.mean
-    keys = keys_of(seeds.to(logits.device), seed=0, stream=STREAM_PIXELS)
+    keys = image_keys(seeds.to(logits.device), seed=0, stream=STREAM_PIXELS)
     return likelihood.sample(float(pixel_temperature), PixelNoise(keys))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
 from nvae.modes import eval_mode
-from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
+from nvae.random import STREAM_PRIOR, image_keys, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
 
 Decode = Callable[[Sequence[Tensor], Temperature], Tensor]
@@ -36,7 +36,7 @@ def scale_temperatures(model: HierarchicalVAE, per_scale: Sequence[float]) -> li
 
 def seed_noise(model: HierarchicalVAE, seeds: Tensor) -> list[Tensor]:
     """The prior's noise for every seed ``(B,)``: one ``(B, L, h, w)`` a group, coarsest first."""
-    keys = keys_of(seeds.to(model.device), seed=0, stream=STREAM_PRIOR)
+    keys = image_keys(seeds.to(model.device), seed=0, stream=STREAM_PRIOR)
     return latent_noise(keys, model.latent_shapes, model.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.noise import fold_in
+from nvae.random import fold_in
 from nvae.sampling.latents import (
     Latents,
     decode,

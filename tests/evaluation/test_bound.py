@@ -226,14 +226,14 @@ def _tiny_nvae(flows=0):
 @pytest.mark.parametrize("flows", [0, 1])
 def test_network_gives_what_its_own_forward_pass_gives(flows):
     """Chunked decoding of repeated encoder maps must be the model's forward pass, draw by draw."""
-    from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
+    from nvae.random import STREAM_POSTERIOR, fold_in, image_keys, latent_noise
 
     model = _tiny_nvae(flows).eval()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64).round()
     index = torch.tensor([4, 9, 2])
     settings = BoundSettings((3,), elbo_samples=2, seed=7, chunk=4)
     records = bound_images(model, x, index, settings)
-    keys = keys_of(index, seed=7, stream=STREAM_POSTERIOR)
+    keys = image_keys(index, seed=7, stream=STREAM_POSTERIOR)
     log_weight, reconstruction, kl = [], [], []
     with torch.no_grad():
         for draw in range(3):

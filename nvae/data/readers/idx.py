@@ -11,7 +11,6 @@ from typing import IO, cast
 import numpy as np
 import torch
 
-from nvae.counter_rng import STREAM_CONTENT, image_keys
 from nvae.data.config import DataConfig
 from nvae.data.images import BadImageError, check_sides
 from nvae.data.manifest import DataError
@@ -27,6 +26,7 @@ from nvae.data.readers.source import (
     unpacked_limit,
 )
 from nvae.data.tables import TEST, TRAIN
+from nvae.random import STREAM_CONTENT, image_keys
 
 _FILES = {TRAIN: "train-images-idx3-ubyte", TEST: "t10k-images-idx3-ubyte"}
 _MAGIC = b"\x00\x00\x08\x03"
