@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nvae.arrays import read_arrays
-from nvae.files import replacing
+from nvae.files import read_arrays, write_arrays
 from nvae.models import HierarchicalVAE
 from nvae.models.layers import DataInitConv2d
 from nvae.models.norm import MOMENTUM, BatchNorm
-from nvae.modes import eval_mode
 from nvae.random import STREAM_RECALIBRATION, image_keys, latent_noise
 from nvae.settings import check_fields
 
@@ -130,7 +128,7 @@ def recalibrate(
     saved = _snapshot(norms)
     identity = fingerprint(model)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    with eval_mode(model):
+    with model.evaluating():
         try:
             for module in model.modules():
                 # a cell in eval mode folds its norms away; data-dependent initialisation must not
@@ -223,8 +221,7 @@ def save_statistics(statistics: RecalibratedStatistics, path: Path) -> None:
         **{f"mean/{name}": mean.numpy() for name, mean in statistics.mean.items()},
         **{f"variance/{name}": each.numpy() for name, each in statistics.variance.items()},
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_arrays(path, arrays)
 
 
 def load_statistics(

@@ -10,7 +10,6 @@ from nvae.evaluation.bound import BoundSettings, Progress, bound_images
 from nvae.evaluation.records import ImageRecords, RecordStore, concatenate, pool_ranks
 from nvae.evaluation.result import EvaluationResult, summarize
 from nvae.models import HierarchicalVAE
-from nvae.modes import eval_mode
 
 
 class EvalBatch(Protocol):
@@ -67,7 +66,7 @@ def evaluate(
         groups, channels = model.num_groups, model.latent_channels
         store.check_shapes(groups, channels, len(settings.importance_samples))
     try:
-        with eval_mode(model):
+        with model.evaluating():
             records = _all_records(model, batches, settings, progress, store)
     finally:
         if store is not None:

@@ -13,8 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nvae.arrays import read_arrays
-from nvae.files import replacing
+from nvae.files import read_arrays, write_arrays
 
 _FORMAT = 1
 _SAVE_EVERY_SECONDS = 15.0
@@ -163,10 +162,6 @@ class RecordStore:
         self._saved_at = time.monotonic()
 
     def _write(self, records: ImageRecords) -> None:
-        with replacing(self._path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                format=np.int64(_FORMAT),
-                protocol=np.array(self._protocol),
-                **{field.name: getattr(records, field.name) for field in fields(ImageRecords)},
-            )
+        arrays = {"format": np.array(_FORMAT), "protocol": np.array(self._protocol)}
+        arrays |= {field.name: getattr(records, field.name) for field in fields(ImageRecords)}
+        write_arrays(self._path, arrays, compress=True)

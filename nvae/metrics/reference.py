@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nvae.arrays import read_arrays
-from nvae.files import replacing
+from nvae.files import read_arrays, write_arrays
 from nvae.metrics.distances import FeatureSet
 from nvae.metrics.moments import FeatureMoments
 
@@ -113,5 +112,4 @@ def _write(path: Path, protocol: dict[str, Any], found: FeatureSet) -> None:
     }
     if found.features is not None:
         arrays["features"] = found.features.numpy()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_arrays(path, arrays)

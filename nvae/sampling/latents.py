@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
 from nvae.models.latent_group import GroupSample
-from nvae.modes import eval_mode
 from nvae.random import STREAM_POSTERIOR, STREAM_TRAVERSE, image_keys, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
 from nvae.sampling.prior import seed_noise
@@ -75,7 +74,7 @@ def encode(
     """
     model.check_images(x)
     parts = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(x), batch_size):
             images = x[rows]
             if seeds is None:
@@ -112,7 +111,7 @@ def from_noise(
         batch_size: images in one pass.
     """
     parts = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(noise[0]), batch_size):
             eps = [e[rows] for e in noise]
             given = None if z is None else [None if group is None else group[rows] for group in z]
@@ -160,7 +159,7 @@ def decode(
     if seeds is None:
         seeds = torch.arange(len(latents))
     images = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(latents), batch_size):
             part = latents[rows]
             state, _ = model.top_down(part.noise, latents=part.z)

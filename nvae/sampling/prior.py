@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.modes import eval_mode
 from nvae.random import STREAM_PRIOR, image_keys, latent_noise
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
 
@@ -79,7 +78,7 @@ def sample_images(
     if not len(all_seeds):
         raise ValueError("no seeds: give at least one")
     images = []
-    with eval_mode(model):
+    with model.evaluating():
         for batch in all_seeds.split(batch_size):
             noise = seed_noise(model, batch)
             if decode is None:

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.arrays import read_arrays
 from nvae.bn_recalibration import (
     RecalibrationError,
     RecalibrationSettings,
@@ -37,6 +36,7 @@ from nvae.evaluation.records import ImageRecords
 from nvae.export.command import main as export_main
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, largest_difference
+from nvae.files import read_arrays
 from nvae.metrics import image_features, load_extractor, reference_features
 from nvae.metrics.reference import reference_path
 from nvae.models import NVAE
