@@ -1,8 +1,8 @@
-"""Batch-normalisation statistics for sampling at a temperature (paper, section 4).
+"""Batch-normalization statistics for sampling at a temperature (paper, section 4).
 
 The running statistics were collected on posterior samples at temperature 1. Prior samples at a
 lower temperature have other statistics; taking them anew sharpens the pictures. Passes over fresh
-samples normalise by their own batch, and the batches' statistics are averaged with equal weights
+samples normalize by their own batch, and the batches' statistics are averaged with equal weights
 in float32: no momentum, so no batch counts more than another. The network's own statistics come
 back afterwards.
 """
@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from nvae.files import read_arrays, write_arrays
 from nvae.models import HierarchicalVAE
@@ -131,9 +134,9 @@ def recalibrate(
     with model.evaluating():
         try:
             for module in model.modules():
-                # a cell in eval mode folds its norms away; data-dependent initialisation must not
-                # run on samples
-                module.training = not isinstance(module, DataInitConv2d)
+                # a cell in eval mode folds its norms away; data-dependent initialization must not
+                # run on samples, nor dropout at all
+                module.training = not isinstance(module, DataInitConv2d | _DropoutNd)
             for batch in range(settings.batches):
                 _one_pass(model, norms, settings, batch, sums)
                 if progress is not None:
@@ -177,11 +180,23 @@ def _one_pass(
                 f"are not finite at {name}, pass {batch}; the network's statistics are unchanged"
             )
         total_mean, total_variance = sums.get(name, (0.0, 0.0))
-        sums[name] = (total_mean + mean / MOMENTUM, total_variance + variance / MOMENTUM)
+        share = _momentum(norm)
+        sums[name] = (total_mean + mean / share, total_variance + variance / share)
 
 
 def _norms(model: HierarchicalVAE) -> dict[str, BatchNorm]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    """Those with running statistics: ours, or torch's own in a model from elsewhere."""
+    return {
+        name: cast(BatchNorm, module)  # torch's have the same buffers
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm | TorchBatchNorm) and module.running_mean is not None
+    }
+
+
+def _momentum(norm: nn.Module) -> float:
+    """Share of one batch in the running statistics, the first after they were set to zero."""
+    momentum: float | None = getattr(norm, "momentum", MOMENTUM)
+    return 1.0 if momentum is None else momentum  # None: the average of all batches
 
 
 def _snapshot(norms: dict[str, BatchNorm]) -> dict[str, dict[str, Tensor]]:

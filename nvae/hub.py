@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
 from nvae.checkpoint import CheckpointError, load_model
-from nvae.export.card import model_card
+from nvae.export.folder import model_card
 from nvae.models import NVAE, ModelConfig
 from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, is_weights_folder, write_weights
 

@@ -1,4 +1,4 @@
-"""What evaluation knows about every single image.
+"""The likelihood of every single image, in memory and on disk.
 
 Numbers are kept by image and added up at the end, in float64 and in the order of the index. That
 is what makes a result independent of batches, workers and devices, and a killed run resumable.
@@ -24,12 +24,13 @@ _DIMENSIONS = {
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """Per-image results; N images, G groups, L channels a group, Q values of K.
+    """Results of N images; G groups, L channels of the widest group, Q values of K.
 
     Attributes:
         index: ``(N,)`` int64, index in the split.
         reconstruction: -log p(x | z), ``(N,)`` float64, nats.
-        kl_per_channel: KL of every latent channel, ``(N, G, L)`` float64, nats.
+        kl_per_channel: KL of every latent channel, ``(N, G, L)`` float64, nats; 0 beyond the
+            channels of a narrower group.
         log_evidence: importance-weighted bound on log p(x) for every K, ``(N, Q)``, nats.
         effective_samples: (sum w)^2 / sum w^2 for every K, ``(N, Q)``.
     """
@@ -66,10 +67,6 @@ def pool_ranks(records: ImageRecords | None) -> ImageRecords:
     parts: list[ImageRecords | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, records)
     return concatenate([part for part in parts if part is not None])
-
-
-class _OtherSettingsError(ValueError):
-    pass
 
 
 def _check(records: ImageRecords) -> None:
@@ -113,17 +110,16 @@ class RecordStore:
     def _read(self, path: Path) -> ImageRecords:
         try:
             found = read_arrays(path)
-            if str(found["format"]) != str(_FORMAT) or str(found["protocol"]) != self._protocol:
-                raise _OtherSettingsError(
-                    f"{path} was begun with other settings; delete it or choose another output"
-                )
-            records = ImageRecords(*(found[field.name] for field in fields(ImageRecords)))
-            _check(records)
-        except _OtherSettingsError:
-            raise
-        except (OSError, KeyError, ValueError) as error:
+            said = str(found.pop("format")), str(found.pop("protocol"))
+            if said == (str(_FORMAT), self._protocol):
+                records = ImageRecords(**found)
+                _check(records)
+                return records
+        except (OSError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete it") from None
-        return records
+        raise ValueError(
+            f"{path} was begun with other settings; delete it or choose another output"
+        )
 
     def check_shapes(self, groups: int, channels: int, bounds: int) -> None:
         """Raise a ValueError unless what is there has these numbers of groups, channels and K."""
@@ -163,5 +159,5 @@ class RecordStore:
 
     def _write(self, records: ImageRecords) -> None:
         arrays = {"format": np.array(_FORMAT), "protocol": np.array(self._protocol)}
-        arrays |= {field.name: getattr(records, field.name) for field in fields(ImageRecords)}
+        arrays |= vars(records)
         write_arrays(self._path, arrays, compress=True)

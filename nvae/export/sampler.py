@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from nvae.models import HierarchicalVAE
-from nvae.sampling.decoder import PriorDecoder
-from nvae.sampling.inductor import for_inductor, machine_code
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.sampling.compiled import PriorDecoder, for_inductor, machine_code
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
 TOLERANCE = 1e-5
 MOST_FLIPPED = 1e-4
@@ -132,13 +131,19 @@ def export_sampler(sampler: Sampler) -> ExportedProgram:
     """Trace the sampler for batches of any size.
 
     The result's ``module()`` takes what :meth:`Sampler.forward` takes.
+
+    Raises:
+        ValueError: the model cannot be traced, or only for one batch size.
     """
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     arguments = sampler.example(_EXAMPLE_BATCH)
     noise, _, pixel_noise = arguments
     shapes = ([{0: batch}] * len(noise), None, [{0: batch}] * len(pixel_noise))
-    with torch.no_grad():
-        program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
+    except (RuntimeError, ValueError) as error:  # a model from elsewhere
+        raise ValueError(f"the model cannot be traced for batches of any size: {error}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of the machine that exported
     return program

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.models.latent_group import GroupSample
+from nvae.models.hierarchical import GroupSample
 from nvae.random import STREAM_POSTERIOR, STREAM_TRAVERSE, image_keys, latent_noise
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
-from nvae.sampling.prior import seed_noise
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, render, seed_noise
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _latents(groups: Sequence[GroupSample]) -> Latents:
 def decode(
     model: HierarchicalVAE,
     latents: Latents,
-    likelihood: PixelTemperature = "mean",
+    pixel_temperature: PixelTemperature = "mean",
     *,
     seeds: Tensor | None = None,
     batch_size: int = 64,
@@ -148,14 +147,14 @@ def decode(
     Args:
         model: any mode.
         latents: of B images.
-        likelihood: ``"mean"``, or a pixel temperature >= 0 to draw pixels at; 0 takes the mode.
+        pixel_temperature: factor on the pixel noise, or ``"mean"``; 0 takes the mode.
         seeds: ``(B,)`` int64, of the pixel noise; None counts from 0.
         batch_size: images in one pass.
 
     Returns:
         ``(B, C, H, W)`` in [0, 1], on the CPU.
     """
-    check_pixel_temperature(likelihood)
+    check_pixel_temperature(pixel_temperature)
     if seeds is None:
         seeds = torch.arange(len(latents))
     images = []
@@ -164,7 +163,7 @@ def decode(
             part = latents[rows]
             state, _ = model.top_down(part.noise, latents=part.z)
             logits = model.decode_state(state)
-            images.append(render(model, logits, seeds[rows], likelihood).cpu())
+            images.append(render(model, logits, seeds[rows], pixel_temperature).cpu())
     return torch.cat(images)
 
 

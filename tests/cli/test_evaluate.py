@@ -63,7 +63,7 @@ def test_other_pictures_are_another_evaluation(evaluate, checkpoint, tmp_path):
     settings = (
         "data=folder", "data.image_size=8", "data.channels=1", "data.bits=4",
         "data.likelihood=logistic_mixture", "split=train", "importance_samples=[]",
-        "metrics=[fid]", "feature_extractor=nvae.metrics.extractors:pixels", "generated=30",
+        "metrics=[fid]", "feature_extractor=nvae.evaluation.extractors:pixels", "generated=30",
         "reference_split=train",
     )  # fmt: skip
     found = []

@@ -31,12 +31,12 @@ class FeatureExtractor:
         name: for protocols: network, weights and resizing.
         function: ``(B, C, H, W)`` uint8 to features ``(B, D)``, or to a pair of features and class
             logits ``(B, classes)``.
-        colour: the function takes three channels; grey images are repeated.
+        color: the function takes three channels; gray images are repeated.
     """
 
     name: str
     function: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
-    colour: bool
+    color: bool
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -46,7 +46,7 @@ class FeatureExtractor:
             ValueError: the function gives something else.
         """
         pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
-        if self.colour and pixels.shape[1] == 1:
+        if self.color and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
         try:
             found = self.function(pixels)
@@ -72,7 +72,7 @@ class FeatureExtractor:
 def pixels(images: Tensor) -> Tensor:
     """The image itself as its features, ``(B, C * H * W)`` in [0, 1].
 
-    For images too small for Inception: `feature_extractor=nvae.metrics.extractors:pixels`.
+    For images too small for Inception: `feature_extractor=nvae.evaluation.extractors:pixels`.
     """
     return images.float().flatten(1) / 255
 
@@ -127,7 +127,7 @@ def _own(attribute: str, device: torch.device) -> FeatureExtractor:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"{given} cannot be made: {_reason(error)}") from None
-    return FeatureExtractor(described, function, colour=False)
+    return FeatureExtractor(described, function, color=False)
 
 
 _ALLOWED = (
@@ -208,7 +208,7 @@ def _inception(path: Path, sha256: str, device: torch.device) -> FeatureExtracto
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} holds no Inception weights: {reason}") from None
     name = f"torch-fidelity inception-v3-compat 2048 {found[:8]}"
-    return FeatureExtractor(name, network.to(device), colour=True)
+    return FeatureExtractor(name, network.to(device), color=True)
 
 
 def _fidelity_module():  # type: ignore[no-untyped-def]

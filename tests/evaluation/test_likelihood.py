@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nvae.evaluation import BoundSettings, RecordStore, evaluate
-from nvae.evaluation.bound import LogWeights, bound_images
+from nvae.evaluation.likelihood import LogWeights, bound_images
 from nvae.models import NVAE, ModelConfig
 
 from .linear_gaussian import LinearGaussian
@@ -278,8 +278,10 @@ def test_active_units_counts_channels_above_the_threshold():
     kl[:, 0, 1] = [0.4, 0, 0, 0]  # mean exactly 0.1: not above
     kl[:, 1] = 0.2
     records = ImageRecords(np.arange(4), np.zeros(4), kl, np.zeros((4, 0)), np.zeros((4, 0)))
-    model = SimpleNamespace(config=SimpleNamespace(counted_pixels=4), latent_channels=3)
-    result = summarize(records, model, BoundSettings())
+    model = SimpleNamespace(
+        config=SimpleNamespace(counted_pixels=4), latent_shapes=((3, 1, 1),) * 2
+    )
+    result = summarize(records, model, ())
     assert result.active_units == (1, 3)
     assert result.kl_per_group == pytest.approx((0.6, 0.6))
     assert "1 of 3" in result.table()
