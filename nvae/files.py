@@ -23,6 +23,7 @@ LARGEST_TEXT = 1 << 26
 LARGEST_ARRAYS = 1 << 34
 """Bytes of all arrays of an npz file; features of a million images have 8 GiB."""
 
+_ARRAYS_FORMAT = 1
 _DEEPEST = 50
 _MOST_NODES = 1_000_000
 _OF_CONSTRUCTORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)
@@ -184,16 +185,38 @@ def _check_depth(value: Any) -> None:
 
 
 def write_arrays(
-    path: str | Path, arrays: Mapping[str, NDArray[Any]], *, compress: bool = False
+    path: str | Path, arrays: Mapping[str, NDArray[Any]], protocol: str, *, compress: bool = False
 ) -> None:
-    """Write an npz file, atomically.
+    """Write an npz file, atomically, with a text that says what the numbers depend on.
 
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
     """
     save: Any = np.savez_compressed if compress else np.savez
     with replacing(path) as temporary, temporary.open("wb") as file:
-        save(file, **arrays)
+        save(file, format=np.array(_ARRAYS_FORMAT), protocol=np.array(protocol), **arrays)
+
+
+def read_kept_arrays(
+    path: str | Path, protocol: str, largest: int = LARGEST_ARRAYS
+) -> dict[str, NDArray[Any]] | None:
+    """What :func:`write_arrays` wrote under this very protocol; None: it was under another.
+
+    Raises:
+        ValueError: as :func:`read_arrays`.
+        OSError: it cannot be read.
+    """
+    found = read_arrays(path, largest)
+    said = str(found.pop("format", None)), str(found.pop("protocol", None))
+    return found if said == (str(_ARRAYS_FORMAT), protocol) else None
+
+
+def check_array(name: str, array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless type and shape are these and all numbers finite."""
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape} of {array.dtype}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def read_arrays(path: str | Path, largest: int = LARGEST_ARRAYS) -> dict[str, NDArray[Any]]:

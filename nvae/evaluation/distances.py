@@ -73,9 +73,6 @@ def check_possible(
         generated: number of samples.
         logits: the extractor gives class logits.
         settings: None takes the customary values.
-
-    Raises:
-        ValueError: an unknown name, too few images, or no logits where they are needed.
     """
     check_metrics(names)
     settings = settings or DistanceSettings()
@@ -87,13 +84,21 @@ def check_possible(
                 f"kid_subset_size is {settings.kid_subset_size}, but there are only {images} "
                 f"{kind} images"
             )
-    if "prdc" in names:
-        check_neighbours(real, generated, settings.neighbours)
+        if "prdc" in names:
+            _check_neighbors(kind, images, settings.neighbours)
     if "is" in names and not logits:
         raise ValueError("metrics=[is] needs a feature extractor that gives class logits too")
     if "is" in names and generated < settings.is_splits:
         raise ValueError(
             f"is_splits is {settings.is_splits}, but there are only {generated} generated images"
+        )
+
+
+def _check_neighbors(kind: str, images: int, neighbors: int) -> None:
+    if images <= neighbors:
+        raise ValueError(
+            f"prdc with {neighbors} neighbours needs more than {neighbors} {kind} images, "
+            f"there are {images}"
         )
 
 
@@ -129,57 +134,36 @@ def distances(
             f"{len(generated.moments.total)} of samples"
         )
     found: dict[str, float] = {}
-    for name in names:
-        if name == "fid":
-            found["fid"] = frechet_distance(real.moments, generated.moments)
-        elif name == "kid":
-            found |= _kernel_distance(_features(real), _features(generated), settings)
-        elif name == "prdc":
-            found |= asdict(prdc(_features(real), _features(generated), settings.neighbours))
-        else:
-            assert generated.logits is not None  # checked above
-            found |= _inception_score(generated.logits, settings)
+    if "fid" in names:
+        found["fid"] = frechet_distance(real.moments, generated.moments)
+    if "kid" in names:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+
+        kid = kid_features_to_metric(
+            _features(generated), _features(real), kid_subsets=settings.kid_subsets,
+            kid_subset_size=settings.kid_subset_size, rng_seed=settings.seed, verbose=False,
+        )  # fmt: skip
+        found["kid"] = kid["kernel_inception_distance_mean"]
+        found["kid_std"] = kid["kernel_inception_distance_std"]
+    if "prdc" in names:
+        found |= asdict(prdc(_features(real), _features(generated), settings.neighbours))
+    if "is" in names:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        score = isc_features_to_metric(
+            generated.logits, splits=settings.is_splits, shuffle=True, rng_seed=settings.seed
+        )
+        found["inception_score"] = score["inception_score_mean"]
+        found["inception_score_std"] = score["inception_score_std"]
     return found
 
 
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     statistics = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
-    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
-
-
-def _kernel_distance(
-    real: Tensor, generated: Tensor, settings: DistanceSettings
-) -> dict[str, float]:
-    from torch_fidelity.metric_kid import (
-        KEY_METRIC_KID_MEAN,
-        KEY_METRIC_KID_STD,
-        kid_features_to_metric,
-    )
-
-    found = kid_features_to_metric(
-        generated, real, kid_subsets=settings.kid_subsets,
-        kid_subset_size=settings.kid_subset_size, rng_seed=settings.seed, verbose=False,
-    )  # fmt: skip
-    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
-
-
-def _inception_score(logits: Tensor, settings: DistanceSettings) -> dict[str, float]:
-    from torch_fidelity.metric_isc import (
-        KEY_METRIC_ISC_MEAN,
-        KEY_METRIC_ISC_STD,
-        isc_features_to_metric,
-    )
-
-    found = isc_features_to_metric(
-        logits, splits=settings.is_splits, shuffle=True, rng_seed=settings.seed
-    )
-    return {
-        "inception_score": found[KEY_METRIC_ISC_MEAN],
-        "inception_score_std": found[KEY_METRIC_ISC_STD],
-    }
+    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
 
 
 def _features(images: FeatureSet) -> Tensor:
@@ -215,12 +199,12 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
     Raises:
         ValueError: not more than k images of a kind.
     """
-    check_neighbours(len(real), len(generated), neighbours)
+    _check_neighbors("real", len(real), neighbours)
+    _check_neighbors("generated", len(generated), neighbours)
     # the expanded square cancels less around the origin
     center = real.mean(0)
     real, generated = real - center, generated - center
-    real_radius = _radii(real, neighbours)
-    generated_radius = _radii(generated, neighbours)
+    real_radius, generated_radius = _radii(real, neighbours), _radii(generated, neighbours)
     in_real_balls = 0
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -240,20 +224,10 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
     )
 
 
-def check_neighbours(real: int, generated: int, neighbours: int) -> None:
-    """Raise a ValueError unless there are more than ``neighbours`` images of both kinds."""
-    for kind, images in (("real", real), ("generated", generated)):
-        if images <= neighbours:
-            raise ValueError(
-                f"prdc with {neighbours} neighbours needs more than {neighbours} {kind} images, "
-                f"there are {images}"
-            )
-
-
-def _radii(features: Tensor, neighbours: int) -> Tensor:
+def _radii(features: Tensor, neighbors: int) -> Tensor:
     # + 1: the nearest of all is the image itself
     radii = [
-        _distances(rows, features).kthvalue(neighbours + 1, dim=1).values
+        _distances(rows, features).kthvalue(neighbors + 1, dim=1).values
         for rows in features.split(_ROWS)
     ]
     return torch.cat(radii)

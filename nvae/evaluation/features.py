@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nvae.evaluation.extractors import FeatureExtractor
-from nvae.files import read_arrays, write_arrays
+from nvae.files import check_array, read_kept_arrays, write_arrays
 from nvae.models import HierarchicalVAE, Temperature
 from nvae.sampling import Decode, PixelTemperature, sample_images
-
-_FORMAT = 1
 
 
 @dataclass
@@ -227,6 +225,10 @@ def reference_path(folder: Path, protocol: dict[str, Any]) -> Path:
     return folder / f"{hashlib.sha256(_text(protocol).encode()).hexdigest()[:16]}.npz"
 
 
+def _text(protocol: dict[str, Any]) -> str:
+    return json.dumps(protocol, sort_keys=True)
+
+
 def reference_features(
     folder: Path,
     protocol: dict[str, Any],
@@ -250,13 +252,13 @@ def reference_features(
     """
     path = reference_path(folder, protocol)
     first = not distributed or dist.get_rank() == 0
-    found = _read(path, protocol, keep) if first and path.exists() else None
+    found = _read(path, _text(protocol), keep) if first and path.exists() else None
     if distributed:
         found = _agreed(found)
     if found is None:
         found = compute()
         if first:
-            _write(path, protocol, found)
+            _write(path, _text(protocol), found)
     return found
 
 
@@ -271,49 +273,34 @@ def _agreed(found: FeatureSet | None) -> FeatureSet | None:
     return FeatureSet(moments[0])
 
 
-def _read(path: Path, protocol: dict[str, Any], keep: bool) -> FeatureSet | None:
+def _read(path: Path, protocol: str, keep: bool) -> FeatureSet | None:
     try:
-        found = read_arrays(path)
-        if (str(found["format"]), str(found["protocol"])) != (str(_FORMAT), _text(protocol)):
+        found = read_kept_arrays(path, protocol)
+        if found is None:
             return None
+        count, total = found["count"], found["total"]
+        if count.shape != () or count.dtype.kind != "i" or count < 1:
+            raise ValueError(f"count has shape {count.shape} of {count.dtype}, or is below 1")
+        check_array("total", total, np.float64, (total.size,))
+        check_array("outer", found["outer"], np.float64, (total.size, total.size))
         features = found.get("features")
-        moments = _moments(found["count"], found["total"], found["outer"])
         if features is not None:
-            _check_array("features", features, np.float32, (moments.count, len(moments.total)))
+            check_array("features", features, np.float32, (int(count), total.size))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it") from None
-    if features is None:
-        return None if keep else FeatureSet(moments)
-    return FeatureSet(moments, torch.from_numpy(features))
+    if keep and features is None:
+        return None
+    moments = FeatureMoments(int(count), *map(torch.from_numpy, (total, found["outer"])))
+    return FeatureSet(moments, None if features is None else torch.from_numpy(features))
 
 
-def _moments(count: NDArray[Any], total: NDArray[Any], outer: NDArray[Any]) -> FeatureMoments:
-    if count.shape != () or count.dtype.kind != "i" or count < 1:
-        raise ValueError(f"count has shape {count.shape} of {count.dtype}, or is below 1")
-    _check_array("total", total, np.float64, (total.size,))
-    _check_array("outer", outer, np.float64, (total.size, total.size))
-    return FeatureMoments(int(count), torch.from_numpy(total), torch.from_numpy(outer))
-
-
-def _check_array(name: str, array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
-    if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape} of {array.dtype}, not {shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds numbers that are not finite")
-
-
-def _text(protocol: dict[str, Any]) -> str:
-    return json.dumps(protocol, sort_keys=True)
-
-
-def _write(path: Path, protocol: dict[str, Any], found: FeatureSet) -> None:
-    arrays: dict[str, NDArray[Any]] = {
-        "format": np.array(_FORMAT),
-        "protocol": np.array(_text(protocol)),
-        "count": np.array(found.moments.count),
-        "total": found.moments.total.numpy(),
-        "outer": found.moments.outer.numpy(),
+def _write(path: Path, protocol: str, found: FeatureSet) -> None:
+    moments = found.moments
+    arrays = {
+        "count": np.array(moments.count),
+        "total": moments.total.numpy(),
+        "outer": moments.outer.numpy(),
     }
     if found.features is not None:
         arrays["features"] = found.features.numpy()
-    write_arrays(path, arrays)
+    write_arrays(path, arrays, protocol)
