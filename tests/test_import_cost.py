@@ -13,7 +13,10 @@ HEAVY = (
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("nvae.checkpoint", ()), ("nvae.models", ()), ("nvae.data", ())],
+    [
+        *(("nvae.checkpoint", ()), ("nvae.models", ()), ("nvae.data", ())),
+        *(("nvae.sampling", ()), ("nvae.evaluation", ()), ("nvae.evaluation.distances", ())),
+    ],
 )
 def test_only_what_it_needs(module: str, allowed: tuple[str, ...]) -> None:
     script = f"import {module}, sys; print(*sorted({set(HEAVY)} & set(sys.modules)))"

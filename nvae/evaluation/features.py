@@ -147,19 +147,9 @@ def generated_features(
 ) -> FeatureSet:
     """Features of samples.
 
-    Args:
-        model: any mode.
-        extractor: images to features.
-        seeds: one an image.
-        temperature: of the latents.
-        pixel_temperature: of the pixels, or ``"mean"``.
-        batch_size: images in one pass; changes nothing.
-        decode: as :func:`sample_images` takes it.
-        keep: keep every image's features.
-        keep_logits: keep every image's logits.
-        progress: called with the number of images just done by this process.
-        distributed: every rank of the process group makes its share, and they are pooled as
-            :func:`pool_features` does.
+    The arguments are those of :func:`sample_images` and of :func:`image_features`. With
+    ``distributed`` every rank of the process group makes its share, ``progress`` counts that share,
+    and :func:`pool_features` pools them.
 
     Raises:
         ValueError: fewer seeds than ranks, or none.
@@ -182,13 +172,9 @@ def generated_features(
 
 
 def pool_features(share: FeatureSet, count: int) -> FeatureSet:
-    """All ranks' images, where rank r of the process group holds images r, r + world, ...
+    """All ranks' images, ``count`` of them; rank r of the process group holds r, r + world, ...
 
-    Sums travel, so unequal shares do no harm.
-
-    Args:
-        share: of this process; all keep features and logits, or none does.
-        count: images of all processes.
+    Sums travel, so unequal shares do no harm. All ranks keep features and logits, or none does.
 
     Returns:
         The moments of all images; on the first rank also their features and logits, where kept,

@@ -34,8 +34,9 @@ class BoundSettings:
     """How many draws, and from which seed.
 
     Attributes:
-        importance_samples: values of K; they share their draws, the first K of them.
-        elbo_samples: draws that the ELBO and its parts are averaged over.
+        importance_samples: values of K, each at least 1; they share their draws, the first K of
+            them. Empty for the ELBO alone.
+        elbo_samples: draws that ELBO, KL and reconstruction are averaged over.
         seed: of the posterior's noise.
         chunk: rows (images times draws) in one top-down pass; bounds the memory.
 
@@ -103,10 +104,10 @@ def evaluate(
     Args:
         model: any mode; evaluated in eval mode and left as it was.
         batches: of one split, bits and binarization already applied; moved to the model's device.
-        importance_samples: values of K, each at least 1; empty for the ELBO alone.
-        elbo_samples: draws that ELBO, KL and reconstruction are averaged over.
-        seed: of the posterior's noise.
-        chunk: rows (images times draws) in one pass; bounds the memory whatever K.
+        importance_samples: as these four are in :class:`BoundSettings`.
+        elbo_samples: see there.
+        seed: see there.
+        chunk: see there.
         progress: called with the rows just done, also for those that ``store`` had already.
         store: finished images; those in it are not computed again.
         distributed: every rank of the process group calls this with its share of the images, and
@@ -207,14 +208,10 @@ def bound_images(
     settings: BoundSettings,
     progress: Progress | None = None,
 ) -> ImageRecords:
-    """Bounds of a few images; :attr:`BoundSettings.images_per_pass` at a time is best.
+    """Bounds of images ``(B, C, H, W)``, best :attr:`BoundSettings.images_per_pass` at a time.
 
-    Args:
-        model: in eval mode.
-        x: ``(B, C, H, W)``, on the model's device.
-        index: ``(B,)`` int64; the noise depends on it.
-        settings: draws and seed.
-        progress: told after every chunk.
+    The model is in eval mode and the images are on its device; their noise depends on ``index``,
+    ``(B,)`` int64.
 
     Raises:
         FloatingPointError: a number is not finite; the message names the image.

@@ -19,7 +19,7 @@ from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
 TOLERANCE = 1e-5
 MOST_FLIPPED = 1e-4
-"""Share of drawn pixels that may differ: rounding can turn a coin that lands on its edge."""
+"""Share of drawn pixels that may differ: rounding can tip a random number across its threshold."""
 
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 LARGEST_BATCH = 1 << 16
@@ -164,14 +164,10 @@ def compile_sampler(sampler: Sampler, batch: int) -> bytes:
 def largest_difference(
     sampler: Sampler, run: Callable[..., Tensor], batches: Sequence[int] = (1, 3)
 ) -> float:
-    """Largest difference of a pixel between a program and the eager sampler.
+    """Largest difference of a pixel between ``run`` and the eager sampler, at some batch sizes.
 
-    With drawn pixels, of all but the share ``MOST_FLIPPED``.
-
-    Args:
-        sampler: eager.
-        run: takes what :meth:`Sampler.forward` takes.
-        batches: batch sizes to compare at.
+    With drawn pixels, of all but the share ``MOST_FLIPPED``. ``run`` takes what
+    :meth:`Sampler.forward` takes.
 
     Raises:
         FloatingPointError: a picture is not made of finite numbers.

@@ -10,14 +10,7 @@ from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
 from nvae.random import fold_in
-from nvae.sampling.latents import (
-    Latents,
-    decode,
-    encode,
-    interpolate,
-    resample_finer,
-    traverse,
-)
+from nvae.sampling.latents import Latents, decode, encode, interpolate, resample_finer, traverse
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,9 @@ Draw = Callable[..., Tensor]
 def reconstruction_grid(
     model: HierarchicalVAE, x: Tensor, seeds: Tensor, batch_size: int = 64
 ) -> Grid:
-    """Rows: the images; the posterior mean decoded to its mean; a draw of latents and pixels.
+    """Rows: images; the posterior mean decoded to its mean; a draw of latents and pixels.
 
-    Args:
-        model: any mode.
-        x: ``(N, C, H, W)`` in [0, 1], on the model's device.
-        seeds: ``(N,)`` int64, of the draw.
-        batch_size: images in one pass.
+    The images ``x`` are ``(N, C, H, W)`` in [0, 1], the draw's ``seeds`` ``(N,)`` int64.
     """
     mean = encode(model, x, batch_size=batch_size)
     drawn = encode(model, x, seeds=seeds, batch_size=batch_size)
@@ -77,10 +66,8 @@ def interpolation_grid(
     """
     if len(latents) < 2:
         raise ValueError("one image has no path; give at least two")
-    path = interpolate(model, latents[:-1], latents[1:], steps)
-    images = draw(model, path)
-    labels = [f"{a} to {b}" for a, b in pairwise(names)]
-    return Grid(images.split(steps), tuple(labels))
+    images = draw(model, interpolate(model, latents[:-1], latents[1:], steps))
+    return Grid(images.split(steps), tuple(f"{a} to {b}" for a, b in pairwise(names)))
 
 
 def partial_grid(
@@ -94,11 +81,10 @@ def partial_grid(
     """One image: the original, then one column a seed; one row for every number of groups kept.
 
     Args:
-        model: any mode.
+        model: of the latents.
         latents: of one image.
-        keep: numbers of coarsest groups that stay, one row each.
-        seeds: ``(S,)`` int64, of the groups that are drawn, one column each; the same noise in
-            every row.
+        keep: numbers of coarsest groups that stay.
+        seeds: ``(S,)`` int64, of the groups that are drawn; the same noise in every row.
         draw: latents to images.
         temperature: of the groups that are drawn.
     """
@@ -123,15 +109,9 @@ def traversal_grid(
     seed: int,
     draw: Draw,
 ) -> Grid:
-    """One image; one row for every group, which turns by half a circle from left to right.
+    """One image; one row for every group, which turns by half a circle in ``steps`` columns.
 
-    Args:
-        model: any mode.
-        latents: of one image.
-        groups: 0 is the coarsest.
-        steps: columns.
-        seed: of the directions.
-        draw: latents to images.
+    Group 0 is the coarsest; ``seed`` is of the directions. See :func:`traverse`.
     """
     seeds = torch.tensor([seed])
     rows = [draw(model, traverse(model, latents, group, steps, seeds)) for group in groups]
@@ -215,13 +195,7 @@ def _take(best: Neighbors | None, images: Tensor, order: Tensor) -> Tensor:
 
 
 def nearest_grid(samples: Tensor, found: Neighbors, names: Sequence[str]) -> Grid:
-    """One row a sample: the sample, then its neighbors from near to far.
-
-    Args:
-        samples: ``(Q, C, H, W)``.
-        found: the samples' neighbors.
-        names: of the samples.
-    """
+    """One row for each of ``samples`` ``(Q, C, H, W)``, then its neighbors from near to far."""
     rows = [
         torch.cat([sample[None], near]).cpu()
         for sample, near in zip(samples, found.images, strict=True)

@@ -61,15 +61,17 @@ def encode(
 ) -> Latents:
     """Latents of images.
 
+    Like all functions here it takes a model in any mode and leaves it as it was.
+
     Args:
-        model: any mode; run in eval mode and left as it was.
+        model: of the images.
         x: ``(B, C, H, W)`` in [0, 1], on the model's device.
         seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
             posterior's mean at every group.
         batch_size: images in one pass.
 
     Raises:
-        ValueError: if ``x`` has the wrong shape.
+        ValueError: ``x`` has the wrong shape, or leaves [0, 1].
     """
     model.check_images(x)
     parts = []
@@ -100,10 +102,10 @@ def from_noise(
     *,
     batch_size: int = 64,
 ) -> Latents:
-    """Walk down the prior.
+    """Latents of coordinates under the prior.
 
     Args:
-        model: any mode.
+        model: of the latents.
         noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
         temperature: factor on the priors' sigma.
         z: latents that are given, for some groups; the others come from ``noise``.
@@ -145,7 +147,7 @@ def decode(
     """Images of latents.
 
     Args:
-        model: any mode.
+        model: of the latents.
         latents: of B images.
         pixel_temperature: factor on the pixel noise, or ``"mean"``; 0 takes the mode.
         seeds: ``(B,)`` int64, of the pixel noise; None counts from 0.
@@ -171,9 +173,9 @@ def interpolate(model: HierarchicalVAE, start: Latents, end: Latents, steps: int
     """Paths from one image to another, spherical in the prior's noise.
 
     Args:
-        model: any mode.
-        start: B latents.
-        end: B latents.
+        model: of the latents.
+        start: of B images.
+        end: of as many.
         steps: points on every path, both ends included; at least 2.
 
     Returns:
@@ -204,10 +206,8 @@ def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
     The direction moves along the great circle, the length linearly: noise of a high dimension
     lies in a thin shell, which a straight line would leave.
 
-    Args:
-        start: ``(B, ...)``.
-        end: same shape.
-        position: 0 gives ``start``, 1 gives ``end``; beyond them the circle goes on.
+    ``start`` and ``end`` are ``(B, ...)``. ``position`` 0 gives ``start``, 1 gives ``end``; beyond
+    them the circle goes on.
 
     Raises:
         ValueError: ``position`` is not finite.
@@ -236,14 +236,9 @@ def resample_finer(
     seeds: Tensor,
     temperature: Temperature = 1.0,
 ) -> Latents:
-    """Keep the ``keep`` coarsest groups and draw the others from the prior.
+    """Keep the ``keep`` coarsest groups, 0 to G, and draw the others from the prior.
 
-    Args:
-        model: any mode.
-        latents: of B images.
-        keep: 0 to G.
-        seeds: ``(B,)`` int64, of the groups that are drawn.
-        temperature: of the groups that are drawn.
+    ``seeds`` ``(B,)``, int64, and ``temperature`` are of the groups that are drawn.
 
     Raises:
         ValueError: ``keep`` is not a number of groups.
@@ -265,7 +260,7 @@ def traverse(
     first one's opposite.
 
     Args:
-        model: any mode.
+        model: of the latents.
         latents: of B images.
         group: 0 (coarsest) to G - 1.
         steps: points on the half circle; at least 2.

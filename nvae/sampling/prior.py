@@ -110,11 +110,7 @@ def render(
 ) -> Tensor:
     """Images in [0, 1], ``(B, C, H, W)``, of logits ``(B, K, H, W)``.
 
-    Args:
-        model: gives the likelihood.
-        logits: of the images.
-        seeds: ``(B,)`` int64; an image's pixel noise depends on its seed only.
-        pixel_temperature: as in :func:`sample_images`.
+    An image's pixel noise depends on its seed only; ``seeds`` are ``(B,)`` int64.
 
     Raises:
         FloatingPointError: logits are not finite; the message names the seed.
