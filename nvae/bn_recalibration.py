@@ -44,7 +44,7 @@ class RecalibrationSettings:
         temperature: one a group, coarsest first.
         batches: passes that are averaged; the published system takes 500.
         batch_size: images in a pass. Every pass is normalized by its own batch, so this matters.
-        seed: of the noise.
+        seed: chooses the noise.
     """
 
     temperature: tuple[float, ...]

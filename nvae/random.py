@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# One purpose, one stream, so that no two draws ever share numbers. Below 100: of the data.
+# One purpose, one stream, so that no two draws ever share numbers. Those below 100 are the data's.
 STREAM_ORDER = 1
 STREAM_FLIP = 2
 STREAM_BINARIZE = 3
@@ -57,7 +57,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_integer(x: int) -> int:
-    """The same of one Python integer, 0..2^64-1: a dozen tensor operations fewer a batch."""
+    """The same for one Python integer, 0..2^64-1; it saves a dozen tensor operations a batch."""
     x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
     x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
     return x ^ (x >> 31)
@@ -150,7 +150,7 @@ def latent_noise(
     Args:
         keys: ``(B,)``, one for every row.
         shapes: ``(L, h, w)`` of every group, coarsest first.
-        dtype: of the model.
+        dtype: the model's.
     """
     return [normal(fold_in(keys, group), shape, dtype) for group, shape in enumerate(shapes)]
 
@@ -173,9 +173,9 @@ class PixelNoise:
         return fold_in(self._keys, self._calls)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """In (0, 1], of ``like``'s shape and type."""
+        """Uniform numbers in (0, 1], of ``like``'s shape and type."""
         return uniform(self._next_keys(), like.shape[1:], like.dtype)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, of ``like``'s shape and type."""
+        """Standard normal numbers, of ``like``'s shape and type."""
         return normal(self._next_keys(), like.shape[1:], like.dtype)

@@ -1,4 +1,4 @@
-"""From two sets of features to the numbers that papers print.
+"""Distances between two sets of features: the numbers that papers print.
 
 FID, KID and the Inception score are torch-fidelity's own computations, so that they mean what
 they mean elsewhere. Precision, recall, density and coverage are ours: torch-fidelity has the first
@@ -16,7 +16,7 @@ from nvae.settings import check_fields
 
 METRICS = ("fid", "kid", "prdc", "is")
 NEEDS_FEATURES = frozenset({"kid", "prdc"})
-"""Of every image, not their moments alone."""
+"""Metrics that need every image's features, not their moments alone."""
 
 _ROWS = 2048
 """Images whose distances to all others are in memory at a time."""
@@ -31,7 +31,7 @@ class DistanceSettings:
         kid_subsets: subsets that KID is averaged over.
         kid_subset_size: images in each.
         is_splits: parts that the Inception score is averaged over.
-        seed: of the subsets and of the order of the parts; numpy's, at most 32 bits.
+        seed: draws subsets and parts; NumPy's, at most 32 bits.
 
     Raises:
         ValueError: a number is out of bounds.
@@ -68,7 +68,7 @@ def check_possible(
     """Raise what :func:`distances` would, from numbers alone: before any feature is taken.
 
     Args:
-        names: of ``METRICS``.
+        names: some of ``METRICS``.
         real: number of data images.
         generated: number of samples.
         logits: the extractor gives class logits.
@@ -111,7 +111,7 @@ def distances(
     """The metrics asked for, by name.
 
     Args:
-        names: of ``METRICS``.
+        names: some of ``METRICS``.
         real: features of data images.
         generated: features of samples.
         settings: None takes the customary values.

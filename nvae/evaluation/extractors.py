@@ -155,7 +155,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _fingerprint(module: ModuleType, function: Any) -> str:
-    """Of a user's source file and weights: features kept for other ones must not be compared."""
+    """A hash of a user's source file and weights: kept features are compared with no others."""
     digest = hashlib.sha256()
     if file := getattr(module, "__file__", None):
         digest.update(Path(file).read_bytes())

@@ -43,7 +43,7 @@ class FeatureMoments:
 
     @classmethod
     def empty(cls, features: int) -> "FeatureMoments":
-        """Of no image."""
+        """The moments of no image."""
         zero = torch.zeros(features, features, dtype=torch.float64)
         return cls(0, zero[0].clone(), zero)
 
@@ -226,7 +226,7 @@ def reference_features(
     """Features of data images, from ``folder`` if they are there.
 
     Args:
-        folder: of the cache.
+        folder: holds one file for every protocol.
         protocol: everything that the features depend on: data, split, extractor.
         compute: takes them anew; with ``distributed``, pools them over all ranks.
         keep: every image's features are wanted, not their moments alone.

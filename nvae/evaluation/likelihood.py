@@ -21,7 +21,7 @@ from nvae.sampling.grids import IndexedImages
 from nvae.settings import check_fields
 
 MOST_DRAWS = 10_000_000
-"""Of one image; more would take years."""
+"""Draws of one image; more would take years."""
 
 _MOST_BOUNDS = 1000
 
@@ -37,7 +37,7 @@ class BoundSettings:
         importance_samples: values of K, each at least 1; they share their draws, the first K of
             them. Empty for the ELBO alone.
         elbo_samples: draws that ELBO, KL and reconstruction are averaged over.
-        seed: of the posterior's noise.
+        seed: chooses the posterior's noise.
         chunk: rows (images times draws) in one top-down pass; bounds the memory.
 
     Raises:
@@ -104,10 +104,10 @@ def evaluate(
     Args:
         model: any mode; evaluated in eval mode and left as it was.
         batches: of one split, bits and binarization already applied; moved to the model's device.
-        importance_samples: as these four are in :class:`BoundSettings`.
-        elbo_samples: see there.
-        seed: see there.
-        chunk: see there.
+        importance_samples: values of K; see :class:`BoundSettings` for this and the next three.
+        elbo_samples: draws of the ELBO.
+        seed: chooses the posterior's noise.
+        chunk: rows in one pass.
         progress: called with the rows just done, also for those that ``store`` had already.
         store: finished images; those in it are not computed again.
         distributed: every rank of the process group calls this with its share of the images, and

@@ -25,13 +25,13 @@ class Estimate:
 
     @classmethod
     def over_images(cls, values: NDArray[np.float64]) -> "Estimate":
-        """Of ``(N,)`` values; the error of a single image is infinite."""
+        """The mean of values ``(N,)``; the error of a single one is infinite."""
         n = len(values)
         error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
         return cls(float(values.mean()), error)
 
     def scaled(self, factor: float) -> "Estimate":
-        """In other units."""
+        """Both numbers in other units."""
         return Estimate(self.mean * factor, self.standard_error * factor)
 
 

@@ -50,7 +50,8 @@ def export(
         checkpoint: anything that :func:`load_model` reads.
         folder: must not hold anything yet.
         weights: averaged or raw.
-        pixel_temperature: of the sampler program: ``"mean"``, or the factor on the pixel noise.
+        pixel_temperature: what the sampler gives: ``"mean"``, or a draw with this factor on the
+            pixel noise.
         with_sampler: write the program.
         compiled_batch: also compile the sampler for this machine and this many images at a time.
 

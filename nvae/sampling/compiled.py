@@ -191,7 +191,7 @@ class _SummedGate(SqueezeExcitation):
         self.reduce, self.expand = original.reduce, original.expand
 
     def gate(self, x: Tensor) -> Tensor:
-        """As :meth:`SqueezeExcitation.gate`."""
+        """What :meth:`SqueezeExcitation.gate` gives, but for rounding."""
         hidden = F.relu(_sum_linear(x.mean((2, 3)), self.reduce))
         return torch.sigmoid(_sum_linear(hidden, self.expand))[:, :, None, None]
 

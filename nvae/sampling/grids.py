@@ -81,12 +81,12 @@ def partial_grid(
     """One image: the original, then one column a seed; one row for every number of groups kept.
 
     Args:
-        model: of the latents.
-        latents: of one image.
+        model: the latents' own.
+        latents: one image's.
         keep: numbers of coarsest groups that stay.
-        seeds: ``(S,)`` int64, of the groups that are drawn; the same noise in every row.
+        seeds: ``(S,)`` int64, for the groups that are drawn; the same noise in every row.
         draw: latents to images.
-        temperature: of the groups that are drawn.
+        temperature: for the groups that are drawn.
     """
     rows = []
     original = draw(model, latents)

@@ -64,7 +64,7 @@ def encode(
     Like all functions here it takes a model in any mode and leaves it as it was.
 
     Args:
-        model: of the images.
+        model: encodes them.
         x: ``(B, C, H, W)`` in [0, 1], on the model's device.
         seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
             posterior's mean at every group.
@@ -105,7 +105,7 @@ def from_noise(
     """Latents of coordinates under the prior.
 
     Args:
-        model: of the latents.
+        model: the latents' own.
         noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
         temperature: factor on the priors' sigma.
         z: latents that are given, for some groups; the others come from ``noise``.
@@ -147,8 +147,8 @@ def decode(
     """Images of latents.
 
     Args:
-        model: of the latents.
-        latents: of B images.
+        model: the latents' own.
+        latents: B of them.
         pixel_temperature: factor on the pixel noise, or ``"mean"``; 0 takes the mode.
         seeds: ``(B,)`` int64, of the pixel noise; None counts from 0.
         batch_size: images in one pass.
@@ -173,9 +173,9 @@ def interpolate(model: HierarchicalVAE, start: Latents, end: Latents, steps: int
     """Paths from one image to another, spherical in the prior's noise.
 
     Args:
-        model: of the latents.
-        start: of B images.
-        end: of as many.
+        model: the latents' own.
+        start: B latents.
+        end: B latents.
         steps: points on every path, both ends included; at least 2.
 
     Returns:
@@ -260,8 +260,8 @@ def traverse(
     first one's opposite.
 
     Args:
-        model: of the latents.
-        latents: of B images.
+        model: the latents' own.
+        latents: B of them.
         group: 0 (coarsest) to G - 1.
         steps: points on the half circle; at least 2.
         seeds: ``(B,)`` int64, of the directions.
