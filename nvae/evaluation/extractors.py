@@ -1,7 +1,8 @@
 """Networks that turn images into features: Inception as published, or one's own.
 
 The Inception network and its resizing are torch-fidelity's port of the TensorFlow graph that FID
-was defined with; other ports give other numbers.
+was defined with; other ports give other numbers. Its weights are fetched, checked and read here:
+torch-fidelity unpickles whatever file it is given.
 """
 
 import hashlib
@@ -197,7 +198,7 @@ def _inception(path: Path, sha256: str, device: torch.device) -> FeatureExtracto
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # torch-fidelity unpickles what it is given; it gets a copy that holds tensors only
+        # torch-fidelity gets a copy that holds tensors only
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "inception.pth"
             torch.save(state, plain)

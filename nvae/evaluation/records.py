@@ -84,10 +84,10 @@ class RecordStore:
     """Finished images on disk, so that a killed evaluation goes on where it stopped.
 
     Args:
-        folder: one file for every process; whatever is there counts as done, so a run may go on
-            with another number of processes.
+        folder: holds one file for every process; whatever is there counts as done, so a run may go
+            on with another number of processes.
         protocol: what the numbers depend on; a file made under another one is refused.
-        rank: of this process, which writes only its own file.
+        rank: this process's, which writes only its own file.
 
     Raises:
         ValueError: a file belongs to another protocol or cannot be read.

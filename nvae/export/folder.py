@@ -69,12 +69,9 @@ def export(
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
     model = load_model(checkpoint, weights)
-    said = (
-        load_checkpoint(checkpoint, ["run_config"]).get("run_config")
-        if checkpoint.is_file()
-        else None
-    )
-    run_config = said if isinstance(said, dict) else None
+    run_config = None
+    if checkpoint.is_file():  # an exported folder says nothing of its training
+        run_config = load_checkpoint(checkpoint, ["run_config"]).get("run_config")
     with _whole_folder(folder) as building:
         write_weights(model, building)
         (building / "README.md").write_text(model_card(model, run_config), encoding="utf-8")

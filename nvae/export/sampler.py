@@ -27,12 +27,7 @@ LARGEST_BATCH = 1 << 16
 
 @dataclass(frozen=True)
 class PixelInput:
-    """One tensor of pixel noise.
-
-    Attributes:
-        distribution: ``uniform`` in (0, 1], or standard ``normal``.
-        shape: ``(C', H, W)`` for one image.
-    """
+    """One tensor of pixel noise: uniform in (0, 1] or standard normal, ``(C', H, W)`` an image."""
 
     distribution: Literal["uniform", "normal"]
     shape: tuple[int, ...]
@@ -71,11 +66,10 @@ class _Given:
 
 
 class Sampler(nn.Module):
-    """The half of a model that makes images, as a function of noise.
+    """A copy of the half of a model that makes images, as a function of noise.
 
-    Args:
-        model: copied without its encoder.
-        pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise.
+    With ``pixel_temperature="mean"`` it gives the likelihood's mean, else a draw with this factor
+    on the pixel noise.
     """
 
     def __init__(

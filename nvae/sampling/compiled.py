@@ -24,10 +24,8 @@ class CompilerError(ValueError):
 class PriorDecoder(nn.Module):
     """A copy of the model without its encoder, with normalizations folded into fixed weights.
 
-    A pure function of its inputs, so that it can be traced, compiled and replayed.
-
-    Args:
-        model: as it is now; later changes of its weights or statistics do not reach the copy.
+    A pure function of its inputs, so that it can be traced, compiled and replayed. Later changes of
+    the model's weights or statistics do not reach it.
     """
 
     def __init__(self, model: HierarchicalVAE) -> None:
@@ -60,10 +58,10 @@ class CompiledDecoder:
 
     Smaller batches are filled up and cut off again, so nothing is compiled twice. On the CPU the
     code is made here, ahead of time; on a GPU by `torch.compile` at the first call, and replayed
-    as a CUDA graph from then on.
+    as a CUDA graph from then on. Later changes of the model's weights do not reach it.
 
     Args:
-        model: as it is now, on its device; later changes of its weights do not reach this.
+        model: on its device.
         batch_size: most images in a call.
 
     Raises:
@@ -103,11 +101,7 @@ def machine_code(module: nn.Module, arguments: tuple[Any, ...]) -> bytes:
     """Compile ``module`` ahead of time for arguments of these shapes (AOTInductor).
 
     On the CPU this has no Python left in a call: for small batches a third faster than what
-    `torch.compile` makes.
-
-    Args:
-        module: weights become part of the code.
-        arguments: an example.
+    `torch.compile` makes. The weights become part of the code.
 
     Returns:
         A package for :func:`load_machine_code`; as a file it ends in ``.pt2``. It fits the kind of

@@ -8,7 +8,7 @@ space where every group is standard normal, so paths are drawn there.
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,14 @@ class Latents:
 
     def __getitem__(self, rows: slice) -> "Latents":
         """Some of the images."""
-        return Latents(tuple(z[rows] for z in self.z), tuple(e[rows] for e in self.noise))
+        return self._each(lambda group: group[rows])
 
     def repeat(self, times: int) -> "Latents":
         """Every image ``times`` times in a row, ``(B * times, ...)``."""
-        return Latents(
-            tuple(z.repeat_interleave(times, dim=0) for z in self.z),
-            tuple(e.repeat_interleave(times, dim=0) for e in self.noise),
-        )
+        return self._each(lambda group: group.repeat_interleave(times, dim=0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Latents":
+        return Latents(tuple(map(change, self.z)), tuple(map(change, self.noise)))
 
 
 def concatenate(parts: Sequence[Latents]) -> Latents:
