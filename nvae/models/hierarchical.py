@@ -11,12 +11,14 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.distributions import Normal
@@ -90,6 +92,13 @@ class Output:
     def kl_per_channel(self) -> tuple[Tensor, ...]:
         """KL of every latent channel, one ``(B, L)`` a group, in nats."""
         return tuple(group.kl.sum((2, 3)) for group in self.groups)
+
+    @cached_property
+    def kl_by_channel(self) -> Tensor:
+        """:attr:`kl_per_channel` in one, ``(B, G, L)``; 0 beyond a narrower group's channels."""
+        widest = max(kl.shape[1] for kl in self.kl_per_channel)
+        padded = [F.pad(kl, (0, widest - kl.shape[1])) for kl in self.kl_per_channel]
+        return torch.stack(padded, dim=1)
 
     @cached_property
     def kl_per_group(self) -> Tensor:
@@ -171,6 +180,17 @@ class HierarchicalVAE(nn.Module, ABC):
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample, without gradients."""
         return copy.deepcopy(self).eval().requires_grad_(False)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside the block, every module's own mode again afterwards."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     @property
     def num_groups(self) -> int:

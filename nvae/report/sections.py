@@ -205,9 +205,10 @@ def _evaluation(evaluation: Evaluation) -> Markup:
         parts.append(table(("samples", ""), quality))
     kl, active = result.get("kl_per_group"), result.get("active_units")
     if kl and active and len(kl) == len(active):
-        of = result.get("latent_channels", "?")
-        groups = [(i, f"{nats:.3f}", f"{units} of {of}")
-                  for i, (nats, units) in enumerate(zip(kl, active, strict=True))]  # fmt: skip
+        each = result.get("latent_channels", "?")  # older files: one number for all groups
+        channels = each if isinstance(each, list) and len(each) == len(kl) else [each] * len(kl)
+        groups = [(i, f"{nats:.3f}", f"{units} of {of}") for i, (nats, units, of)
+                  in enumerate(zip(kl, active, channels, strict=True))]  # fmt: skip
         summary = element("summary", f"{len(groups)} groups, coarsest first")
         parts.append(
             element("details", summary, table(("group", "KL, nats", "active units"), groups))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nvae.evaluation import BoundSettings, RecordStore, evaluate
-from nvae.evaluation.bound import LogWeights, bound_images
+from nvae.evaluation.likelihood import LogWeights, bound_images
 from nvae.models import NVAE, ModelConfig
 
 from .linear_gaussian import LinearGaussian
@@ -226,14 +226,14 @@ def _tiny_nvae(flows=0):
 @pytest.mark.parametrize("flows", [0, 1])
 def test_network_gives_what_its_own_forward_pass_gives(flows):
     """Chunked decoding of repeated encoder maps must be the model's forward pass, draw by draw."""
-    from nvae.noise import STREAM_POSTERIOR, fold_in, keys_of, latent_noise
+    from nvae.random import STREAM_POSTERIOR, fold_in, image_keys, latent_noise
 
     model = _tiny_nvae(flows).eval()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64).round()
     index = torch.tensor([4, 9, 2])
     settings = BoundSettings((3,), elbo_samples=2, seed=7, chunk=4)
     records = bound_images(model, x, index, settings)
-    keys = keys_of(index, seed=7, stream=STREAM_POSTERIOR)
+    keys = image_keys(index, seed=7, stream=STREAM_POSTERIOR)
     log_weight, reconstruction, kl = [], [], []
     with torch.no_grad():
         for draw in range(3):
@@ -278,8 +278,10 @@ def test_active_units_counts_channels_above_the_threshold():
     kl[:, 0, 1] = [0.4, 0, 0, 0]  # mean exactly 0.1: not above
     kl[:, 1] = 0.2
     records = ImageRecords(np.arange(4), np.zeros(4), kl, np.zeros((4, 0)), np.zeros((4, 0)))
-    model = SimpleNamespace(config=SimpleNamespace(counted_pixels=4), latent_channels=3)
-    result = summarize(records, model, BoundSettings())
+    model = SimpleNamespace(
+        config=SimpleNamespace(counted_pixels=4), latent_shapes=((3, 1, 1),) * 2
+    )
+    result = summarize(records, model, ())
     assert result.active_units == (1, 3)
     assert result.kl_per_group == pytest.approx((0.6, 0.6))
     assert "1 of 3" in result.table()

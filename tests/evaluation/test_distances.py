@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.metrics import DistanceSettings, FeatureSet, check_possible, distances
-from nvae.metrics.distances import frechet_distance
-from nvae.metrics.moments import FeatureMoments
-from nvae.metrics.prdc import prdc
+from nvae.evaluation.distances import (
+    DistanceSettings,
+    check_possible,
+    distances,
+    frechet_distance,
+    prdc,
+)
+from nvae.evaluation.features import FeatureMoments, FeatureSet
 
 
 def _moments(features, batch=17):
@@ -119,7 +123,7 @@ def _prdc_by_loops(real, generated, k):
 
 @pytest.mark.parametrize("rows", [7, 4096])
 def test_prdc_is_its_definition(monkeypatch, rows):
-    monkeypatch.setattr("nvae.metrics.prdc._ROWS", rows)
+    monkeypatch.setattr("nvae.evaluation.distances._ROWS", rows)
     real, generated = _normal(40, 2, 0).double(), 0.6 * _normal(25, 2, 1).double() + 0.5
     found = prdc(real, generated, neighbours=3)
     expected = _prdc_by_loops(real, generated, 3)

@@ -1,7 +1,8 @@
 """Networks that turn images into features: Inception as published, or one's own.
 
 The Inception network and its resizing are torch-fidelity's port of the TensorFlow graph that FID
-was defined with; other ports give other numbers.
+was defined with; other ports give other numbers. Its weights are fetched, checked and read here:
+torch-fidelity unpickles whatever file it is given.
 """
 
 import hashlib
@@ -31,12 +32,12 @@ class FeatureExtractor:
         name: for protocols: network, weights and resizing.
         function: ``(B, C, H, W)`` uint8 to features ``(B, D)``, or to a pair of features and class
             logits ``(B, classes)``.
-        colour: the function takes three channels; grey images are repeated.
+        color: the function takes three channels; gray images are repeated.
     """
 
     name: str
     function: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
-    colour: bool
+    color: bool
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -46,7 +47,7 @@ class FeatureExtractor:
             ValueError: the function gives something else.
         """
         pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
-        if self.colour and pixels.shape[1] == 1:
+        if self.color and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
         try:
             found = self.function(pixels)
@@ -72,7 +73,7 @@ class FeatureExtractor:
 def pixels(images: Tensor) -> Tensor:
     """The image itself as its features, ``(B, C * H * W)`` in [0, 1].
 
-    For images too small for Inception: `feature_extractor=nvae.metrics.extractors:pixels`.
+    For images too small for Inception: `feature_extractor=nvae.evaluation.extractors:pixels`.
     """
     return images.float().flatten(1) / 255
 
@@ -127,7 +128,7 @@ def _own(attribute: str, device: torch.device) -> FeatureExtractor:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"{given} cannot be made: {_reason(error)}") from None
-    return FeatureExtractor(described, function, colour=False)
+    return FeatureExtractor(described, function, color=False)
 
 
 _ALLOWED = (
@@ -155,7 +156,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _fingerprint(module: ModuleType, function: Any) -> str:
-    """Of a user's source file and weights: features kept for other ones must not be compared."""
+    """A hash of a user's source file and weights: kept features are compared with no others."""
     digest = hashlib.sha256()
     if file := getattr(module, "__file__", None):
         digest.update(Path(file).read_bytes())
@@ -197,7 +198,7 @@ def _inception(path: Path, sha256: str, device: torch.device) -> FeatureExtracto
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # torch-fidelity unpickles what it is given; it gets a copy that holds tensors only
+        # torch-fidelity gets a copy that holds tensors only
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "inception.pth"
             torch.save(state, plain)
@@ -208,7 +209,7 @@ def _inception(path: Path, sha256: str, device: torch.device) -> FeatureExtracto
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} holds no Inception weights: {reason}") from None
     name = f"torch-fidelity inception-v3-compat 2048 {found[:8]}"
-    return FeatureExtractor(name, network.to(device), colour=True)
+    return FeatureExtractor(name, network.to(device), color=True)
 
 
 def _fidelity_module():  # type: ignore[no-untyped-def]

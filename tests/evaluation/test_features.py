@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nvae.metrics import (
+from nvae.evaluation.extractors import FeatureExtractor, load_extractor
+from nvae.evaluation.features import (
     FeatureSet,
     generated_features,
     image_features,
-    load_extractor,
     pool_features,
     reference_features,
+    reference_path,
 )
-from nvae.metrics.reference import reference_path
 from nvae.sampling import sample_images
 from tests.sampling.models import small_nvae
 
-ROWS = "tests.metrics.extractors:Rows"
-SIMPLE = "tests.metrics.extractors:mean_and_spread"
+ROWS = "tests.evaluation.extractors:Rows"
+SIMPLE = "tests.evaluation.extractors:mean_and_spread"
 
 
 def test_features_are_those_of_the_samples_at_the_temperature_asked_for():
@@ -136,10 +136,8 @@ def test_pixels_reach_the_function_as_bytes():
         seen.append(pixels)
         return pixels.float().flatten(1)
 
-    from nvae.metrics import FeatureExtractor
-
     images = torch.tensor([0.0, 0.5, 1.0, 1.2]).view(1, 1, 2, 2)
-    FeatureExtractor("f", function, colour=True)(images)
+    FeatureExtractor("f", function, color=True)(images)
     assert seen[0].dtype == torch.uint8
     assert seen[0][0, 2].flatten().tolist() == [0, 128, 255, 255]
     assert seen[0].shape == (1, 3, 2, 2)
@@ -149,20 +147,20 @@ def test_pixels_reach_the_function_as_bytes():
     ("attribute", "words"),
     [
         ("no.such.module:f", "cannot be imported"),
-        ("tests.metrics.extractors:missing", "cannot be imported"),
-        ("tests.metrics.extractors", "module:attribute"),
-        ("tests.metrics.extractors:NOT_A_FUNCTION", "not what may be called"),
-        ("tests.metrics.extractors:nn", "not what may be called"),
-        ("tests.metrics.extractors:Tensor", "not what may be called"),
-        ("tests.metrics.extractors:Plain", "not what may be called"),
-        ("tests.metrics.extractors:Needy", "cannot be made"),
+        ("tests.evaluation.extractors:missing", "cannot be imported"),
+        ("tests.evaluation.extractors", "module:attribute"),
+        ("tests.evaluation.extractors:NOT_A_FUNCTION", "not what may be called"),
+        ("tests.evaluation.extractors:nn", "not what may be called"),
+        ("tests.evaluation.extractors:Tensor", "not what may be called"),
+        ("tests.evaluation.extractors:Plain", "not what may be called"),
+        ("tests.evaluation.extractors:Needy", "cannot be made"),
         ("os:system", "Python's own"),
         ("os.path:exists", "Python's own"),
         ("builtins:exec", "Python's own"),
         ("subprocess:Popen", "Python's own"),
         ("torch.hub:os", "not what may be called"),
         ("..os:system", "module:attribute"),
-        ("tests.metrics.extractors:pixels.__call__", "module:attribute"),
+        ("tests.evaluation.extractors:pixels.__call__", "module:attribute"),
     ],
 )
 def test_extractors_that_are_none_are_refused(attribute, words):
@@ -184,7 +182,7 @@ def test_an_extractor_is_named_by_its_code_and_weights(tmp_path, monkeypatch):
     names = set()
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        names.add(load_extractor("tests.metrics.extractors:Weighted").name)
+        names.add(load_extractor("tests.evaluation.extractors:Weighted").name)
     assert len(names) == 2
     (tmp_path / "broken_features.py").write_text("def f(x:\n")
     with pytest.raises(ValueError, match="cannot be imported"):
@@ -193,7 +191,7 @@ def test_an_extractor_is_named_by_its_code_and_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["CALLABLE", "Callable", "mean_and_spread", "Rows"])
 def test_extractors_of_every_kind(name):
-    features, _ = load_extractor(f"tests.metrics.extractors:{name}")(torch.zeros(2, 1, 4, 4))
+    features, _ = load_extractor(f"tests.evaluation.extractors:{name}")(torch.zeros(2, 1, 4, 4))
     assert len(features) == 2
 
 
@@ -208,7 +206,7 @@ def test_extractors_of_every_kind(name):
 )
 def test_what_goes_wrong_in_an_extractor_is_one_line(name, words):
     with pytest.raises(ValueError, match=words):
-        load_extractor(f"tests.metrics.extractors:{name}")(torch.zeros(2, 1, 4, 4))
+        load_extractor(f"tests.evaluation.extractors:{name}")(torch.zeros(2, 1, 4, 4))
 
 
 def test_a_module_that_ends_the_program_does_not(tmp_path, monkeypatch):
@@ -220,7 +218,7 @@ def test_a_module_that_ends_the_program_does_not(tmp_path, monkeypatch):
 
 def test_an_extractor_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="must give"):
-        load_extractor("tests.metrics.extractors:shapeless")(torch.zeros(2, 1, 4, 4))
+        load_extractor("tests.evaluation.extractors:shapeless")(torch.zeros(2, 1, 4, 4))
 
 
 class _Bomb:
