@@ -205,7 +205,7 @@ def test_a_page_has_a_bound(tmp_path: Path) -> None:
     """Metrics without end, and text without end."""
     line = {"step": 1} | {f"own/{i:03d}": 1.0 for i in range(MOST_CHARTS + 3)}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "a" * 5000 + "z"}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "a" * 9000}))
     text, page = page_of(tmp_path)
     assert page.count("svg") == MOST_CHARTS
     assert "3 other metrics are not shown." in text

@@ -17,14 +17,14 @@ GENERATOR = '<meta name="generator" content="nvae.report">'
 
 MOST_PICTURES = 8
 MOST_CHARTS = 100
-LONGEST_TEXT = 300
+"""Pictures of one kind, and charts of metrics that have no place of their own."""
+
+LONGEST_TEXT = 1000
 """Characters of one piece of a run's text; what is longer loses its middle."""
 
 _WIDEST = 2000
-"""Pictures that are wider are reduced: the page holds them all."""
-
 _LARGEST_FILE, _LONGEST_SIDE, _MOST_PIXELS = 1 << 26, 32_000, 1 << 26
-"""Bytes, side and pixels of a picture that is read; those of a run are far smaller."""
+"""Bytes, side and pixels of a picture that is read; wider ones than ``_WIDEST`` are reduced."""
 
 _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Negative ELBO", "nats", ("train/negative_elbo", "valid/negative_elbo")),
@@ -241,9 +241,10 @@ def _curves(run: RunRecord) -> Markup:
             charts.append(_figure(title, element("div", *legend, class_="legend"), drawn))
     if not charts:
         return _missing("No metrics: the run kept no metrics.jsonl.")
-    left_out = len(others) - MOST_CHARTS
-    more = _missing(f"{left_out} other metrics are not shown." if left_out > 0 else "")
-    return _joined([element("div", *charts, class_="charts"), more])
+    parts = [element("div", *charts, class_="charts")]
+    if len(others) > MOST_CHARTS:
+        parts.append(_missing(f"{len(others) - MOST_CHARTS} other metrics are not shown."))
+    return _joined(parts)
 
 
 def _figure(title: str, legend: object, drawn: str, *, wide: bool = False) -> Markup:
@@ -324,9 +325,10 @@ def _evaluation(evaluation: Evaluation) -> Markup:
         for name, nats, bits, effective in estimates
     ]  # fmt: skip
     heading = f"{evaluation.split}, {result.get('images', '?')} images "
+    line = _protocol_line(evaluation.protocol)
     parts = [
         element("h3", heading, element("small", evaluation.source)),
-        element("p", _protocol_line(evaluation.protocol), class_="soft"),
+        *([element("p", line, class_="soft")] if line else []),
         table(("", "nats", "± standard error", "bits/dim", "effective samples"), rows),
     ]
     quality = [(name, _fixed(value, 4)) for name, value in evaluation.quality.items()
@@ -392,12 +394,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             rows += flat(value, f"{prefix}{key}.")
-        elif value is None:
-            rows.append((f"{prefix}{key}", "null"))
         else:
-            rows.append(
-                (f"{prefix}{key}", str(value).lower() if value in (True, False) else str(value))
-            )
+            plain = "null" if value is None else str(value)
+            rows.append((f"{prefix}{key}", plain.lower() if isinstance(value, bool) else plain))
     return rows
 
 

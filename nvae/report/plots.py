@@ -1,7 +1,7 @@
 """The figures of a report: matplotlib draws, the result is SVG for the inside of an HTML page.
 
-matplotlib is imported where a figure is drawn: `--help` and a refused run do not wait for it. Its
-colors stand in for the page's CSS variables, so that figures follow the light or the dark scheme.
+matplotlib is imported where a figure is drawn: `--help` and a refused run do not wait for it.
+Nothing of it is changed for others: no pyplot, and settings only while a figure is drawn.
 """
 
 import html
@@ -23,6 +23,7 @@ MOST_COLUMNS = 120
 MOST_CELLS = 20_000
 """Points of a curve, columns and cells of a heat map; more readings are drawn as means."""
 
+# the page's stylesheet gives these names their colors; matplotlib draws with stand-ins
 _NAMES = ("c0", "c1", "c2", "c3", "soft", "rule")
 _COLORS = {name: f"#00000{i}" for i, name in enumerate(_NAMES, 1)}
 _SOFT, _RULE = _COLORS["soft"], _COLORS["rule"]
@@ -65,7 +66,8 @@ def line_chart(
             step, mean, least, most = thin(points, MOST_POINTS)
             if len(points) > len(step):
                 axes.fill_between(step, least, most, color=_COLORS[color], alpha=0.2, linewidth=0)
-            axes.plot(step, mean, color=_COLORS[color], marker="o" if len(step) == 1 else "")
+            only = len(step) == 1
+            axes.plot(step, mean, color=_COLORS[color], marker="o" * only, clip_on=not only)
         remarks = (unit, "log scale" if log else "", "outliers outside" if cut else "")
         axes.set_title(", ".join(filter(None, remarks)))
         axes.grid(axis="y")
@@ -112,14 +114,13 @@ def heat_map(
         axes.invert_yaxis()
         axes.set_title(unit)
         axes.text(1.01, 1 + 6 / height, "last", transform=axes.transAxes)
-        axes.set_ylabel("group")
+        axes.set_ylabel("group", labelpad=10)
         shown = range(0, count, -(-14 * count // height))
         axes.set_yticks([i + 0.5 for i in shown], [str(i) for i in shown])
+        beside = axes.get_yaxis_transform()
         for i in shown:
             last = number(rows[i][-1][1])
-            axes.text(
-                1.01, i + 0.5, last, va="center_baseline", transform=axes.get_yaxis_transform()
-            )
+            axes.text(1.01, i + 0.5, last, va="center_baseline", transform=beside)
         _step_axis(axes, edges[0], edges[-1], ticks=10)
         bar = axes.inset_axes((1 - 240 / width, 1 + 8 / height, 240 / width, 10 / height))
         scale = figure.colorbar(mesh, cax=bar, orientation="horizontal")
