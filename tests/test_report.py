@@ -17,12 +17,11 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nvae.report.command import main, write_report
+from nvae.report.__main__ import main, write_report
 from nvae.report.page import (
     LONGEST_TEXT,
     MOST_CHARTS,
     Markup,
-    duration,
     element,
     flat,
     picture,
@@ -131,7 +130,8 @@ def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
     """No script, style sheet, font or picture from another place, no address at all."""
     text, page = page_of(run)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    assert "http" not in text
+    assert "://" not in text
+    assert "default-src 'none'" in text
     assert "@import" not in text
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert all(str(source).startswith("data:image/png;base64,") for source in sources)
@@ -194,7 +194,7 @@ def test_figures_leave_matplotlib_as_it_was(run: Path) -> None:
 
 def test_help_does_not_wait_for_matplotlib() -> None:
     program = (
-        "import sys; from nvae.report.command import main\n"
+        "import sys; from nvae.report.__main__ import main\n"
         "try: main(['--help'])\n"
         "finally: assert 'matplotlib' not in sys.modules"
     )
@@ -294,7 +294,7 @@ def test_whatever_was_logged_is_drawn(shape: str, kind: str) -> None:
     if kind.startswith("map"):
         rows = [points] * (40 if kind == "map of 40" else 1)
         svg = heat_map(rows, "nats", "a-")
-        cells = re.findall(r"<title>group (\d+), from step \d+: [-\d.e,]+ nats</title>", svg)
+        cells = re.findall(r"<title>group (\d+), to step \d+: [-\d.e,]+ nats</title>", svg)
         assert len(cells) == len(rows) * min(len(points), MOST_COLUMNS)
         assert len(images(svg)) == 2
     else:
@@ -453,10 +453,10 @@ def test_cells_hold_the_means_of_their_readings() -> None:
     """120 columns for 240 readings, of which one group lacks every second."""
     whole = [(i, float(i)) for i in range(240)]
     svg = heat_map([whole, whole[::2]], "nats", "a-", largest=1000)
-    cells = re.findall(r"<title>group (\d), from step (\d+): ([\d.]+) nats", svg)
+    cells = re.findall(r"<title>group (\d), to step (\d+): ([\d.]+) nats", svg)
     assert len(cells) == 240
-    assert cells[:2] == [("0", "0", "0.5"), ("0", "2", "2.5")]
-    assert cells[120:122] == [("1", "0", "0"), ("1", "2", "2")]
+    assert cells[:2] == [("0", "1", "0.5"), ("0", "3", "2.5")]
+    assert cells[120:122] == [("1", "1", "0"), ("1", "3", "2")]
     assert texts(svg)[-6:] == ["239", "238", "nats", "0", "500", "1,000"]
 
 
@@ -476,9 +476,7 @@ def test_numbers_have_four_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_durations_and_settings_are_readable() -> None:
-    assert duration(42.4) == "42 s"
-    assert duration(3600 * 26 + 300) == "1 d 2 h 5 min"
+def test_settings_are_readable() -> None:
     assert flat({"a": {"b": None, "c": {"d": True}}, "e": [1]}) == [
         ("a.b", "null"), ("a.c.d", "true"), ("e", "[1]"),
     ]  # fmt: skip

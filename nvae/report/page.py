@@ -4,17 +4,19 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from nvae.files import read_bytes
-from nvae.report.inside import whole
 from nvae.report.plots import heat_map, line_chart, number
-from nvae.report.record import Evaluation, RunRecord
+from nvae.report.record import Evaluation, RunRecord, whole
 
 GENERATOR = '<meta name="generator" content="nvae.report">'
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'"
+"""What a browser may do for the page, should markup of a stranger get into it after all."""
 
 MOST_PICTURES = 8
 MOST_CHARTS = 100
@@ -74,8 +76,8 @@ small, .soft, .missing, .tile span, .legend, summary, thead th, footer { color: 
 .tile span, .legend, thead th, footer { font-size: 13px; } small { font-weight: normal; }
 .missing { font-style: italic; }
 .tiles, .charts, .pictures { display: grid; gap: 26px 28px;
-  grid-template-columns: repeat(auto-fill, minmax(min(var(--least, 340px), 100%), 1fr)); }
-.tiles { --least: 200px; gap: 12px; margin: 22px 0 12px; } .pictures { --least: 270px; }
+  grid-template-columns: repeat(auto-fill, minmax(min(var(--least, 300px), 100%), 1fr)); }
+.tiles { --least: 200px; gap: 12px; margin: 22px 0 12px; } .pictures { --least: 360px; }
 .tile { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .tile b { display: block; font-size: 23px; line-height: 1.25; }
 figure { margin: 0; min-width: 0; display: flex; flex-direction: column;
@@ -88,8 +90,8 @@ svg text { font-family: inherit !important; }
 svg image { image-rendering: pixelated; }
 .tips { fill: none; pointer-events: all; }
 .wide { overflow-x: auto; } .wide svg { min-width: 880px; margin-bottom: 26px; }
-img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; }
-.pictures img { width: 100%; } .wide img { min-width: 720px; image-rendering: auto; }
+img { display: block; max-width: 100%; height: auto; }
+.pictures img { width: 100%; } .wide img { min-width: 720px; }
 table { border-collapse: collapse; font-size: 14px; }
 th, td { text-align: right; padding: 5px 0 5px 28px; border-bottom: 1px solid var(--rule);
   vertical-align: top; white-space: nowrap; font-weight: 400; }
@@ -97,6 +99,7 @@ th:first-child { text-align: left; padding-left: 0; }
 .facts table { width: 100%; } .facts th { width: 1%; color: var(--soft); }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; padding-left: 18px; }
 .config { columns: 3 320px; column-gap: 40px; } .config section { break-inside: avoid; }
+p:empty { display: none; }
 details, footer { margin: 10px 0 14px; } summary { cursor: pointer; }
 code { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 """
@@ -130,8 +133,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
         cells = (element("td", cell) for cell in others)
         body.append(element("tr", element("th", first, scope="row"), *cells))
     top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head)))
-    whole = element("table", top if any(head) else "", element("tbody", *body))
-    return element("div", whole, class_="wide", tabindex=0)
+    return _wide(element("table", top if head else "", element("tbody", *body)))
 
 
 def picture(path: Path, alternative: str) -> Markup:
@@ -175,6 +177,7 @@ def report_page(run: RunRecord) -> str:
 <head>
 <meta charset="utf-8">
 {GENERATOR}
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 {element("title", f"{name}: training report")}
 <style>{_CSS}</style>
@@ -186,12 +189,12 @@ def report_page(run: RunRecord) -> str:
 
 def _head(run: RunRecord, name: str) -> Markup:
     """Name, one line of facts, and the figures that matter."""
-    data = run.settings("data")
     steps = max((points[-1][0] for points in run.series.values()), default=None)
+    data = run.settings("data").get("name")
     facts = [
-        f"data set {data['name']}" if data.get("name") else "",
-        f"{steps:,} steps" if steps is not None else "",
-        duration(run.seconds) if run.seconds else "",
+        f"data set {data}" if data else "",
+        f"read up to step {steps:,}" if steps is not None else "",
+        str(timedelta(seconds=round(run.seconds))) if run.seconds else "",
         str(run.starts[-1].get("device") or "") if run.starts else "",
     ]
     values: list[tuple[str, str]] = []
@@ -213,15 +216,6 @@ def _head(run: RunRecord, name: str) -> Markup:
     )  # fmt: skip
 
 
-def duration(seconds: float) -> str:
-    """Days, hours and minutes; seconds below a minute."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    parts = [(minutes // 1440, "d"), (minutes // 60 % 24, "h"), (minutes % 60, "min")]
-    return " ".join(f"{value} {unit}" for value, unit in parts if value)
-
-
 def _curves(run: RunRecord) -> Markup:
     """Every metric of training and validation; those without a place of their own come last."""
     placed = {name for _, _, names in _CHARTS for name in names}
@@ -239,7 +233,7 @@ def _curves(run: RunRecord) -> Markup:
             legend.append(element("span", key, label, " ", last))
         if lines:
             drawn = line_chart(lines, unit, f"chart{len(charts)}-", log=title == "Gradient norm")
-            charts.append(_figure(title, element("div", *legend, class_="legend"), drawn))
+            charts.append(_figure(title, drawn, element("div", *legend, class_="legend")))
     if not charts:
         return _missing("No metrics: the run kept no metrics.jsonl.")
     parts = [element("div", *charts, class_="charts")]
@@ -248,30 +242,25 @@ def _curves(run: RunRecord) -> Markup:
     return _joined(parts)
 
 
-def _figure(title: str, legend: object, drawn: str, *, wide: bool = False) -> Markup:
-    chart = element("div", Markup(drawn), role="img", aria_label=f"{title} over steps")
-    if wide:
-        chart = element("div", chart, class_="wide", tabindex=0)
-    return element("figure", element("figcaption", element("strong", title), legend), chart)
-
-
 def _latent_groups(run: RunRecord) -> Markup:
     """KL and active units of every group over the steps."""
-    kl, where = run.groups("valid_kl_group"), "validation"
-    if not kl:
-        kl, where = run.groups("train_kl_group"), "training"
-    active = run.groups("valid_active_units")
-    channels = run.settings("model").get("latent_channels")
-    maps = []
-    if kl:
-        drawn = heat_map(kl, "nats, coarsest group first", "kl-")
-        maps.append(_figure(f"KL per group, {where}", "", drawn, wide=True))
-    if active:
-        largest = whole(channels, 1_000_000) or None
-        unit = f"of {largest} latent channels" if largest else "latent channels"
-        drawn = heat_map(active, unit, "active-", largest=largest)
-        maps.append(_figure("Active units, validation", "", drawn, wide=True))
+    maps: list[Markup] = []
+    for metric, where in (("valid_kl_group", "validation"), ("train_kl_group", "training")):
+        if not maps and (kl := run.groups(metric)):
+            drawn = heat_map(kl, "nats, coarsest group first", "kl-")
+            maps.append(_figure(f"KL per group, {where}", drawn, wide=True))
+    if active := run.groups("valid_active_units"):
+        channels = whole(run.settings("model").get("latent_channels"), 1_000_000) or None
+        unit = f"of {channels} latent channels" if channels else "latent channels"
+        drawn = heat_map(active, unit, "active-", largest=channels)
+        maps.append(_figure("Active units, validation", drawn, wide=True))
     return _joined(maps or [_missing("No readings of single groups.")])
+
+
+def _figure(title: str, drawn: str, legend: str = "", *, wide: bool = False) -> Markup:
+    caption = element("figcaption", element("strong", title), legend)
+    chart = element("div", Markup(drawn), role="img", aria_label=f"{title} over steps")
+    return element("figure", caption, _wide(chart) if wide else chart)
 
 
 def _pictures(run: RunRecord) -> Markup:
@@ -290,7 +279,7 @@ def _pictures(run: RunRecord) -> Markup:
         ("Test images and reconstructions, at the end", "reconstructions.png"),
     ):
         file = run.finals.get(name)
-        shown = (element("div", picture(file, title), class_="wide", tabindex=0) if file
+        shown = (_wide(picture(file, title)) if file
                  else _missing(f"No {name}: training writes it when it ends."))  # fmt: skip
         parts += [element("h3", title), shown]
     return _joined(parts)
@@ -312,13 +301,12 @@ def _over_time(files: Sequence[tuple[int, Path]], caption: str) -> Markup:
 def _evaluation(evaluation: Evaluation) -> Markup:
     """What was measured and how, and what each group carries."""
     result = evaluation.result
-    bounds = result.get("importance_weighted", ())
     estimates = [
         ("negative ELBO", result["negative_elbo"], result["negative_elbo_bits_per_dim"], None),
         ("reconstruction", result["reconstruction"], {}, None),
         ("KL", result["kl"], {}, None),
         *((f"NLL, K = {bound['samples']}", bound["nll"], bound["bits_per_dim"],
-           bound.get("effective_samples")) for bound in bounds),
+           bound.get("effective_samples")) for bound in result.get("importance_weighted", ())),
     ]  # fmt: skip
     rows = [
         (name, _fixed(nats["mean"], 3), _fixed(nats.get("standard_error"), 3),
@@ -326,15 +314,12 @@ def _evaluation(evaluation: Evaluation) -> Markup:
         for name, nats, bits, effective in estimates
     ]  # fmt: skip
     heading = f"{evaluation.split}, {result.get('images', '?')} images "
-    line = _protocol_line(evaluation.protocol)
     parts = [
         element("h3", heading, element("small", evaluation.source)),
-        *([element("p", line, class_="soft")] if line else []),
+        element("p", _protocol_line(evaluation.protocol), class_="soft"),
         table(("", "nats", "± standard error", "bits/dim", "effective samples"), rows),
     ]
-    quality = [(name, _fixed(value, 4)) for name, value in evaluation.quality.items()
-               if isinstance(value, float)]  # fmt: skip
-    if quality:
+    if quality := [(name, _fixed(value, 4)) for name, value in evaluation.quality.items()]:
         parts.append(table(("samples", ""), quality))
     kl, active = result.get("kl_per_group"), result.get("active_units")
     if kl and active and len(kl) == len(active):
@@ -381,10 +366,10 @@ def _configuration(run: RunRecord) -> Markup:
     """All settings, folded away."""
     if not run.config:
         return _missing("The run kept no config.yaml.")
-    top = {k: v for k, v in run.config.items() if not isinstance(v, dict)}
-    blocks = {"run": top} | {k: v for k, v in run.config.items() if isinstance(v, dict)}
+    groups = {name: value for name, value in run.config.items() if isinstance(value, dict)}
+    others = {name: value for name, value in run.config.items() if name not in groups}
     parts = [element("section", element("h3", name), table((), flat(values)), class_="facts")
-             for name, values in blocks.items()]  # fmt: skip
+             for name, values in [("run", others), *groups.items()]]  # fmt: skip
     summary = element("summary", "All settings")
     return element("details", summary, element("div", *parts, class_="config"))
 
@@ -399,6 +384,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             plain = "null" if value is None else str(value)
             rows.append((f"{prefix}{key}", plain.lower() if isinstance(value, bool) else plain))
     return rows
+
+
+def _wide(content: Markup) -> Markup:
+    return element("div", content, class_="wide", tabindex=0)
 
 
 def _joined(parts: Iterable[Markup]) -> Markup:

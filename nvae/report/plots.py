@@ -133,7 +133,7 @@ def heat_map(
         tips = (
             f'<rect x="{x[j]:.1f}" y="{above + height * i / count:.1f}" '
             f'width="{x[j + 1] - x[j]:.1f}" height="{height / count:.1f}"><title>'
-            f"group {i}, from step {edges[j]:.0f}: {number(means[i, j])} {html.escape(unit)}"
+            f"group {i}, to step {edges[j + 1]:.0f}: {number(means[i, j])} {html.escape(unit)}"
             "</title></rect>"
             for i, j in np.argwhere(~np.isnan(means))
         )
@@ -169,19 +169,20 @@ def number(value: float, digits: int = 4) -> str:
 def _cells(rows: Sequence[Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which columns begin and end [columns + 1], means [rows, columns]; NaN: no reading.
 
-    A column stands for equally many steps that have readings.
+    A column stands for equally many steps that have readings, and ends at the last of them.
     """
     steps = np.unique([step for row in rows for step, _ in row]).astype(float)
     most = max(1, min(MOST_COLUMNS, MOST_CELLS // len(rows), len(steps)))
-    starts = np.array([part[0] for part in np.array_split(steps, most)])
+    ends = np.array([part[-1] for part in np.array_split(steps, most)])
     sums, counts = np.zeros((2, len(rows), most))
     for i, row in enumerate(rows):
         step, value = np.asarray(row, float).T
-        column = np.searchsorted(starts, step, side="right") - 1
+        column = np.searchsorted(ends, step)
         sums[i] = np.bincount(column, value, most)
         counts[i] = np.bincount(column, minlength=most)
-    end = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
-    return np.append(starts, end), np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0] or 1)
+    start = max(first, 0) if steps[0] > 0 else first
+    return np.append(start, ends), np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _figure(
