@@ -12,7 +12,7 @@ from PIL import Image
 
 from nvae.files import read_bytes
 from nvae.report.plots import heat_map, line_chart, number
-from nvae.report.record import Evaluation, RunRecord, whole
+from nvae.report.record import FINALS, Evaluation, RunRecord, whole
 
 GENERATOR = '<meta name="generator" content="nvae.report">'
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'"
@@ -274,12 +274,8 @@ def _pictures(run: RunRecord) -> Markup:
         element("h3", "Samples over time"), _over_time(run.samples, noise),
         element("h3", "Reconstructions over time"), _over_time(run.reconstructions, images),
     ]  # fmt: skip
-    for title, name in (
-        ("Temperatures, at the end", "samples.png"),
-        ("Test images and reconstructions, at the end", "reconstructions.png"),
-    ):
-        file = run.finals.get(name)
-        shown = (_wide(picture(file, title)) if file
+    for name, title in FINALS.items():
+        shown = (_wide(picture(run.finals[name], title)) if name in run.finals
                  else _missing(f"No {name}: training writes it when it ends."))  # fmt: skip
         parts += [element("h3", title), shown]
     return _joined(parts)

@@ -30,6 +30,12 @@ _LARGEST_NUMBER = 1e100
 _LATEST = 1e11
 """Seconds since 1970: the year 5138."""
 
+FINALS = {
+    "samples.png": "Temperatures, at the end",
+    "reconstructions.png": "Test images and reconstructions, at the end",
+}
+"""Pictures that training writes when it ends, with their titles."""
+
 _ESTIMATES = ("negative_elbo", "reconstruction", "kl", "negative_elbo_bits_per_dim")
 
 
@@ -116,10 +122,9 @@ def read_run(path: Path) -> RunRecord:
         evaluations=_evaluations(files),
         samples=_pictures(files, "samples"),
         reconstructions=_pictures(files, "reconstructions"),
-        finals={name: path / name for name in ("samples.png", "reconstructions.png")
-                if files.has(path / name)},
+        finals={file.name: file for name in FINALS for file in files.find(name, 1)},
         notes=files.notes,
-    )  # fmt: skip
+    )
 
 
 class _Files:
@@ -231,11 +236,10 @@ def _config(files: _Files) -> dict[str, Any]:
 
 
 def _evaluations(files: _Files) -> list[Evaluation]:
-    last = files.folder / "test_likelihood.json"
+    paths = files.find("test_likelihood.json", 1)
+    paths += files.find("checkpoints/evaluation/*.json", _MOST_EVALUATIONS)
     found = []
-    for path in [last] * files.has(last) + files.find(
-        "checkpoints/evaluation/*.json", _MOST_EVALUATIONS
-    ):
+    for path in paths:
         try:
             found.append(_evaluation(path.name, read_json(path, _LARGEST_JSON)))
         except (ValueError, KeyError, TypeError, AttributeError):
