@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model
+from nvae.checkpoint import Weights, load_checkpoint, load_model, write_weights
 from nvae.export.card import model_card
 from nvae.export.sampler import (
     TOLERANCE,
@@ -25,7 +25,6 @@ from nvae.export.sampler import (
 from nvae.files import write_json
 from nvae.sampling.inductor import load_machine_code
 from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
-from nvae.weights_folder import write_weights
 
 PROGRAM_FILE = "sampler.pt2"
 COMPILED_FILE = "sampler_compiled.pt2"
