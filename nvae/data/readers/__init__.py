@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,17 @@ def tfrecord_files(source: Path) -> list[Path]:
 def unpacked_limit(packed: int) -> int:
     """Bytes that `packed` ones may unpack to: more is a bomb and no data set."""
     return max(_LEAST_UNPACKED, _HIGHEST_RATIO * packed)
+
+
+@contextmanager
+def damage_named(name: object) -> Iterator[None]:
+    """Make a DataError of whatever the block raises: decoders raise anything on damaged files."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name} is damaged: {str(error) or type(error).__name__}") from error
 
 
 def open_source(path: Path) -> BinaryIO:

@@ -11,6 +11,8 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
@@ -22,6 +24,7 @@ from nvae.data.readers import (
     MissingSourceError,
     Part,
     Reader,
+    damage_named,
     file_item,
     find_files,
     group_by_split,
@@ -129,11 +132,8 @@ def _check_name(name: str, archive: Path) -> None:
 def zip_items(path: Path) -> list[Item]:
     """The pictures of a zip archive, sorted by name; each is read when it is loaded."""
     file = open_source(path)
-    try:
+    with damage_named(path):
         archive = zipfile.ZipFile(file)
-    # A damaged directory can raise nearly anything.
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error}") from error
 
     def loader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
         def load() -> bytes:
@@ -160,12 +160,9 @@ def zip_items(path: Path) -> list[Item]:
 def _check_passed_over(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
     """The directory has no checksum; a damaged name must not drop a picture. What is read is
     compared with the name that stands before the data, and so must be what is not."""
-    try:
+    # One that is locked, or packed in a way that is not known, is a RuntimeError; nobody wants it.
+    with damage_named(path), suppress(RuntimeError):
         archive.open(member).close()
-    except RuntimeError:
-        return  # locked, or packed in a way that is not known; nobody wants it
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
@@ -230,37 +227,25 @@ def tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     Raises:
         DataError: It is damaged or unpacks to more than archives do.
     """
-    file = _Unpacked(path)
-    try:
-        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if member.isfile():
-                    yield member.name, _member_reader(archive, member, path)
-            _check_end(file, archive.offset)
-    except DataError:
-        raise
-    # tarfile and what unpacks for it raise nearly anything on damaged files.
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error or type(error).__name__}") from error
-    finally:
-        file.close()
+    with (
+        damage_named(path),
+        closing(_Unpacked(path)) as file,
+        tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive,
+    ):
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if member.isfile():
+                yield member.name, partial(_read_member, archive, member, path)
+        _check_end(file, archive.offset)
 
 
-def _member_reader(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path
-) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if member.issparse() or member.size > LARGEST_PICTURE:
-            raise DataError(f"{path}: {member.name} is to unpack to {member.size} bytes")
-        try:
-            file = archive.extractfile(member)
-            assert file is not None
-            return read_pieces(file, member.size)
-        except Exception as error:
-            raise DataError(f"{path} is damaged in {member.name}: {error}") from error
-
-    return read
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    if member.issparse() or member.size > LARGEST_PICTURE:
+        raise DataError(f"{path}: {member.name} is to unpack to {member.size} bytes")
+    with damage_named(f"{path}: {member.name}"):
+        file = archive.extractfile(member)
+        assert file is not None
+        return read_pieces(file, member.size)
 
 
 def _check_end(file: _Unpacked, position: int) -> None:
