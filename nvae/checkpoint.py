@@ -13,7 +13,7 @@ tensors, with the keys
 beside whatever the trainer needs to resume. The published format is read too.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nvae.files import replacing
-from nvae.models import MODELS, HierarchicalVAE
+from nvae.models import MODELS, HierarchicalVAE, use_plugins
 from nvae.published import is_published, translate_published
 from nvae.torch_file import TorchFileError, read_torch_file
 from nvae.weights_folder import is_weights_folder, read_weights
@@ -93,7 +93,9 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
     return checkpoint
 
 
-def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
+def load_model(
+    path: str | Path, weights: Weights = "ema", plugins: Iterable[str] = ()
+) -> HierarchicalVAE:
     """The network of a checkpoint, in evaluation mode, float32, on the CPU, channels_last.
 
     Args:
@@ -101,6 +103,8 @@ def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
             folder that :mod:`nvae.export` wrote.
         weights: ``ema`` takes the averaged weights where there are any, ``raw`` never; published
             files and folders hold one set.
+        plugins: classes that the file may name although they are not ours, ``package.module:Class``
+            each; see :func:`nvae.models.use_plugins`.
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format, would run code, or
@@ -109,6 +113,7 @@ def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: ema, raw")
+    use_plugins(plugins)
     exported = is_weights_folder(path)
     checkpoint = {} if exported else load_checkpoint(path, _entries(weights))
     try:

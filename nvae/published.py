@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nvae.models.cells import Cell, MobileConv
 from nvae.models.config import ModelConfig
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import FactorizedSkip, UpsampleSkip, skip_splits
+from nvae.models.layers import FactorizedSkip, UpsampleSkip
 from nvae.models.nvae import NVAE
 
 _EARLY_DEFAULTS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
@@ -260,18 +260,3 @@ def _mobile(ours: str, theirs: str, shift: int) -> Iterator[NamePair]:
     yield from _norm(f"{ours}.norm_spatial", f"{theirs}.{shift + 2}.conv.1")
     yield f"{ours}.project.weight", [f"{theirs}.{shift + 3}.weight"]
     yield from _norm(f"{ours}.norm_out", f"{theirs}.{shift + 4}.bn")
-
-
-def published_tensor_names(model: NVAE, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Published name to our (part of a) parameter or its gradient, to compare name by name."""
-    ours = dict(model.named_parameters())
-    named: dict[str, Tensor] = {}
-    for target, sources in name_pairs(model):
-        if target not in ours:
-            continue
-        tensor = ours[target].grad if gradients else ours[target].detach()
-        assert tensor is not None, f"{target} has no gradient"
-        # what several published tensors make up is cut as FactorizedSkip is
-        sizes = skip_splits(len(tensor)) if len(sources) > 1 else [len(tensor)]
-        named.update(zip(sources, tensor.split(sizes), strict=True))
-    return named

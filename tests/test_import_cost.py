@@ -22,6 +22,7 @@ COMMAND = ("hydra", "omegaconf", "torch._dynamo", "torch._inductor")
         ("nvae.data.dataset", ()),
         ("nvae.cli.sample", COMMAND),
         ("nvae.cli.evaluate", COMMAND),
+        *(("nvae.sampling", ()), ("nvae.evaluation", ()), ("nvae.evaluation.distances", ())),
     ],
 )
 def test_only_what_it_needs(module: str, allowed: tuple[str, ...]) -> None:

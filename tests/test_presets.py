@@ -53,4 +53,4 @@ def test_batch_of_the_paper(name: str) -> None:
     assert paper.data.batch_size == batch
     assert paper.trainer.devices * paper.trainer.num_nodes == gpus
     assert single.trainer.devices * single.trainer.num_nodes == 1
-    assert single.data.batch_size * single.trainer.accumulate == batch * gpus
+    assert single.data.batch_size * single.trainer.accumulate_grad_batches == batch * gpus

@@ -20,8 +20,7 @@ from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
 from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
-from nvae.models.hierarchical import Config
-from nvae.models.likelihoods import LIKELIHOODS
+from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -157,7 +156,7 @@ def _quoted(text: Any) -> str:
     return brief(repr(text), 100)
 
 
-def open_data(chosen: ChosenData, model: Config) -> ImageData:
+def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
@@ -180,7 +179,7 @@ def open_data(chosen: ChosenData, model: Config) -> ImageData:
     return data
 
 
-def _check_fits(config: DataConfig, model: Config) -> None:
+def _check_fits(config: DataConfig, model: ImageConfig) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),

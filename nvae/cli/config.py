@@ -62,10 +62,10 @@ class TrainConfig:
             )
         self._check_names()
         self._check_model_reads_data()
-        if self.optimizer.warmup_epochs > self.trainer.epochs:
+        if self.optimizer.warmup_epochs > self.trainer.max_epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
-                f"allowed: at most trainer.epochs={self.trainer.epochs}"
+                f"allowed: at most trainer.max_epochs={self.trainer.max_epochs}"
             )
 
     def _check_names(self) -> None:

@@ -11,18 +11,15 @@ from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.evaluate_processes import share_of
 from nvae.cli.progress import progress_bar
 from nvae.data.dataset import ImageData
-from nvae.metrics import (
-    FeatureExtractor,
+from nvae.evaluation.distances import NEEDS_FEATURES, check_possible, distances
+from nvae.evaluation.extractors import FeatureExtractor, load_extractor
+from nvae.evaluation.features import (
     FeatureSet,
-    check_possible,
-    distances,
     generated_features,
     image_features,
-    load_extractor,
     pool_features,
     reference_features,
 )
-from nvae.metrics.distances import NEEDS_FEATURES
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
 

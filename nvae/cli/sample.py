@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,17 @@ from nvae.data.dataset import ImageData
 from nvae.data.loader import RawBatch
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder, sample_images
-from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
-from nvae.sampling.nearest import nearest_images
-from nvae.sampling.sheets import (
-    Decoder,
+from nvae.sampling.grids import (
     column_seeds,
-    interpolation_sheet,
-    nearest_sheet,
-    partial_sheet,
-    reconstruction_sheet,
+    interpolation_grid,
+    nearest_grid,
+    nearest_images,
+    partial_grid,
+    reconstruction_grid,
     spread,
-    traversal_sheet,
+    traversal_grid,
 )
+from nvae.sampling.latents import Latents, decode, encode, interpolate, prior_latents
 
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
@@ -120,7 +120,9 @@ class _Sampler:
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model)
-        self.decoder = Decoder(config.pixels, config.batch_size)
+        self.decoder = partial(
+            decode, pixel_temperature=config.pixels, batch_size=config.batch_size
+        )
         self._kept: CompiledDecoder | None = None
 
     def draw(self) -> None:
@@ -183,7 +185,7 @@ class _Sampler:
             found = nearest_images(
                 samples, _counted(self.data.batches("train"), advance), self.config.neighbours
             )
-        sheet = nearest_sheet(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
+        sheet = nearest_grid(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
         self.folder.sheet("nearest.png", sheet)
         self.folder.arrays("nearest.npz", index=found.index, distance=found.distance)
         self._keep(sheet.images)
@@ -191,14 +193,14 @@ class _Sampler:
     def _draw_reconstruct(self) -> None:
         x = self._images()
         numbers = torch.tensor(self.config.image_list)
-        sheet = reconstruction_sheet(self.model, x, numbers, self.config.batch_size)
+        sheet = reconstruction_grid(self.model, x, numbers, self.config.batch_size)
         self.folder.sheet("reconstructions.png", sheet)
         self._keep(sheet.images)
 
     def _draw_interpolate(self) -> None:
         with self._statistics(self.temperatures[0][1]):
             latents, names = self._starts()
-            sheet = interpolation_sheet(self.model, latents, names, self.config.steps, self.decoder)
+            sheet = interpolation_grid(self.model, latents, names, self.config.steps, self.decoder)
             self.folder.sheet("interpolation.png", sheet)
             self._keep(sheet.images)
             if self.config.frames:
@@ -217,7 +219,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = partial_sheet(
+                    sheet = partial_grid(
                         self.model, latents[i : i + 1], keep, seeds[i], self.decoder, temperature
                     )
                     self.folder.sheet(f"partial-{name.replace(' ', '')}.png", sheet)
@@ -236,7 +238,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = traversal_sheet(
+                    sheet = traversal_grid(
                         self.model, latents[i : i + 1], groups, self.config.steps,
                         self._numbers[i], self.decoder,
                     )  # fmt: skip

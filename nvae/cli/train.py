@@ -121,7 +121,7 @@ def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
 
 def is_finished(folder: RunFolder, config: TrainConfig) -> bool:
     """Whether all epochs are done."""
-    return folder.epochs >= config.trainer.epochs
+    return folder.epochs >= config.trainer.max_epochs
 
 
 def fit(
@@ -217,7 +217,7 @@ def _ended(
     if is_out_of_memory(error):
         return UserError(
             f"there is not enough memory ({brief(error, 200)}); lower data.batch_size and raise "
-            f"trainer.accumulate, or set checkpoint_cells=true; {_last_good(folder)}"
+            f"trainer.accumulate_grad_batches, or set checkpoint_cells=true; {_last_good(folder)}"
         )
     if folder.checkpoint is not None and not module.has_started:
         return UserError(
@@ -313,7 +313,7 @@ def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed:
     elif is_finished(folder, config):
         console.print(
             f"run {folder.path} is finished: {folder.epochs} epochs, step {folder.step}; nothing "
-            "was trained; trainer.epochs=... trains longer, resume=never starts anew"
+            "was trained; trainer.max_epochs=... trains longer, resume=never starts anew"
         )
     else:
         console.print(f"run {folder.path}, resumed from {folder.checkpoint.name}")

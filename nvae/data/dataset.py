@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 from nvae.data.config import (
     IN_MEMORY_FORMATS,
     SPLITS,
@@ -39,6 +38,7 @@ from nvae.data.places import prepared_folder
 from nvae.data.readers import TOO_FEW, plan_splits
 from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
 from nvae.data.transforms import fit_array, model_input
+from nvae.random import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 
 _MIB = 1 << 20
 _CPU = torch.device("cpu")

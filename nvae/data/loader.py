@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_CROP, STREAM_ORDER, image_keys, permutation
+from nvae.random import STREAM_CROP, STREAM_ORDER, image_keys, permutation
 from nvae.settings import LARGEST_INTEGER
 
 _AHEAD_PER_WORKER = 2

@@ -16,14 +16,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nvae.command_line import brief
-from nvae.counter_rng import (
+from nvae.data.config import LARGEST_SIDE, DataConfig
+from nvae.random import (
     STREAM_BINARIZE,
     STREAM_FLIP,
     UNIFORM_BITS,
     image_keys,
     uniform_bits,
 )
-from nvae.data.config import LARGEST_SIDE, DataConfig
 
 LARGEST_AREA = (1 << 30) // 4 // 3
 """Pixels of a picture: more are taken for an attack, as PIL does."""

@@ -42,7 +42,7 @@ _FIXED = (
     "seed",
     "data.seed",
     "data.batch_size",
-    "trainer.accumulate",
+    "trainer.accumulate_grad_batches",
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
     "optimizer.name",

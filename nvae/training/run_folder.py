@@ -85,10 +85,10 @@ def open_run(
                 f"{path} holds a run {what} ({'; '.join(changed)}); give this run another "
                 "name=..., or resume=never to start beside it"
             )
-    epochs = config["trainer"]["epochs"]
+    epochs = config["trainer"]["max_epochs"]
     if begun > epochs:
         raise ValueError(
-            f"{path} is in epoch {begun} already, beyond trainer.epochs={epochs}; give more "
+            f"{path} is in epoch {begun} already, beyond trainer.max_epochs={epochs}; give more "
             "epochs, or another name=..."
         )
     folder = RunFolder(path, found.path, checkpoint_step(checkpoint), done, found.passed_over)

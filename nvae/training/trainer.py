@@ -46,11 +46,11 @@ class TrainerConfig:
             machine that does other work too is fastest with 1.
         timeout: seconds after which a rank that waits for another gives up.
         precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
-        epochs: of the whole run.
-        accumulate: micro-batches of `data.batch_size` a step.
-        validate_every_epochs: epochs between two validations.
+        max_epochs: of the whole run.
+        accumulate_grad_batches: micro-batches of `data.batch_size` a step.
+        check_val_every_n_epoch: epochs between two validations.
         limit_train_batches: batches an epoch; null: all.
-        limit_valid_batches: batches a validation; null: all.
+        limit_val_batches: batches a validation; null: all.
         overfit_batches: train and validate on this many training batches alone; 0: on all data.
         deterministic: insist on deterministic kernels.
         detect_anomaly: let autograd name the operation that made a NaN; slow.
@@ -65,11 +65,11 @@ class TrainerConfig:
     cpu_threads: int | None = None
     timeout: float = 1800.0
     precision: str = "32"
-    epochs: int = 400
-    accumulate: int = 1
-    validate_every_epochs: int = 1
+    max_epochs: int = 400
+    accumulate_grad_batches: int = 1
+    check_val_every_n_epoch: int = 1
     limit_train_batches: int | None = None
-    limit_valid_batches: int | None = None
+    limit_val_batches: int | None = None
     overfit_batches: int = 0
     deterministic: bool = False
     detect_anomaly: bool = False
@@ -78,9 +78,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_fields(
             self, "trainer.", devices=(1, 1024), num_nodes=(1, 65536), cpu_threads=(1, 1024),
-            timeout=(1, SECONDS_OF_A_YEAR), epochs=(1, MOST_EPOCHS), accumulate=(1, 1_000_000),
-            validate_every_epochs=(1, MOST_EPOCHS), limit_train_batches=(1, None),
-            limit_valid_batches=(1, None), overfit_batches=(0, None),
+            timeout=(1, SECONDS_OF_A_YEAR), max_epochs=(1, MOST_EPOCHS),
+            accumulate_grad_batches=(1, 1_000_000),
+            check_val_every_n_epoch=(1, MOST_EPOCHS), limit_train_batches=(1, None),
+            limit_val_batches=(1, None), overfit_batches=(0, None),
         )  # fmt: skip
         check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
         check_choice("trainer.precision", self.precision, PRECISIONS)
@@ -192,7 +193,7 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))
     strategy: Any = "auto"  # one device: no process group
     if config.world_size > 1:
-        strategy = ddp_strategy(accelerator, config.accumulate, config.timeout)
+        strategy = ddp_strategy(accelerator, config.accumulate_grad_batches, config.timeout)
     return pl.Trainer(
         accelerator=accelerator,
         devices=config.devices,
@@ -200,11 +201,11 @@ def build_trainer(
         strategy=strategy,
         precision=precision,
         plugins=plugins,
-        max_epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate,
-        check_val_every_n_epoch=config.validate_every_epochs,
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        check_val_every_n_epoch=config.check_val_every_n_epoch,
         limit_train_batches=config.limit_train_batches,
-        limit_val_batches=config.limit_valid_batches,
+        limit_val_batches=config.limit_val_batches,
         overfit_batches=config.overfit_batches,
         deterministic=config.deterministic,
         benchmark=accelerator == "gpu" and not config.deterministic,

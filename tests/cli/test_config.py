@@ -56,7 +56,7 @@ def test_objective_of_the_presets() -> None:
             c = composed(f"experiment={variant}")
             assert expected == (
                 c.objective.spectral_weight, c.objective.spectral_weight_initial,
-                c.optimizer.warmup_epochs, c.trainer.epochs, c.optimizer.learning_rate,
+                c.optimizer.warmup_epochs, c.trainer.max_epochs, c.optimizer.learning_rate,
             ), variant  # fmt: skip
             assert (c.optimizer.name, c.optimizer.epsilon) == ("adamax", 1e-3)
             assert c.optimizer.min_learning_rate == 1e-4
@@ -67,7 +67,7 @@ def test_one_gpu_makes_the_papers_batch_by_accumulation() -> None:
     for name in ("mnist", "cifar10", "celeba64", "imagenet32", "celebahq256", "ffhq256"):
         paper, single = composed(f"experiment={name}"), composed(f"experiment={name}_1gpu")
         assert single.trainer.world_size == 1
-        batch = single.data.batch_size * single.trainer.accumulate
+        batch = single.data.batch_size * single.trainer.accumulate_grad_batches
         assert batch == paper.data.batch_size * paper.trainer.world_size, name
 
 
@@ -86,7 +86,7 @@ def test_model_follows_the_data() -> None:
 MISTAKES = {
     "model.groups_per_scal=3": "unknown key model.groups_per_scal (did you mean groups_per_scale?)",
     "+model.width=3": "unknown key model.width; allowed here: image_size",
-    "trainer.epochs=many": "trainer.epochs=many is not an integer",
+    "trainer.max_epochs=many": "trainer.max_epochs=many is not an integer",
     "trainer.guard.skip_threshold=big": "trainer.guard.skip_threshold=big is not a number or null",
     "compile=perhaps": "compile=perhaps is not true or false",
     "experiment=minst": "experiment=minst is unknown (did you mean mnist?); allowed: ",

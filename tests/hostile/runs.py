@@ -16,7 +16,7 @@ TINY = [
     "data.valid_size=8", "data.test_size=8", "data.batch_size=8", "model.num_scales=1",
     "model.groups_per_scale=2", "model.preprocess_cells=1", "model.postprocess_cells=1",
     "model.encoder_channels=4", "model.decoder_channels=4", "model.latent_channels=2",
-    "trainer.cpu_threads=1", "trainer.epochs=2", "optimizer.warmup_epochs=0",
+    "trainer.cpu_threads=1", "trainer.max_epochs=2", "optimizer.warmup_epochs=0",
     "logger.every_steps=1", "logger.tensorboard=false", "logger.csv=false",
     "callbacks.pictures.every_epochs=0", "report.importance_samples=0", "report.samples=2",
     "report.temperatures=[1.0]", "name=r",

@@ -100,7 +100,7 @@ def test_picture_that_cannot_be_written_does_not_end_training(tmp_path: Path) ->
 
 
 def test_folder_deleted_meanwhile_is_one_line(tmp_path: Path) -> None:
-    job = Job(tmp_path, "trainer.epochs=400", "logger.jsonl=false")
+    job = Job(tmp_path, "trainer.max_epochs=400", "logger.jsonl=false")
     run = tmp_path / "runs" / "r"
     job.until(lambda: bool(step_checkpoints(run / "checkpoints")))
     while run.exists():

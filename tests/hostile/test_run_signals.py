@@ -44,7 +44,7 @@ def _slow_steps() -> None:
 def _signalled(
     folder: Path, *signals: tuple[int, float], before: Callable[[], None] | None = None
 ) -> Ended:
-    job = Job(folder, "trainer.epochs=400", before=before)
+    job = Job(folder, "trainer.max_epochs=400", before=before)
     job.until((folder / "in_step").exists if before else lambda: has_logged(folder))
     for number, pause in signals:
         job.signal(number)
@@ -133,7 +133,7 @@ class _InterruptIn:
 @pytest.mark.parametrize("where", BEFORE_TRAINING, ids=BEFORE_TRAINING.get)
 def test_interrupt_outside_training_is_one_line(tmp_path: Path, where: str) -> None:
     ended = train(
-        tmp_path, "callbacks.ema.decay=0.9", "trainer.epochs=1", before=_InterruptIn(where)
+        tmp_path, "callbacks.ema.decay=0.9", "trainer.max_epochs=1", before=_InterruptIn(where)
     )
     assert ended.code == 130, ended
     assert ended.err == "interrupted; run the same command again\n"
@@ -143,7 +143,7 @@ def _two_ranks(folder: Path) -> subprocess.Popen[str]:
     """A command that starts its second rank itself, in a process group of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *TINY, "trainer.devices=2", "trainer.epochs=4000",
+        [sys.executable, ROOT / "train.py", *TINY, "trainer.devices=2", "trainer.max_epochs=4000",
          "trainer.accelerator=cpu"],
         cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -249,11 +249,11 @@ REFUSED = {
     "data.seed=3": "data.seed: 0 -> 3",
     "seed=3": "(seed: 0 -> 3)",
     "data.batch_size=4": "data.batch_size: 8 -> 4",
-    "trainer.accumulate=2": "trainer.accumulate: 1 -> 2",
+    "trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches: 1 -> 2",
     "trainer.limit_train_batches=3": "trainer.limit_train_batches: None -> 3",
     "trainer.devices=2": "(trainer.devices x num_nodes): 1 -> 2",
     "optimizer=adamw": "optimizer.name: adamax -> adamw",
-    "trainer.epochs=1": "is in epoch 2 already, beyond trainer.epochs=1",
+    "trainer.max_epochs=1": "is in epoch 2 already, beyond trainer.max_epochs=1",
 }
 
 
@@ -291,22 +291,22 @@ def test_damaged_newest_checkpoint_is_told_of(tmp_path: Path, stopped: Path) -> 
 
 
 def test_second_process_of_a_name_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    job = Job(tmp_path, "trainer.epochs=400")
+    job = Job(tmp_path, "trainer.max_epochs=400")
     job.until(lambda: has_logged(tmp_path))
-    second = train(tmp_path, "trainer.epochs=400")
+    second = train(tmp_path, "trainer.max_epochs=400")
     assert_one_line(second, f"runs/r is in use by process {job.process.pid} on host", " since ")
     assert job.process.is_alive()
     job.signal(signal.SIGKILL)
     job.process.join()
     assert (tmp_path / "runs" / "r" / LOCK_FILE).exists()  # of a dead process: locks nothing
-    again = Job(tmp_path, "trainer.epochs=400")
+    again = Job(tmp_path, "trainer.max_epochs=400")
     again.until(lambda: "run runs/r, " in again.said())
     again.signal(signal.SIGKILL)
     again.process.join()
 
 
 def test_processes_that_start_at_once_beside_get_a_folder_each(tmp_path: Path) -> None:
-    jobs = [Job(tmp_path, "resume=never", "trainer.epochs=1") for _ in range(2)]
+    jobs = [Job(tmp_path, "resume=never", "trainer.max_epochs=1") for _ in range(2)]
     outs = [job.ended().out.splitlines()[0] for job in jobs]
     assert sorted(outs) == ["run runs/r, from the beginning", "run runs/r-2, from the beginning"]
 

@@ -45,7 +45,7 @@ def main(folder: Path, mode: str) -> None:
     torch.set_num_threads(1)
     config = small_config(
         folder,
-        trainer=TrainerConfig(accelerator="cpu", devices=2, epochs=2, timeout=30.0),
+        trainer=TrainerConfig(accelerator="cpu", devices=2, max_epochs=2, timeout=30.0),
         resume="never" if mode == "spoil" else "auto",
     )
     module = build_module(config)

@@ -41,7 +41,7 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
             encoder_cells_per_group=1, decoder_cells_per_group=1,
         ),
         "optimizer": OptimizerConfig(warmup_epochs=1),
-        "trainer": TrainerConfig(accelerator="cpu", epochs=3, accumulate=2),
+        "trainer": TrainerConfig(accelerator="cpu", max_epochs=3, accumulate_grad_batches=2),
         "callbacks": CallbacksConfig(
             checkpoint=CheckpointConfig(keep_last=100),
             ema=EMAConfig(decay=0.9),

@@ -99,13 +99,13 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
 
     config = small_config(tmp_path)
     config.trainer.guard = GuardConfig(gradient_clip=0.5)
-    config.trainer.epochs = 1
+    config.trainer.max_epochs = 1
     _, trainer = run(config)
     guard = next(c for c in trainer.callbacks if isinstance(c, BadSteps))
     assert guard.read().norm > 0.5
     look = Look()
     config = small_config(tmp_path, name="again")
-    config.trainer.guard, config.trainer.epochs = GuardConfig(gradient_clip=0.5), 1
+    config.trainer.guard, config.trainer.max_epochs = GuardConfig(gradient_clip=0.5), 1
     module = build_module(config)
     original = BadSteps.on_before_optimizer_step
 

@@ -19,7 +19,7 @@ def test_a_step_weighs_its_micro_batches_alike_and_the_penalty_once(
     """Seven micro-batches in windows of two: the last, of one, must count as a whole step."""
     config = small_config(tmp_path)
     config.data.train_size = 30
-    config.trainer.epochs = 1
+    config.trainer.max_epochs = 1
     windows: dict[int, list[tuple[float, float, float]]] = {}
     original = NVAELightning.training_step
 
@@ -87,7 +87,7 @@ def test_json_lines_of_a_lost_stretch_are_replaced(tmp_path: Path) -> None:
 
 def test_bfloat16_trains_and_keeps_the_loss_in_float32(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    config.trainer.precision, config.trainer.epochs = "bf16-mixed", 1
+    config.trainer.precision, config.trainer.max_epochs = "bf16-mixed", 1
     _, trainer = run(config)
     module = trainer.lightning_module
     assert isinstance(module, NVAELightning)
@@ -100,7 +100,7 @@ def test_bfloat16_trains_and_keeps_the_loss_in_float32(tmp_path: Path) -> None:
 def test_one_device_makes_no_process_group(tmp_path: Path) -> None:
     """Nor takes a port: two runs share a machine."""
     config = small_config(tmp_path)
-    config.trainer.epochs = 1
+    config.trainer.max_epochs = 1
     _, trainer = run(config)
     assert type(trainer.strategy).__name__ == "SingleDeviceStrategy"
     assert not torch.distributed.is_initialized()

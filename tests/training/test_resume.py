@@ -98,7 +98,7 @@ def test_best_holds_the_average_that_was_validated(whole: Path) -> None:
 def test_best_without_an_average_holds_the_weights(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     config.callbacks.ema = EMAConfig()
-    config.trainer.epochs = 1
+    config.trainer.max_epochs = 1
     folder, _ = run(config)
     best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
     assert_identical(best["state_dict"], last_checkpoint(folder)["state_dict"])

@@ -61,7 +61,7 @@ def test_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
 def _train(folder: Path) -> None:
     torch.set_num_threads(1)
     config = small_config(folder)
-    config.trainer.epochs = 40
+    config.trainer.max_epochs = 40
     config.callbacks.checkpoint = CheckpointConfig(every_steps=1, keep_last=2)
     run(config)
 
@@ -153,7 +153,7 @@ def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Si
         sys.executable, str(ROOT / "train.py"), f"runs_dir={tmp_path}", "name=r",
         "trainer.limit_train_batches=8", "optimizer.warmup_epochs=0", "logger.every_steps=1",
         "callbacks.pictures.every_epochs=0", "report.importance_samples=0", "report.samples=2",
-        "trainer.epochs=60",
+        "trainer.max_epochs=60",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -169,8 +169,8 @@ def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Si
     step = load_checkpoint(path)["global_step"]
     assert f"saved at step {step}" in out
     again = subprocess.run(
-        [*command[:-1], "trainer.epochs=1"],
+        [*command[:-1], "trainer.max_epochs=1"],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert f"resumed from {path.name}" in again.stdout
-    assert "changed since: trainer.epochs: 60 -> 1" in again.stdout
+    assert "changed since: trainer.max_epochs: 60 -> 1" in again.stdout

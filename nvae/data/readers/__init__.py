@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nvae.counter_rng import STREAM_SPLIT, permutation
 from nvae.data.config import READERS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
 from nvae.data.transforms import BadImageError
 from nvae.files import open_regular, read_bytes
+from nvae.random import STREAM_SPLIT, permutation
 from nvae.registry import Registry
 
 Pixels = NDArray[np.uint8]

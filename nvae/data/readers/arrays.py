@@ -22,7 +22,6 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 
-from nvae.counter_rng import STREAM_CONTENT, image_keys
 from nvae.data.config import LARGEST_SIDE, TEST, TRAIN, DataError
 from nvae.data.readers import (
     PIECE,
@@ -43,6 +42,7 @@ from nvae.data.readers import (
 from nvae.data.readers.pictures import open_member, tar_members
 from nvae.data.store import read_header
 from nvae.data.transforms import check_sides
+from nvae.random import STREAM_CONTENT, image_keys
 
 _IDX_FILES = {TRAIN: "train-images-idx3-ubyte", TEST: "t10k-images-idx3-ubyte"}
 _IDX_MAGIC = b"\x00\x00\x08\x03"
