@@ -158,8 +158,11 @@ def zip_items(path: Path) -> list[Item]:
 
 
 def _check_passed_over(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    """The directory has no checksum; a damaged name must not drop a picture. What is read is
-    compared with the name that stands before the data, and so must be what is not."""
+    """Compare the name of a member that is no picture with the name that stands before its data.
+
+    The zip's directory has no checksum, and a damaged name must not drop a picture. `open` compares
+    both names.
+    """
     # One that is locked, or packed in a way that is not known, is a RuntimeError; nobody wants it.
     with damage_named(path), suppress(RuntimeError):
         archive.open(member).close()
@@ -182,9 +185,9 @@ def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
 
 
 class _Unpacked:
-    """A tar archive's bytes, unpacked as they are read, with a limit on all and on one reading.
+    """A tar archive, unpacked as it is read, with limits on its size and on what is read at once.
 
-    What `tarfile` needs of a file: the sizes in headers, which it believes, are held against both.
+    `tarfile` believes the sizes that headers state, so they are checked here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -220,7 +223,8 @@ class _Unpacked:
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name of each file in the archive's order, and what reads it as long as it is the last given.
+    """The name of each file, in the archive's order, and a function that reads it until the next
+    one is asked for.
 
     The archive is read to its end, so that its checksum is compared and no file is passed over.
 
@@ -249,7 +253,7 @@ def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) 
 
 
 def _check_end(file: _Unpacked, position: int) -> None:
-    """tarfile takes a damaged header for the end; after the real one there is nothing but zeros."""
+    """Raise an error unless only zeros follow: tarfile takes a damaged header for the end."""
     file.seek(position)
     size = 0
     while piece := file.read(PIECE):
@@ -269,7 +273,7 @@ def tar_names(path: Path) -> list[str]:
 
 
 def _tar_part(path: Path, count: int) -> Part:
-    """The same pictures with their bytes, read once from front to back: tars allow nothing else."""
+    """The pictures of a tar archive, which can only be read from front to back."""
 
     def items() -> Iterator[Item]:
         for name, read in tar_members(path):
