@@ -264,13 +264,13 @@ class _Sampler:
     def _images(self) -> Tensor:
         """The data images asked for, ``(N, C, H, W)``, on the model's device."""
         assert self.data is not None
-        table, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
-        if wanted.max() >= len(table):
+        split, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
+        if wanted.max() >= len(split):
             raise ValueError(
-                f"images names {int(wanted.max())}; split={self.config.split} has {len(table)} "
-                f"images, allowed: 0 to {len(table) - 1}"
+                f"images names {int(wanted.max())}; split={self.config.split} has {len(split)} "
+                f"images, allowed: 0 to {len(split) - 1}"
             )
-        pixels = table.gather(wanted, epoch=None, seed=0)
+        pixels = split.gather(wanted, epoch=None, seed=0)
         batch = RawBatch(pixels, wanted, self.config.split, None)
         return self.data.to_input(batch).x.to(self.model.device)
 

@@ -248,7 +248,7 @@ class RawBatch(NamedTuple):
 
 
 def read_ahead(read: Callable[[T], U], items: Iterator[T], workers: int, name: str) -> Iterator[U]:
-    """`map(read, items)` by threads of a name, results in order, a bounded number ahead."""
+    """`map(read, items)` by so many threads, results in order, a bounded number ahead."""
     if workers == 0:
         yield from map(read, items)
         return

@@ -14,7 +14,7 @@ from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
 
 _PREPARED = re.compile(r"nvae-\d+x\d+x\d(-[a-z]+)?")
 _NO_SOURCE = ("lock.mdb",)
-"""Files that reading a source with other programs may touch."""
+"""Files that other programs may change when they read a source."""
 
 
 def can_be_fetched(config: DataConfig) -> bool:

@@ -1,13 +1,14 @@
 """The prepared form of a data set: a manifest and one `.npy` file a split, mapped when opened.
 
-All processes of a machine share the mapped pages. Nothing that the files say is believed unchecked.
+All processes of a machine share the mapped pages. What the files say is checked before it is used.
 """
 
 import hashlib
 import io
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -238,24 +239,32 @@ def read_header(file: IO[bytes], allowed: tuple[str, ...]) -> Header:
     return Header(shape, dtype.str, start.tell())
 
 
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be read: {reason}: prepare it again") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}: prepare it again") from error
+
+
 def map_array(path: Path, dtype: str) -> Tensor:
     """An array file mapped from disk, once its size is what its header says.
 
     Raises:
         DataError: it is not such an array, or cannot be read.
     """
-    try:
-        with open_regular(path) as file:
-            header = read_header(file, (dtype,))
-            size = file.seek(0, 2)
-            if size != header.bytes:
-                raise ValueError(f"its header says {header.bytes} bytes, it has {size}")
-            if not prod(header.shape):
-                return torch.from_numpy(np.zeros(header.shape, header.dtype))
-            # Copy-on-write, because torch wants memory it may write to; nothing ever does.
-            return torch.from_numpy(np.memmap(file, dtype, "c", header.offset, header.shape))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} is not an array: {error}: prepare it again") from error
+    with _damage_named(path), open_regular(path) as file:
+        header = read_header(file, (dtype,))
+        size = file.seek(0, 2)
+        if size != header.bytes:
+            raise ValueError(f"its header says {header.bytes} bytes, it has {size}")
+        if not prod(header.shape):
+            return torch.from_numpy(np.zeros(header.shape, header.dtype))
+        # Copy-on-write, because torch wants memory it may write to; nothing ever does.
+        return torch.from_numpy(np.memmap(file, dtype, "c", header.offset, header.shape))
 
 
 def open_store(folder: Path) -> dict[str, Split]:
@@ -272,29 +281,27 @@ def open_store(folder: Path) -> dict[str, Split]:
 def _open_split(folder: Path, split: SplitFiles) -> Split:
     path = folder / split.pixels.file
     pixels = map_array(path, "|u1")
-    if split.layout is None:
-        if pixels.shape != (split.count, *split.shape):
-            count, *shape = pixels.shape or (0,)
-            raise DataError(
-                f"{path} holds {count} images of {tuple(shape)}, its manifest says "
-                f"{split.count} images of {split.shape}: prepare it again"
-            )
-        return DenseSplit(pixels, split.pixels.sha256)
-    layout = map_array(folder / split.layout.file, "<i8")
+    layout = None if split.layout is None else map_array(folder / split.layout.file, "<i8")
     size, width, channels = split.shape
-    if layout.shape != (split.count, 3) or pixels.ndim != 1 or size != width:
-        raise DataError(
-            f"{path} does not hold {split.count} images of {split.shape}, as its manifest "
-            "says: prepare it again"
-        )
-    # Offsets come from a file: none may lead out of the pixels. Bounds of the sides first, so that
-    # the products cannot overflow.
-    offsets, sides = layout[:, 0], layout[:, 1:]
-    if not (
-        ((sides >= size) & (sides <= LARGEST_SIDE)).all()
-        and ((offsets >= 0) & (offsets <= pixels.numel() - sides.prod(1) * channels)).all()
-    ):
-        raise DataError(f"{folder} has image positions outside its pixels: prepare it again")
+    with _damage_named(path):
+        if split.layout is None or layout is None:
+            if pixels.shape != (split.count, *split.shape):
+                count, *shape = pixels.shape or (0,)
+                raise ValueError(
+                    f"it holds {count} images of {tuple(shape)}, its manifest says "
+                    f"{split.count} images of {split.shape}"
+                )
+            return DenseSplit(pixels, split.pixels.sha256)
+        if layout.shape != (split.count, 3) or pixels.ndim != 1 or size != width:
+            raise ValueError(f"it does not hold {split.count} images of {split.shape}")
+        # Offsets come from a file: none may lead out of the pixels. Bounds of the sides first, so
+        # that the products cannot overflow.
+        offsets, sides = layout[:, 0], layout[:, 1:]
+        if not (
+            ((sides >= size) & (sides <= LARGEST_SIDE)).all()
+            and ((offsets >= 0) & (offsets <= pixels.numel() - sides.prod(1) * channels)).all()
+        ):
+            raise ValueError("it has image positions outside its pixels")
     sha256 = f"{split.pixels.sha256}-{split.layout.sha256}"
     return RaggedSplit(pixels, layout, size, channels, sha256)
 
@@ -330,26 +337,18 @@ def verify(folder: Path, manifest: Manifest) -> None:
         stamps = read_json(folder / _STAMPS_NAME)
     except (OSError, ValueError):
         stamps = {}
-    is_stale = False
+    stale = False
     for array in manifest.files():
         path = folder / array.file
-        try:
+        with _damage_named(path):
             stamp = _stamp(folder, array)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}: prepare it again") from error
-        if stamp[0] != array.bytes:
-            raise DataError(
-                f"{path} has {stamp[0]} bytes instead of {array.bytes}: prepare it again"
-            )
-        if not isinstance(stamps, dict) or stamps.get(array.file) != stamp:
-            is_stale = True
-            try:
-                found = checksum(path)
-            except (ValueError, OSError) as error:
-                raise DataError(f"{path} is not an array: {error}: prepare it again") from error
-            if found != array.sha256:
-                raise DataError(f"{path} was altered (its checksum differs): prepare it again")
-    if is_stale:
+            if stamp[0] != array.bytes:
+                raise ValueError(f"it has {stamp[0]} bytes instead of {array.bytes}")
+            if not isinstance(stamps, dict) or stamps.get(array.file) != stamp:
+                stale = True
+                if checksum(path) != array.sha256:
+                    raise ValueError("it was altered (its checksum differs)")
+    if stale:
         # A read-only folder is read in full at every start; that is slow, not wrong.
         with suppress(OSError):
             write_stamps(folder, manifest)

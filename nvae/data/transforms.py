@@ -26,7 +26,7 @@ from nvae.random import (
 )
 
 LARGEST_AREA = (1 << 30) // 4 // 3
-"""Pixels of a picture: more are taken for an attack, as PIL does."""
+"""Pixels of one picture; PIL too takes more for an attack."""
 
 _KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """What a picture may be, whatever its name says; PIL would start a PostScript interpreter."""

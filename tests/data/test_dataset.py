@@ -23,8 +23,8 @@ def digits(make_config, **overrides):
 
 
 def test_digits_are_the_1797_real_images_each_once(make_config):
-    tables = digits(make_config)
-    images = torch.cat([table.images for table in tables.values()])
+    splits = digits(make_config)
+    images = torch.cat([split.images for split in splits.values()])
     wanted = (torch.from_numpy(load_digits().images) * 16).clamp(max=255).to(torch.uint8)
     assert images.shape == (1797, 8, 8, 1)
     assert sorted(images.flatten(1).tolist()) == sorted(wanted.flatten(1).tolist())
@@ -46,14 +46,14 @@ def test_digits_have_no_color(make_config):
 
 
 def test_random_images_are_seeded_and_fill_the_range(make_config):
-    tables = make_in_memory(make_config())
-    assert {split: len(table) for split, table in tables.items()} == {
+    splits = make_in_memory(make_config())
+    assert {name: len(split) for name, split in splits.items()} == {
         "train": 50,
         "valid": 7,
         "test": 5,
     }
-    assert torch.equal(tables["train"].images, make_in_memory(make_config())["train"].images)
-    assert tables["train"].images.unique().numel() == 256
+    assert torch.equal(splits["train"].images, make_in_memory(make_config())["train"].images)
+    assert splits["train"].images.unique().numel() == 256
 
 
 def test_random_images_need_their_number(make_config):

@@ -20,7 +20,7 @@ from nvae.data.module import ImageDataModule
 N = 50
 
 
-class SlowTable(DenseSplit):
+class SlowSplit(DenseSplit):
     """Finishes batches out of order, and may fail."""
 
     fail_at = -1
@@ -32,7 +32,7 @@ class SlowTable(DenseSplit):
         return super().gather(index, epoch=epoch, seed=seed)
 
 
-def table(cls=DenseSplit):
+def train_split(cls=DenseSplit):
     numbers = torch.arange(N, dtype=torch.uint8).view(N, 1, 1, 1)
     return cls(numbers.expand(N, 2, 2, 1).contiguous())
 
@@ -41,7 +41,7 @@ def train_loader(workers=0, *, cls=DenseSplit, index_only=False, seed=0, shard=N
     sampler = TrainSampler(N, 8, seed, shard or Shard())
     return TrainLoader(
         sampler,
-        table(cls),
+        train_split(cls),
         "train",
         seed=seed,
         num_workers=workers,
@@ -56,7 +56,7 @@ def indices(batches):
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_threads_change_nothing(workers):
-    one, many = train_loader(0), train_loader(workers, cls=SlowTable)
+    one, many = train_loader(0), train_loader(workers, cls=SlowSplit)
     for _ in range(2):
         for a, b in zip(one, many, strict=True):
             assert torch.equal(a.indices, b.indices)
@@ -66,7 +66,7 @@ def test_threads_change_nothing(workers):
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
-    loader = train_loader(2, cls=SlowTable)
+    loader = train_loader(2, cls=SlowSplit)
     loader.images.__dict__["fail_at"] = 17
     with pytest.raises(OSError, match="disk gone"):
         list(loader)
@@ -137,7 +137,7 @@ def test_index_only_carries_no_pixels():
 def test_evaluation_is_the_same_every_time():
     loader = EvalLoader(
         EvalSampler(N, 8),
-        table(),
+        train_split(),
         "test",
         seed=0,
         num_workers=2,
@@ -255,10 +255,10 @@ def ragged() -> tuple[RaggedSplit, list[torch.Tensor]]:
 
 def test_dense_gathers_rows_in_order():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 2, 2, 1).contiguous()
-    table = DenseSplit(images)
-    got = table.gather(torch.tensor([3, 0, 3]), epoch=1, seed=0)
+    split = DenseSplit(images)
+    got = split.gather(torch.tensor([3, 0, 3]), epoch=1, seed=0)
     assert got[:, 0, 0, 0].tolist() == [3, 0, 3]
-    assert table.shape == (2, 2, 1)
+    assert split.shape == (2, 2, 1)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 2, 2, 1), torch.zeros(2, 2, 2, dtype=torch.uint8)])
@@ -268,19 +268,19 @@ def test_dense_refuses_other_arrays(bad):
 
 
 def test_ragged_evaluation_takes_the_center():
-    table, images = ragged()
-    got = table.gather(torch.tensor([1, 0, 2]), epoch=None, seed=0)
+    split, images = ragged()
+    got = split.gather(torch.tensor([1, 0, 2]), epoch=None, seed=0)
     assert torch.equal(got[0], images[1][1:5])
     assert torch.equal(got[1], images[0][:, 2:6])
     assert torch.equal(got[2], images[2])
 
 
 def test_ragged_training_takes_every_window_and_repeats_itself():
-    table, images = ragged()
+    split, images = ragged()
     index = torch.tensor([0])
     seen = set()
     for epoch in range(60):
-        window = table.gather(index, epoch=epoch, seed=0)[0]
-        assert torch.equal(window, table.gather(torch.tensor([2, 0]), epoch=epoch, seed=0)[1])
+        window = split.gather(index, epoch=epoch, seed=0)[0]
+        assert torch.equal(window, split.gather(torch.tensor([2, 0]), epoch=epoch, seed=0)[1])
         seen.add(next(k for k in range(6) if torch.equal(window, images[0][:, k : k + 4])))
     assert seen == set(range(6))

@@ -30,7 +30,7 @@ def snapshot(folder):
 
 def pixels_of(config):
     prepare_if_missing(config)
-    return np.concatenate([table.images.numpy() for table in open_splits(config).values()])
+    return np.concatenate([split.images.numpy() for split in open_splits(config).values()])
 
 
 def rows(images):

@@ -215,7 +215,7 @@ def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
     assert (prepared_folder(config) / "manifest.json").stat().st_mtime_ns == stamp
     Image.new("RGB", (9, 9)).save(tmp_path / "new.png")
     prepare_if_missing(config)
-    assert sum(len(table) for table in open_splits(config).values()) == 16
+    assert sum(len(split) for split in open_splits(config).values()) == 16
 
 
 def test_sizes_and_channels_of_one_folder_live_side_by_side(tmp_path):
@@ -283,7 +283,7 @@ def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
     config = replace(
         load_config("folder"), root=str(tmp_path), image_size=8, train_size=8, valid_size=2
     )
-    assert sum(len(table) for table in open_splits(config).values()) == 9
+    assert sum(len(split) for split in open_splits(config).values()) == 9
 
 
 def test_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):

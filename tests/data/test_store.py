@@ -45,9 +45,9 @@ def data_file(folder):
 def test_images_come_back_from_a_memory_map(tmp_path):
     images = pictures(5, 8, 3)
     write(tmp_path, images)
-    table = open_store(tmp_path)["train"]
-    assert isinstance(table, DenseSplit)
-    assert np.array_equal(table.images.numpy(), images)
+    split = open_store(tmp_path)["train"]
+    assert isinstance(split, DenseSplit)
+    assert np.array_equal(split.images.numpy(), images)
     # Plain numpy can open the file too.
     assert np.array_equal(np.load(data_file(tmp_path)), images)
 
@@ -56,9 +56,9 @@ def test_images_of_different_sizes_come_back(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (8, w, 3), np.uint8) for w in (8, 13, 9)]
     write(tmp_path, images, ragged=True)
-    table = open_store(tmp_path)["train"]
-    assert isinstance(table, RaggedSplit)
-    got = table.gather(torch.tensor([1]), epoch=None, seed=0)[0]
+    split = open_store(tmp_path)["train"]
+    assert isinstance(split, RaggedSplit)
+    got = split.gather(torch.tensor([1]), epoch=None, seed=0)[0]
     assert np.array_equal(got.numpy(), images[1][:, 2:10])
 
 

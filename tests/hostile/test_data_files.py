@@ -137,7 +137,7 @@ def config_of(kind: Source, folder: Path, **overrides) -> DataConfig:
 
 
 def pixels(config: DataConfig) -> dict[str, bytes]:
-    return {name: table.images.numpy().tobytes() for name, table in open_splits(config).items()}
+    return {name: split.images.numpy().tobytes() for name, split in open_splits(config).items()}
 
 
 def check_line(error: ValueError) -> None:
@@ -225,13 +225,13 @@ def prepared(folder: Path, *, ragged: bool = False) -> DataConfig:
 def read(config: DataConfig) -> dict[str, bytes] | None:
     """Every picture, read as training does."""
     try:
-        tables = open_splits(config)
+        splits = open_splits(config)
     except DataError as error:
         check_line(error)
         return None
     return {
-        name: table.gather(torch.arange(len(table)), epoch=None, seed=0).numpy().tobytes()
-        for name, table in tables.items()
+        name: split.gather(torch.arange(len(split)), epoch=None, seed=0).numpy().tobytes()
+        for name, split in splits.items()
     }
 
 

@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ TOO_FEW = "it takes at least two: one to train on, one to hold out"
 LARGEST_PICTURE = 1 << 28
 """Bytes of one picture, encoded or not."""
 PIECE = 1 << 20
-"""Bytes that are read at a time where the size is not to be believed."""
+"""Bytes that are read at a time where a stated size cannot be trusted."""
 TFRECORD_SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
 REFERENCE_LMDBS = {TRAIN: "train.lmdb", VALID: "validation.lmdb"}
 
@@ -171,12 +172,23 @@ def tfrecord_files(source: Path) -> list[Path]:
 
 
 def unpacked_limit(packed: int) -> int:
-    """Bytes that `packed` ones may unpack to: more is a bomb and no data set."""
+    """Bytes that so many packed bytes may unpack to; more is an attack and no data set."""
     return max(_LEAST_UNPACKED, _HIGHEST_RATIO * packed)
 
 
+@contextmanager
+def damage_named(name: object) -> Iterator[None]:
+    """Make a DataError of whatever the block raises: decoders raise anything on damaged files."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name} is damaged: {str(error) or type(error).__name__}") from error
+
+
 def open_source(path: Path) -> BinaryIO:
-    """A source file, opened; never waits for a pipe.
+    """Open a source file; a pipe is refused and never waited for.
 
     Raises:
         DataError: It is not there, not a file, or cannot be read.
@@ -190,7 +202,7 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def read_whole(path: Path, largest: int) -> bytes:
-    """A source file's content; a DataError as `open_source`, or where it is larger."""
+    """The content of a source file; a DataError where it cannot be read or is larger."""
     try:
         return read_bytes(path, largest)
     except (OSError, ValueError) as error:
@@ -198,7 +210,7 @@ def read_whole(path: Path, largest: int) -> bytes:
 
 
 def read_pieces(file: IO[bytes], size: int) -> bytes:
-    """At most `size` bytes, piece by piece: a promise of too many costs no memory."""
+    """At most `size` bytes, read in pieces, so that a false size takes no memory."""
     pieces: list[bytes] = []
     while size and (piece := file.read(min(size, PIECE))):
         pieces.append(piece)
@@ -207,7 +219,7 @@ def read_pieces(file: IO[bytes], size: int) -> bytes:
 
 
 def file_item(name: str, path: Path) -> Item:
-    """A picture's file."""
+    """A picture in a file of its own."""
 
     def load() -> bytes:
         try:

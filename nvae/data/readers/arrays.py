@@ -30,6 +30,7 @@ from nvae.data.readers import (
     Part,
     Pixels,
     Reader,
+    damage_named,
     find_files,
     loaded_item,
     open_source,
@@ -40,7 +41,7 @@ from nvae.data.readers import (
 )
 from nvae.data.readers.pictures import open_member, tar_members
 from nvae.data.store import read_header
-from nvae.data.transforms import BadImageError, check_sides
+from nvae.data.transforms import check_sides
 from nvae.random import STREAM_CONTENT, image_keys
 
 _IDX_FILES = {TRAIN: "train-images-idx3-ubyte", TEST: "t10k-images-idx3-ubyte"}
@@ -102,23 +103,20 @@ def read_idx(path: Path) -> Pixels:
         DataError: Wrong magic, cut short, longer than its header says, or claiming what no file of
             its size can hold.
     """
-    try:
-        with open_source(path) as raw:
-            size = os.fstat(raw.fileno()).st_size
-            file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            shape = _idx_shape(file.read(_IDX_HEADER_BYTES), path)
-            claim = (
-                f"its header says {shape[0]} images of {shape[1]}x{shape[2]} = {prod(shape)} bytes"
-            )
-            if path.suffix == ".gz" and prod(shape) > unpacked_limit(size):
-                raise DataError(f"{path} is refused: {claim}; if that is right, unpack it first")
-            # One byte more than the header promises shows a file that is too long.
-            data = read_pieces(file, prod(shape) + 1)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if len(data) != prod(shape):
-        amount = "more" if len(data) > prod(shape) else len(data)
-        raise DataError(f"{path} is damaged: {claim}, it has {amount}")
+    with damage_named(path), open_source(path) as raw:
+        size = os.fstat(raw.fileno()).st_size
+        is_packed = path.suffix == ".gz"
+        file: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        shape = _idx_shape(file.read(_IDX_HEADER_BYTES), path)
+        count, height, width, _ = shape
+        claim = f"its header says {count} images of {height}x{width} = {prod(shape)} bytes"
+        if is_packed and prod(shape) > unpacked_limit(size):
+            raise DataError(f"{path} is refused: {claim}; if that is right, unpack it first")
+        # One byte more than the header promises shows a file that is too long.
+        data = read_pieces(file, prod(shape) + 1)
+        if len(data) != prod(shape):
+            amount = "more" if len(data) > prod(shape) else len(data)
+            raise ValueError(f"{claim}, it has {amount}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -130,12 +128,9 @@ def _idx_shape(header: bytes, path: Path) -> tuple[int, int, int, int]:
             f"{header[:4].hex(' ') or 'nothing'}, not {_IDX_MAGIC.hex(' ')})"
         )
     count, height, width = struct.unpack(">III", header[4:])
-    try:
-        check_sides(width, height)
-    except BadImageError as error:
-        raise DataError(f"{path} is damaged: a picture in it is no picture: {error}") from error
+    check_sides(width, height)
     if not count:
-        raise DataError(f"{path} is damaged: it holds no images")
+        raise ValueError("it holds no images")
     return count, height, width, 1
 
 
@@ -182,7 +177,7 @@ def cifar_images(data: bytes, name: str) -> Pixels:
     is_uint8, flag, is_fortran = False, None, None
     rows: Any = 0
     before: Any = 0
-    try:
+    with damage_named(name):
         for code, value, _ in pickletools.genops(data):
             if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
                 asked = str(value).split(" ") if value else texts
@@ -202,11 +197,6 @@ def cifar_images(data: bytes, name: str) -> Pixels:
                 rows = before
             before = value
         content = pixels.encode("latin1") if isinstance(pixels, str) else pixels
-    except DataError:
-        raise
-    # A damaged pickle can raise anything.
-    except Exception as error:
-        raise DataError(f"{name} is damaged: {type(error).__name__} {error}") from error
     planes = np.frombuffer(content, np.uint8)
     if not is_uint8 or is_fortran is not False or rows != len(planes) / _CIFAR_BYTES:
         raise DataError(f"{name} is not a CIFAR batch: data must be (N, {_CIFAR_BYTES}) uint8")
@@ -223,13 +213,8 @@ class Omniglot(Reader):
 
     def parts(self) -> Mapping[str, Any]:  # noqa: D102
         path = find_files(self.source, ("chardata.mat",))
-        try:
+        with damage_named(path):
             content = _load_mat(path)
-        except DataError:
-            raise
-        # scipy raises anything on damaged files.
-        except Exception as error:
-            raise DataError(f"{path} is damaged: {type(error).__name__} {error}") from error
         return {
             split: _omniglot_images(content.get(key), key, path)
             for split, key in _OMNIGLOT_KEYS.items()
@@ -347,24 +332,18 @@ def _open_npz(path: Path) -> Iterator[tuple[IO[bytes], int, int]]:
     Raises:
         DataError: Damaged, or not a batch.
     """
-    try:
-        with open_source(path) as raw, zipfile.ZipFile(raw) as archive:
-            member = archive.getinfo(_NPZ_MEMBER)
-            with open_member(archive, member) as file:
-                header = read_header(file, ("|u1",))
-            width = header.shape[1] if len(header.shape) == 2 else 0
-            side = isqrt(width // 3)
-            if not side or side * side * 3 != width or side > LARGEST_SIDE:
-                raise ValueError(f"data must be (N, 3 * side * side) uint8, not {header.shape}")
-            if header.bytes != member.file_size:
-                raise ValueError(
-                    f"its header says {header.bytes} bytes, the archive {member.file_size}"
-                )
-            with open_member(archive, member) as file:
-                read_pieces(file, header.offset)
-                yield file, header.shape[0], side
-    except DataError:
-        raise
-    # zipfile and zlib raise nearly anything on damaged files.
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+    with damage_named(path), open_source(path) as raw, zipfile.ZipFile(raw) as archive:
+        member = archive.getinfo(_NPZ_MEMBER)
+        with open_member(archive, member) as file:
+            header = read_header(file, ("|u1",))
+        width = header.shape[1] if len(header.shape) == 2 else 0
+        side = isqrt(width // 3)
+        if not side or side * side * 3 != width or side > LARGEST_SIDE:
+            raise ValueError(f"data must be (N, 3 * side * side) uint8, not {header.shape}")
+        if header.bytes != member.file_size:
+            raise ValueError(
+                f"its header says {header.bytes} bytes, the archive {member.file_size}"
+            )
+        with open_member(archive, member) as file:
+            read_pieces(file, header.offset)
+            yield file, header.shape[0], side

@@ -11,6 +11,8 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
@@ -22,6 +24,7 @@ from nvae.data.readers import (
     MissingSourceError,
     Part,
     Reader,
+    damage_named,
     file_item,
     find_files,
     group_by_split,
@@ -129,11 +132,8 @@ def _check_name(name: str, archive: Path) -> None:
 def zip_items(path: Path) -> list[Item]:
     """The pictures of a zip archive, sorted by name; each is read when it is loaded."""
     file = open_source(path)
-    try:
+    with damage_named(path):
         archive = zipfile.ZipFile(file)
-    # A damaged directory can raise nearly anything.
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error}") from error
 
     def loader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
         def load() -> bytes:
@@ -158,14 +158,14 @@ def zip_items(path: Path) -> list[Item]:
 
 
 def _check_passed_over(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    """The directory has no checksum; a damaged name must not drop a picture. What is read is
-    compared with the name that stands before the data, and so must be what is not."""
-    try:
+    """Compare the name of a member that is no picture with the name that stands before its data.
+
+    The zip's directory has no checksum, and a damaged name must not drop a picture. `open` compares
+    both names.
+    """
+    # One that is locked, or packed in a way that is not known, is a RuntimeError; nobody wants it.
+    with damage_named(path), suppress(RuntimeError):
         archive.open(member).close()
-    except RuntimeError:
-        return  # locked, or packed in a way that is not known; nobody wants it
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
@@ -185,9 +185,9 @@ def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
 
 
 class _Unpacked:
-    """A tar archive's bytes, unpacked as they are read, with a limit on all and on one reading.
+    """A tar archive, unpacked as it is read, with limits on its size and on what is read at once.
 
-    What `tarfile` needs of a file: the sizes in headers, which it believes, are held against both.
+    `tarfile` believes the sizes that headers state, so they are checked here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,48 +223,37 @@ class _Unpacked:
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name of each file in the archive's order, and what reads it as long as it is the last given.
+    """The name of each file, in the archive's order, and a function that reads it until the next
+    one is asked for.
 
     The archive is read to its end, so that its checksum is compared and no file is passed over.
 
     Raises:
         DataError: It is damaged or unpacks to more than archives do.
     """
-    file = _Unpacked(path)
-    try:
-        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if member.isfile():
-                    yield member.name, _member_reader(archive, member, path)
-            _check_end(file, archive.offset)
-    except DataError:
-        raise
-    # tarfile and what unpacks for it raise nearly anything on damaged files.
-    except Exception as error:
-        raise DataError(f"{path} is damaged: {error or type(error).__name__}") from error
-    finally:
-        file.close()
+    with (
+        damage_named(path),
+        closing(_Unpacked(path)) as file,
+        tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive,
+    ):
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if member.isfile():
+                yield member.name, partial(_read_member, archive, member, path)
+        _check_end(file, archive.offset)
 
 
-def _member_reader(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path
-) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if member.issparse() or member.size > LARGEST_PICTURE:
-            raise DataError(f"{path}: {member.name} is to unpack to {member.size} bytes")
-        try:
-            file = archive.extractfile(member)
-            assert file is not None
-            return read_pieces(file, member.size)
-        except Exception as error:
-            raise DataError(f"{path} is damaged in {member.name}: {error}") from error
-
-    return read
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    if member.issparse() or member.size > LARGEST_PICTURE:
+        raise DataError(f"{path}: {member.name} is to unpack to {member.size} bytes")
+    with damage_named(f"{path}: {member.name}"):
+        file = archive.extractfile(member)
+        assert file is not None
+        return read_pieces(file, member.size)
 
 
 def _check_end(file: _Unpacked, position: int) -> None:
-    """tarfile takes a damaged header for the end; after the real one there is nothing but zeros."""
+    """Raise an error unless only zeros follow: tarfile takes a damaged header for the end."""
     file.seek(position)
     size = 0
     while piece := file.read(PIECE):
@@ -284,7 +273,7 @@ def tar_names(path: Path) -> list[str]:
 
 
 def _tar_part(path: Path, count: int) -> Part:
-    """The same pictures with their bytes, read once from front to back: tars allow nothing else."""
+    """The pictures of a tar archive, which can only be read from front to back."""
 
     def items() -> Iterator[Item]:
         for name, read in tar_members(path):

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +34,6 @@ from nvae.data.transforms import BadImageError
 
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FEATURES = ("shape", "data")
 _MOST_SIDES = 8
 _RESOLUTION = re.compile(r"-r(\d\d)[-.]")
 
@@ -140,49 +138,37 @@ def _int64_list(data: bytes) -> list[int]:
     return values
 
 
-def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
-    """The shape and the first data of a tf.Example.
-
-    Raises:
-        BadImageError: Not a tf.Example.
-    """
-    features: dict[str, list[int] | list[bytes]] = {}
-    for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
-        name = b"".join(_messages(entry, 1)).decode("utf-8", "replace")
-        if name not in _FEATURES:
-            continue
-        # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
-        for feature in _messages(entry, 2):
-            for field, value in _fields(feature):
-                if isinstance(value, bytes) and field == 1:
-                    features[name] = list(islice(_messages(value, 1), 1))
-                elif isinstance(value, bytes) and field == 3:
-                    features[name] = _int64_list(value)
-    return features
-
-
 def decode_example(record: bytes) -> Pixels:
-    """The image of an Example: `data` holds `shape` pixels, channels first or last.
+    """The image of a tf.Example: `data` holds `shape` pixels, channels first or last.
 
     Returns:
         (H, W, C) uint8.
 
     Raises:
-        BadImageError: Features are missing or do not fit each other.
+        BadImageError: Not a tf.Example, or features are missing or do not fit each other.
     """
-    features = parse_example(record)
-    shape, data = features.get("shape"), features.get("data")
-    if not shape or not data or not isinstance(data[0], bytes):
+    shape: list[int] = []
+    data = b""
+    for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
+        name = b"".join(_messages(entry, 1))
+        # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
+        for feature in _messages(entry, 2):
+            if name == b"data":
+                for values in _messages(feature, 1):
+                    data = next(_messages(values, 1), b"")
+            elif name == b"shape":
+                for values in _messages(feature, 3):
+                    shape = _int64_list(values)
+    if not shape or not data:
         raise BadImageError("its tf.Example lacks 'shape' or 'data'")
-    sides = [side for side in shape if isinstance(side, int)]
-    if len(sides) != 3 or 0 in sides or prod(sides) != len(data[0]):
-        raise BadImageError(f"its data has {len(data[0])} bytes, its shape is {sides}")
-    pixels = np.frombuffer(data[0], dtype=np.uint8).reshape(sides)
-    if sides[2] in (1, 3):
+    if len(shape) != 3 or prod(shape) != len(data):
+        raise BadImageError(f"its data has {len(data)} bytes, its shape is {shape}")
+    pixels = np.frombuffer(data, np.uint8).reshape(shape)
+    if shape[2] in (1, 3):
         return pixels
-    if sides[0] in (1, 3):
+    if shape[0] in (1, 3):
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-    raise BadImageError(f"its shape {sides} has neither 1 nor 3 channels")
+    raise BadImageError(f"its shape {shape} has neither 1 nor 3 channels")
 
 
 def _part(paths: list[Path]) -> Part:

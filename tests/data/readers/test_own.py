@@ -147,7 +147,7 @@ def test_the_word_of_a_manifest_imports_nothing(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_ours_are_where_the_table_says(name, tmp_path, make_config):
+def test_ours_are_where_the_list_says(name, tmp_path, make_config):
     """Each is imported and finds nothing in an empty folder."""
     with pytest.raises(DataError, match=r"not found|no pictures|no .* files|stacked"):
         read_source(tmp_path, name, make_config(train_size=None, test_size=None))
