@@ -7,7 +7,7 @@ its name, into every log.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,22 +90,17 @@ def balancing_alpha(groups_per_scale: tuple[int, ...]) -> Tensor:
     return alpha / alpha.min()
 
 
-def balancing_weights(
-    kl_per_group: Tensor, alpha: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
     """Coefficients of the groups' KL, ``(G,)``, mean 1, without gradient (paper, appendix A).
 
-    A group's coefficient grows with the KL it carries, so that groups that carry little are
-    pushed down less and do not die.
+    A group's coefficient grows with the KL it carries, over all ranks, so that groups that carry
+    little are pushed down less and do not die.
 
     Args:
         kl_per_group: ``(B, G)``, in nats, over the whole batch on this device.
         alpha: from :func:`balancing_alpha`.
-        over_ranks: averages a tensor over the devices that share the batch.
     """
-    mean = kl_per_group.detach().abs().mean(0)
-    if over_ranks is not None:
-        mean = over_ranks(mean)
+    mean = mean_over_ranks(kl_per_group.detach().abs().mean(0))
     share = (mean + 0.01) / alpha.to(kl_per_group)
     return share / share.mean()
 
@@ -115,7 +110,6 @@ def elbo(
     log_likelihood: Tensor,
     beta: float = 1.0,
     alpha: Tensor | None = None,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
     free_bits: float = 0.0,
 ) -> Elbo:
     """Assemble the negative ELBO.
@@ -125,18 +119,16 @@ def elbo(
         log_likelihood: log p(x | z), ``(B,)``, in nats.
         beta: KL coefficient in [0, 1].
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
-        over_ranks: see :func:`balancing_weights`.
         free_bits: nats that every group may carry for nothing: a group whose batch mean is below
             them adds this constant instead of its KL (Kingma et al. 2016, section 5). 0: none.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
     if alpha is not None and beta < 1:
-        weights = balancing_weights(kl_per_group, alpha, over_ranks)
+        weights = balancing_weights(kl_per_group, alpha)
     optimized = kl_per_group
     if free_bits > 0:
-        mean = kl_per_group.detach().mean(0)
-        is_free = (mean if over_ranks is None else over_ranks(mean)) < free_bits
+        is_free = mean_over_ranks(kl_per_group.detach().mean(0)) < free_bits
         optimized = torch.where(is_free, free_bits, kl_per_group)
     return Elbo(
         reconstruction=-log_likelihood,
@@ -295,7 +287,6 @@ class Objective(nn.Module):
             model.likelihood(output.logits).log_prob(x),
             beta,
             self.alpha if self.config.kl_balancing else None,
-            mean_over_ranks,
             self.config.free_bits,
         )
         extra = self.extra_terms(output, x)
@@ -338,14 +329,9 @@ class Objective(nn.Module):
 
     def beta(self, step: int, total_steps: int) -> float:
         """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
-        config = self.config
-        return kl_coefficient(
-            step,
-            total_steps,
-            config.kl_anneal_portion,
-            config.kl_constant_portion,
-            config.kl_minimum,
-        )
+        c = self.config
+        portions = c.kl_anneal_portion, c.kl_constant_portion
+        return kl_coefficient(step, total_steps, *portions, c.kl_minimum)
 
     def spectral_weight(self, beta: float) -> float:
         """lambda at a KL coefficient: exp((1 - beta) log lambda_0 + beta log lambda)."""

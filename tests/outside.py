@@ -4,13 +4,14 @@ Two groups of different widths and resolutions, no encoder attribute, no ``group
 normalization unless it is asked for (then torch's own).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models import ImageConfig
 from nvae.models.distributions import Normal
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE
 
@@ -18,26 +19,11 @@ NAME = "tests.outside:TwoGroups"
 
 
 @dataclass(frozen=True)
-class TwoGroupsConfig:
+class TwoGroupsConfig(ImageConfig):
     width: int = 6
     with_norms: bool = False
     image_size: int = 8
-    image_channels: int = 1
     bits: int = 1
-    likelihood: str = "bernoulli"
-    num_mixtures: int = 1
-    counted_size: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        return cls(**values)
-
-    @property
-    def counted_pixels(self) -> int:
-        return self.image_size**2
 
 
 class TwoGroups(HierarchicalVAE):

@@ -286,22 +286,16 @@ class LogisticMixture(PixelDistribution):
         self.levels = 2**config.bits - 1
         self.counted_size = config.counted_size
         channels, mixtures = config.image_channels, config.num_mixtures
-        per_channel = self._parameters_per_channel(config)
         self.mixture_logits = logits[:, :mixtures]  # (B, M, H, W)
-        parameters = logits[:, mixtures:].unflatten(1, (channels, per_channel, mixtures))
+        parameters = logits[:, mixtures:].unflatten(1, (channels, -1, mixtures))
         self.means = parameters[:, :, 0]  # (B, C, M, H, W)
         self.log_scales = parameters[:, :, 1].clamp(min=LOG_SCALE_FLOOR)
         self.coefficients = torch.tanh(parameters[:, :, 2]) if channels == 3 else None
 
-    @staticmethod
-    def _parameters_per_channel(config: ImageConfig) -> int:
-        return 3 if config.image_channels == 3 else 2
-
     @classmethod
     def logit_channels(cls, config: ImageConfig) -> int:
         """Of every component: its weight, and the parameters of every channel."""
-        per_channel = cls._parameters_per_channel(config)
-        return config.num_mixtures * (1 + config.image_channels * per_channel)
+        return config.num_mixtures * (10 if config.image_channels == 3 else 3)
 
     @classmethod
     def check(cls, config: ImageConfig) -> None:

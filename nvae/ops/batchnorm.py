@@ -111,18 +111,11 @@ def bn_swish(
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Normalized:
-    """v sigmoid(v) of v = gamma (x - mean) / sqrt(var + eps) + beta.
+    """v sigmoid(v) of v = :func:`batch_norm`'s output, whose arguments not named here are these.
 
     Args:
-        x: ``(B, C, H, W)``.
-        gamma: ``(C,)`` scale.
-        beta: ``(C,)`` shift.
-        running: running statistics to normalize with (evaluation); they are constants. None: the
-            batch's statistics, and gradients through them (training).
         sums: ``(2, C)`` sum and sum of squares of x on this rank, where the op that made x gave
             them (:func:`~nvae.ops.bn_swish_depthwise`). None: taken here where needed.
-        eps: added to the variance.
-        group: process group over which batch statistics are synchronized; None: this rank alone.
         impl: see :mod:`nvae.ops`.
 
     Raises:

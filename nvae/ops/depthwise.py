@@ -109,15 +109,9 @@ def bn_swish_depthwise(
 
     Args:
         x: ``(B, C, H, W)``, the raw input; the backward pass keeps nothing else of its size.
-        gamma: ``(C,)`` scale.
-        beta: ``(C,)`` shift.
         weight: ``(C, 1, K, K)``, K odd.
         stride: 1 or 2.
-        running: as in :func:`~nvae.ops.bn_swish`.
-        sums: as in :func:`~nvae.ops.bn_swish`, of x.
-        eps: added to the variance.
-        group: as in :func:`~nvae.ops.bn_swish`.
-        impl: see :mod:`nvae.ops`.
+        gamma, beta, running, sums, eps, group, impl: as in :func:`~nvae.ops.bn_swish`.
 
     Raises:
         ValueError: as :func:`~nvae.ops.bn_swish` and :func:`~nvae.ops.depthwise_conv2d`.
