@@ -137,11 +137,11 @@ def picture_of(images: Any, index: int) -> bytes | Pixels | Image.Image:
         BadImageError: It is something else.
     """
     entry = images[index]
-    if isinstance(entry, tuple | list):
+    if isinstance(entry, tuple | list) and entry:
         entry = entry[0]
     if isinstance(entry, Tensor) and entry.ndim == 3:
         if entry.is_floating_point():
-            if not (entry.min() >= 0 and entry.max() <= 1):
+            if not ((entry >= 0) & (entry <= 1)).all():
                 raise BadImageError("it has values that are not between 0 and 1")
             entry = (entry * 255).round().byte()
         entry = np.ascontiguousarray(entry.movedim(0, 2).cpu().numpy())
