@@ -110,7 +110,8 @@ def read_source(source: Path, format_: str, config: DataConfig) -> dict[str, Par
         raise DataError(error) from error
     parts = reader(source, config).parts()
     if unknown := set(parts) - set(SPLITS):
-        raise DataError(f"{format_} gives {', '.join(sorted(unknown))}; splits are {SPLITS}")
+        given = ", ".join(sorted(map(str, unknown)))
+        raise DataError(f"{format_} gives {given}; splits are {', '.join(SPLITS)}")
     return {
         split: part if isinstance(part, Part) else indexed_part(part, split)
         for split, part in parts.items()
