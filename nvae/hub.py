@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
-from nvae.checkpoint import CheckpointError, load_model
+from nvae.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    is_weights_folder,
+    load_model,
+    write_weights,
+)
 from nvae.export.folder import model_card
 from nvae.models import NVAE, ModelConfig
-from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, is_weights_folder, write_weights
 
 
 class HubNVAE(NVAE, PyTorchModelHubMixin):

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model
+from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_checkpoint, load_model
 from nvae.models import HierarchicalVAE
-from nvae.weights_folder import WEIGHTS_FILE, is_weights_folder
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from nvae.data import DataConfig
 from nvae.data.dataset import ImageData
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.files import write_json
-from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import HierarchicalVAE
+from nvae.pictures import save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint

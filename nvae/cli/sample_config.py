@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvae.animation import check_format
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import HierarchicalVAE
+from nvae.pictures import check_format
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nvae.animation import save_animation
 from nvae.files import read_json, replacing, write_json
-from nvae.images import save_grids_side_by_side, save_image, save_rows
+from nvae.pictures import save_animation, save_grids_side_by_side, save_image, save_rows
 from nvae.sampling.grids import Grid
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model
+from nvae.checkpoint import Weights, load_checkpoint, load_model, write_weights
 from nvae.command_line import brief
 from nvae.export.sampler import (
     TOLERANCE,
@@ -28,7 +28,6 @@ from nvae.models import MODELS, NVAE, HierarchicalVAE
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.sampling.compiled import load_machine_code
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
-from nvae.weights_folder import write_weights
 
 PROGRAM_FILE = "sampler.pt2"
 COMPILED_FILE = "sampler_compiled.pt2"

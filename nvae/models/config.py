@@ -14,10 +14,10 @@ MOST_CELLS = 20_000
 class ModelConfig(ImageConfig):
     """Architecture and likelihood of an :class:`~nvae.models.nvae.NVAE`.
 
-    Scale 0 is the finest latent scale; widths double at every halving of the resolution.
+    The images' settings are those of :class:`ImageConfig`. Scale 0 is the finest latent scale;
+    widths double at every halving of the resolution.
 
     Attributes:
-        image_size: this and all else of the images: see :class:`ImageConfig`.
         num_scales: number of latent scales, S.
         groups_per_scale: latent groups of the finest scale.
         adaptive_groups: halve the number of groups at every coarser scale.
@@ -93,19 +93,13 @@ class ModelConfig(ImageConfig):
     def bounds(cls) -> dict[str, Bounds]:
         """Least and greatest value of the numbers."""
         return super().bounds() | {
-            "num_scales": (1, 12),
-            "groups_per_scale": (1, 1000),
-            "min_groups_per_scale": (1, 1000),
-            "latent_channels": (1, 1024),
-            "encoder_channels": (1, 4096),
-            "decoder_channels": (1, 4096),
-            "preprocess_blocks": (0, 12),
-            "preprocess_cells": (1, 100),
-            "postprocess_cells": (1, 100),
-            "encoder_cells_per_group": (1, 100),
-            "decoder_cells_per_group": (1, 100),
+            "num_scales": (1, 12), "groups_per_scale": (1, 1000), "min_groups_per_scale": (1, 1000),
+            "latent_channels": (1, 1024), "encoder_channels": (1, 4096),
+            "decoder_channels": (1, 4096), "preprocess_blocks": (0, 12),
+            "preprocess_cells": (1, 100), "postprocess_cells": (1, 100),
+            "encoder_cells_per_group": (1, 100), "decoder_cells_per_group": (1, 100),
             "num_flows": (0, 100),
-        }
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

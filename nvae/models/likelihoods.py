@@ -23,14 +23,17 @@ TINY_MASS = 1e-5
 
 
 class PixelRandomness(Protocol):
-    """Random numbers from elsewhere than a generator: one stream an image, say."""
+    """Random numbers from elsewhere than a generator: one stream an image, say.
+
+    Both methods give numbers of ``like``'s shape, type and device.
+    """
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Uniform in (0, 1], of ``like``'s shape, type and device."""
+        """Uniform in (0, 1]."""
         ...
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, of ``like``'s shape, type and device."""
+        """Standard normal."""
         ...
 
 
@@ -79,12 +82,9 @@ class ImageConfig:
         Far beyond any network in use: what lies outside is a slip or an attack.
         """
         return {
-            "image_size": (1, 4096),
-            "image_channels": (1, 1024),
-            "counted_size": (1, 4096),
-            "bits": (1, 8),
-            "num_mixtures": (1, 1000),
-        }
+            "image_size": (1, 4096), "image_channels": (1, 1024), "counted_size": (1, 4096),
+            "bits": (1, 8), "num_mixtures": (1, 1000),
+        }  # fmt: skip
 
     @property
     def counted_pixels(self) -> int:
@@ -287,11 +287,8 @@ class LogisticMixture(PixelDistribution):
         self.counted_size = config.counted_size
         channels, mixtures = config.image_channels, config.num_mixtures
         per_channel = self._parameters_per_channel(config)
-        batch, _, height, width = logits.shape
         self.mixture_logits = logits[:, :mixtures]  # (B, M, H, W)
-        parameters = logits[:, mixtures:].view(
-            batch, channels, per_channel, mixtures, height, width
-        )
+        parameters = logits[:, mixtures:].unflatten(1, (channels, per_channel, mixtures))
         self.means = parameters[:, :, 0]  # (B, C, M, H, W)
         self.log_scales = parameters[:, :, 1].clamp(min=LOG_SCALE_FLOOR)
         self.coefficients = torch.tanh(parameters[:, :, 2]) if channels == 3 else None

@@ -386,8 +386,8 @@ def test_evaluate_refuses_images_outside_0_to_1():
 )
 def test_hub_folders_say_nothing_but_the_network(tmp_path, change: Callable[[Any], Any]):
     pytest.importorskip("huggingface_hub")
+    from nvae.checkpoint import write_weights
     from nvae.hub import HubNVAE
-    from nvae.weights_folder import write_weights
 
     write_weights(small_nvae(), tmp_path)
     HubNVAE.from_pretrained(tmp_path)
