@@ -10,7 +10,7 @@ HEAVY = (
     *("torch._dynamo", "torch._inductor", "scipy", "sklearn", "matplotlib", "tensorboard"),
 )
 
-COMMAND = ("hydra", "omegaconf", "torch._dynamo", "torch._inductor")
+COMMAND = ("hydra", "omegaconf")
 
 
 @pytest.mark.parametrize(

@@ -292,14 +292,21 @@ def geometry(config: DataConfig) -> dict[str, Any]:
     return {"crop_box": box, "crop": config.crop, "resize": config.resize}
 
 
-def prepare(config: DataConfig, **options: Any) -> Manifest:
+def prepare(
+    config: DataConfig,
+    *,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
     """Turn source files into the prepared form, replacing an older one only when done.
 
     Args:
         config: the data set.
-        options: `skip_bad` (False): leave unreadable pictures out (counted in the manifest)
-            instead of stopping at the first; `workers`: decoding threads, None for one a core,
-            eight at most; `progress`: told how far it is.
+        skip_bad: leave unreadable pictures out (counted in the manifest) instead of stopping at
+            the first.
+        workers: decoding threads; None for one a core, eight at most.
+        progress: told how far it is.
 
     Raises:
         DataError: The source is missing or bad, or the folder cannot be written to; the message
@@ -308,7 +315,7 @@ def prepare(config: DataConfig, **options: Any) -> Manifest:
     if config.format in IN_MEMORY_FORMATS:
         raise DataError(f"{config.name} is made in memory: there is nothing to prepare")
     with _locked(config) as folder:
-        return _prepare(config, folder, **options)
+        return _prepare(config, folder, skip_bad, workers, progress)
 
 
 def prepare_if_missing(config: DataConfig) -> None:
@@ -341,7 +348,6 @@ def _locked(config: DataConfig) -> Iterator[Path]:
 def _prepare(
     config: DataConfig,
     folder: Path,
-    *,
     skip_bad: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,

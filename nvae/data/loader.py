@@ -1,9 +1,9 @@
 """The images of a split, and the way to uint8 batches: which images, in which order, read ahead by
 threads.
 
-Orders are pure functions of seed, epoch and position, so training resumes exactly. Threads and not
-processes: a batch is one `index_select` from a memory-mapped array, which holds no interpreter
-lock, so threads read in parallel without copying every batch between processes.
+Own loaders instead of torch's: orders are pure functions of seed, epoch and position, so training
+resumes exactly; and a batch is one `index_select` from a memory-mapped array, which holds no
+interpreter lock, so threads read in parallel and no batch is copied between processes.
 """
 
 from abc import ABC, abstractmethod

@@ -1,6 +1,7 @@
 """The prepared form of a data set: a manifest and one `.npy` file a split, mapped when opened.
 
-All processes of a machine share the mapped pages. What the files say is checked before it is used.
+All processes of a machine share the mapped pages. What the files say is checked before it is used:
+numpy reads the headers, but its `load` would believe the sizes that they state.
 """
 
 import hashlib

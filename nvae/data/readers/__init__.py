@@ -110,7 +110,8 @@ def read_source(source: Path, format_: str, config: DataConfig) -> dict[str, Par
         raise DataError(error) from error
     parts = reader(source, config).parts()
     if unknown := set(parts) - set(SPLITS):
-        raise DataError(f"{format_} gives {', '.join(sorted(unknown))}; splits are {SPLITS}")
+        given = ", ".join(sorted(map(str, unknown)))
+        raise DataError(f"{format_} gives {given}; splits are {', '.join(SPLITS)}")
     return {
         split: part if isinstance(part, Part) else indexed_part(part, split)
         for split, part in parts.items()
@@ -137,11 +138,11 @@ def picture_of(images: Any, index: int) -> bytes | Pixels | Image.Image:
         BadImageError: It is something else.
     """
     entry = images[index]
-    if isinstance(entry, tuple | list):
+    if isinstance(entry, tuple | list) and entry:
         entry = entry[0]
     if isinstance(entry, Tensor) and entry.ndim == 3:
         if entry.is_floating_point():
-            if not (entry.min() >= 0 and entry.max() <= 1):
+            if not ((entry >= 0) & (entry <= 1)).all():
                 raise BadImageError("it has values that are not between 0 and 1")
             entry = (entry * 255).round().byte()
         entry = np.ascontiguousarray(entry.movedim(0, 2).cpu().numpy())

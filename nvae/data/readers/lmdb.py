@@ -9,7 +9,7 @@ found through 16-bit offsets; long values on pages of their own.
 
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -55,8 +55,8 @@ def _reference_part(path: Path) -> Part:
     file = LmdbFile(_data_file(path))
 
     # Values are read when they are decoded: many entries may point to one large value.
-    def loader(node: int) -> Callable[[], Pixels | bytes]:
-        return lambda: decode_raw(file.value(node))
+    def load(node: int) -> Pixels | bytes:
+        return decode_raw(file.value(node))
 
     def items() -> Iterator[Item]:
         # LMDB sorts keys as text, 10 before 2. No number has a longer key, and a damaged page could
@@ -69,7 +69,7 @@ def _reference_part(path: Path) -> Part:
                     f"{path} has {len(file)} entries but no key {str(i)!r}: keys must be "
                     f"'0' to '{len(file) - 1}'"
                 )
-            yield Item(f"{path.name} key {i}", loader(node))
+            yield Item(f"{path.name} key {i}", partial(load, node))
 
     return Part(len(file), items)
 

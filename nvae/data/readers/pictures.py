@@ -78,12 +78,9 @@ class Folder(Reader):
         for path in files:
             # The archive's own name may tell the split: train_32x32.tar.
             stem = "" if path == source else f"{path.relative_to(root).as_posix()}/"
-            if path.name.lower().endswith(".zip"):
-                packed = zip_items(path)
-                found.append(([f"{stem}{item.name}" for item in packed], list_part(packed)))
-            elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
-                names = tar_names(path)
-                found.append(([f"{stem}{name}" for name in names], _tar_part(path, len(names))))
+            if path.name.lower().endswith(ARCHIVE_SUFFIXES):
+                names, part = _archive(path)
+                found.append(([f"{stem}{name}" for name in names], part))
         groups = group_by_split([name for names, _ in found for name in names])
         if not any(groups.values()):
             raise MissingSourceError(
@@ -92,6 +89,15 @@ class Folder(Reader):
             )
         parts = [part for _, part in found]
         return {split: _chosen(parts, positions) for split, positions in groups.items()}
+
+
+def _archive(path: Path) -> tuple[list[str], Part]:
+    """The names of an archive's pictures, and the pictures."""
+    if path.name.lower().endswith(".zip"):
+        items = zip_items(path)
+        return [item.name for item in items], list_part(items)
+    names = tar_names(path)
+    return names, _tar_part(path, len(names))
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -135,26 +141,24 @@ def zip_items(path: Path) -> list[Item]:
     with damage_named(path):
         archive = zipfile.ZipFile(file)
 
-    def loader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
-        def load() -> bytes:
-            try:
-                with open_member(archive, member) as file:
-                    return read_pieces(file, LARGEST_PICTURE)
-            except BadImageError:
-                raise
-            except Exception as error:
-                raise BadImageError(f"its archive is damaged: {error}") from error
-
-        return load
-
     items = []
     for member in sorted(archive.infolist(), key=lambda member: member.filename):
         _check_name(member.filename, path)
         if is_picture(member.filename):
-            items.append(Item(member.filename, loader(member)))
+            items.append(Item(member.filename, partial(_read_zipped, archive, member)))
         else:
             _check_passed_over(archive, member, path)
     return items
+
+
+def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        with open_member(archive, member) as file:
+            return read_pieces(file, LARGEST_PICTURE)
+    except BadImageError:
+        raise
+    except Exception as error:
+        raise BadImageError(f"its archive is damaged: {error}") from error
 
 
 def _check_passed_over(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:

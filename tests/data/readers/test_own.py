@@ -107,6 +107,12 @@ def test_entries_that_are_no_pictures_are_named(config):
         prepare(config)
 
 
+@pytest.mark.parametrize("entry", [(), "x", None, torch.zeros(3), np.zeros((2, 2, 2), np.uint8)])
+def test_entries_that_are_no_pictures_are_bad_pictures(entry):
+    with pytest.raises(BadImageError):
+        picture_of([entry], 0)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_floats_out_of_range_are_no_pictures(value):
     with pytest.raises(BadImageError, match="not between 0 and 1"):
