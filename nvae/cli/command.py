@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 
-import hydra
 from omegaconf import DictConfig
 
 from nvae.cli.errors import UserError, is_out_of_memory, run
-from nvae.cli.schema import CONFIGS
 from nvae.command_line import brief
 
 _BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
@@ -22,9 +20,6 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
         schema: of the configuration.
     """
 
-    def compose(collect: Callable[[DictConfig], None]) -> None:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(collect)()
-
     def checked(config: DictConfig) -> None:
         try:
             work(config)
@@ -37,4 +32,4 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
                 f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
             ) from error
 
-    run(compose, checked, schema)
+    run(name, checked, schema)

@@ -1,22 +1,36 @@
-"""From whatever went wrong before work began to one line: what is wrong, what is allowed."""
+"""A command as Hydra's task; whatever goes wrong becomes one line: what is wrong, what is allowed."""
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Any
 
+import hydra
 import torch
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import CONFIGS, lookup, takes_group, unknown_key
-from nvae.command_line import fail, interruptible
+from nvae.command_line import FAILURE, fail, interruptible
 from nvae.settings import describe_type
+
+LONGEST_JOB_NAME = 120
+"""Characters of the name of a job's folder, a hash apart."""
+
+_EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+
+Work = Callable[[DictConfig], float | None]
 
 
 class UserError(Exception):
@@ -31,55 +45,135 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def run(
-    compose: Callable[[Callable[[DictConfig], None]], None],
-    work: Callable[[DictConfig], None],
-    schema: type,
-) -> None:
-    """Compose configurations with Hydra, then work; the user's errors become one line, exit code 2.
+class JobFailedError(Exception):
+    """One job of several went wrong, and has said so."""
 
-    Ctrl-C is one line too, see :func:`interruptible`. The work is done after Hydra has returned: it
-    adds lines of its own to every error, and Lightning, when it starts further processes inside a
-    Hydra job, looks for Hydra's output folder, which we do not keep.
+
+def run(name: str, work: Work, schema: type) -> None:
+    """Compose `configs/NAME.yaml` with the command line and let Hydra do the work, once or often.
+
+    The user's errors become one line and exit code 2; Ctrl-C is one line too, see
+    :func:`interruptible`.
 
     Args:
-        compose: given a collector, lets ``hydra.main`` call it with every composed configuration
-            (several with ``--multirun``).
-        work: done with each of them, in order.
+        name: of the root configuration.
+        work: done with every composed configuration; returns what a sweep optimizes, if anything.
         schema: root dataclass of the configuration, for saying what is allowed.
     """
     # Hydra would print its own summary and exit; here it raises instead
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    composed: list[DictConfig] = []
+    task = Task(work, schema, sys.argv)
     try:
         with interruptible():
-            _compose(compose, composed)
-            for config in composed:
-                work(config)
-    except (HydraException, OmegaConfBaseException, UserError) as error:
+            sys.argv = [*sys.argv, *_naming_of_jobs(sys.argv[1:])]
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    except JobFailedError:
+        raise SystemExit(FAILURE) from None
+    except (HydraException, OmegaConfBaseException) as error:
         raise fail(one_line(error, schema)) from None
     except RecursionError:
-        raise fail("settings, or the content of a file, are nested too deep") from None
+        raise fail(_TOO_DEEP) from None
     except MemoryError:
-        raise fail("this machine's memory is not enough") from None
+        raise fail(_NO_MEMORY) from None
+    except Exception as error:  # whatever Hydra does not foresee is the command line's fault too
+        raise fail(_not_composed(error)) from None
 
 
-def _compose(
-    compose: Callable[[Callable[[DictConfig], None]], None], composed: list[DictConfig]
-) -> None:
-    """Fill ``composed``; whatever Hydra does not foresee is the command line's fault too."""
+class Task:
+    """What Hydra calls with every composed configuration.
+
+    Nothing but ``JobFailedError`` and what ends the process leaves it: to any other exception Hydra
+    adds lines of its own. Launchers pickle it to run a job in another process.
+
+    Args:
+        work: see :func:`run`.
+        schema: see :func:`run`.
+        argv: of the command, which the process of a job has again.
+    """
+
+    def __init__(self, work: Work, schema: type, argv: list[str]) -> None:
+        self._work, self._schema, self._argv = work, schema, argv
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        """Do the work.
+
+        Raises:
+            JobFailedError: in a sweep, which may go on.
+            SystemExit: otherwise.
+        """
+        job = HydraConfig.get()
+        in_sweep = job.mode == RunMode.MULTIRUN
+        sys.argv = self._argv
+        try:
+            return self._work(composed)
+        except (HydraException, OmegaConfBaseException, UserError) as error:
+            line = one_line(error, self._schema)
+        except RecursionError:
+            line = _TOO_DEEP
+        except MemoryError:
+            line = _NO_MEMORY
+        except SystemExit as end:
+            if in_sweep and end.code in (1, FAILURE):  # and not a signal
+                raise JobFailedError from None
+            raise
+        except Exception as error:
+            traceback.print_exception(error)
+            raise (JobFailedError() if in_sweep else SystemExit(1)) from None
+        if not in_sweep:
+            raise fail(line)
+        fail(f"job {job.job.num} ({job.job.override_dirname}): {line}")
+        raise JobFailedError
+
+
+_TOO_DEEP = "settings, or the content of a file, are nested too deep"
+_NO_MEMORY = "this machine's memory is not enough"
+
+
+def config_folders() -> list[str]:
+    """What the command line says about where configurations are, for another command."""
+    given = vars(get_args_parser().parse_args(sys.argv[1:]))
+    options = ("config_path", "config_name", "config_dir")
+    return [f"--{name.replace('_', '-')}={given[name]}" for name in options if given[name]]
+
+
+def _naming_of_jobs(words: list[str]) -> list[str]:
+    """The setting of Hydra's that leaves out of a job's name what all jobs share."""
     try:
-        compose(composed.append)
-    except (HydraException, OmegaConfBaseException, RecursionError, MemoryError):
-        raise
-    except Exception as error:
-        groups = {"hydra", *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
-        for argument in sys.argv[1:]:
-            group, equals, value = argument.partition("=")
-            no_name = value == "null" or not re.match(r"[A-Za-z_]", value)
-            if equals and no_name and group in groups:
-                raise UserError(takes_group(group, value)) from error
-        raise UserError(f"the settings cannot be composed: {error}") from error
+        given = OverridesParser.create().parse_overrides(
+            get_args_parser().parse_args(words).overrides
+        )
+    except HydraException:  # which Hydra will raise again
+        return []
+    swept = {each.key_or_group for each in given if each.is_sweep_override()}
+    shared = [each.key_or_group for each in given if each.key_or_group not in swept]
+    if _EXCLUDED in shared:
+        return []
+    return [f"{_EXCLUDED}=[{','.join(['resume', 'runs_dir', *shared])}]"]
+
+
+def folder_name(overrides: str) -> str:
+    """A job's overrides as the name of its folder, which neither a shell nor Hydra has to quote.
+
+    What had to be changed gets a few digits of a hash, so that no two jobs share a folder.
+    """
+    name = re.sub(r"[^\w.+-]+", "_", overrides, flags=re.ASCII)[:LONGEST_JOB_NAME] or "job"
+    if name in (overrides, "job"):
+        return name
+    return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+# wherever a launcher unpickles a task, this module is imported before the folder is looked for
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def _not_composed(error: Exception) -> str:
+    groups = {"hydra", *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
+    for argument in sys.argv[1:]:
+        group, equals, value = argument.partition("=")
+        no_name = value == "null" or not re.match(r"[A-Za-z_]", value)
+        if equals and no_name and group in groups:
+            return takes_group(group, value)
+    return f"the settings cannot be composed: {error}"
 
 
 def one_line(error: BaseException, schema: type) -> str:
