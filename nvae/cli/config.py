@@ -1,6 +1,6 @@
 """The configuration of a training run, as `configs/train.yaml` composes it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -66,11 +66,6 @@ class TrainConfig:
             )
         self._check_names()
         self._check_model_reads_data()
-        if self.optimizer.warmup_epochs > self.trainer.max_epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
-                f"allowed: at most trainer.max_epochs={self.trainer.max_epochs}"
-            )
 
     def _check_names(self) -> None:
         name = self.name
@@ -96,6 +91,19 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints and YAML."""
         return asdict(self)
+
+
+def fit_warmup(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """Shorten a warm-up that is longer than the run to a tenth of the run, and say so in a line."""
+    asked, epochs = config.optimizer.warmup_epochs, config.trainer.max_epochs
+    if asked <= epochs:
+        return config, None
+    line = (
+        f"optimizer.warmup_epochs={asked:g} is longer than the run of {epochs} epoch(s); "
+        f"it is {epochs / 10:g} instead"
+    )
+    optimizer = replace(config.optimizer, warmup_epochs=epochs / 10)
+    return replace(config, optimizer=optimizer), line
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""A command as Hydra's task; whatever goes wrong becomes one line: what is wrong, what is allowed."""
+"""A command as Hydra's task; what goes wrong becomes one line: what is wrong, what is allowed."""
 
 import dataclasses
 import difflib
@@ -63,9 +63,10 @@ def run(name: str, work: Work, schema: type) -> None:
     # Hydra would print its own summary and exit; here it raises instead
     os.environ["HYDRA_FULL_ERROR"] = "1"
     task = Task(work, schema, sys.argv)
+    sys.path.append(os.getcwd())  # for a class of the user's own; nothing of ours is shadowed
     try:
         with interruptible():
-            sys.argv = [*sys.argv, *_naming_of_jobs(sys.argv[1:])]
+            sys.argv = [sys.argv[0], *_with_names_of_jobs(sys.argv[1:])]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
     except JobFailedError:
         raise SystemExit(FAILURE) from None
@@ -136,19 +137,20 @@ def config_folders() -> list[str]:
     return [f"--{name.replace('_', '-')}={given[name]}" for name in options if given[name]]
 
 
-def _naming_of_jobs(words: list[str]) -> list[str]:
-    """The setting of Hydra's that leaves out of a job's name what all jobs share."""
+def _with_names_of_jobs(words: list[str]) -> list[str]:
+    """The command line with Hydra's setting that names a job by what only some jobs have."""
+    overrides = get_args_parser().parse_args(words).overrides
     try:
-        given = OverridesParser.create().parse_overrides(
-            get_args_parser().parse_args(words).overrides
-        )
+        given = OverridesParser.create().parse_overrides(overrides)
     except HydraException:  # which Hydra will raise again
-        return []
-    swept = {each.key_or_group for each in given if each.is_sweep_override()}
-    shared = [each.key_or_group for each in given if each.key_or_group not in swept]
-    if _EXCLUDED in shared:
-        return []
-    return [f"{_EXCLUDED}=[{','.join(['resume', 'runs_dir', *shared])}]"]
+        return words
+    keys = {each.key_or_group: each.is_sweep_override() for each in given}
+    if _EXCLUDED in keys:
+        return words
+    shared = [key for key, swept in keys.items() if not swept]
+    setting = f"{_EXCLUDED}=[{','.join(['resume', 'runs_dir', *shared])}]"
+    where = words.index(overrides[0]) if overrides else len(words)  # argparse wants them together
+    return [*words[:where], setting, *words[where:]]
 
 
 def folder_name(overrides: str) -> str:
@@ -193,9 +195,16 @@ def _missing_config(error: MissingConfigException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     wanted = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, option = wanted.rpartition("/")
+    if error.options and group == "recipe" and f"recipe={option}" not in sys.argv:
+        return (
+            f"data={option} says nothing of a network and epochs that fit it: give recipe=..., "
+            f"allowed: {', '.join(sorted(error.options))}; or write recipe/{option}.yaml"
+        )
     if error.options:
         close = difflib.get_close_matches(option, error.options, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
+        if group in ("hydra/sweeper", "hydra/launcher"):
+            hint += ", or not installed: pip install 'nvae[sweep]'"
         return f"{group}={option} is unknown{hint}; allowed: {', '.join(sorted(error.options))}"
     return " ".join(lines)
 

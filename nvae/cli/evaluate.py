@@ -54,7 +54,7 @@ def _run(composed: DictConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
-    opened = open_checkpoint(config.checkpoint, config.weights)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
     model = opened.model
     chosen = choose_data(given, opened.run_config)
     with process_group() as (rank, world):

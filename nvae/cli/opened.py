@@ -1,11 +1,14 @@
 """A checkpoint as the commands open it: file or exported folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from nvae.checkpoint import Weights, load_checkpoint, load_model
 from nvae.models import HierarchicalVAE
+from nvae.models.cells import CELL_FAMILIES
+from nvae.models.likelihoods import LIKELIHOODS
 from nvae.weights_folder import WEIGHTS_FILE, is_weights_folder
 
 
@@ -27,17 +30,21 @@ class OpenedCheckpoint:
     run_config: dict[str, Any]
 
 
-def open_checkpoint(path: str, weights: str) -> OpenedCheckpoint:
+def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> OpenedCheckpoint:
     """Open what :func:`load_model` reads.
 
     Args:
         path: file or exported folder.
         weights: ``ema`` or ``raw``.
+        plugins: ``package.module:NAME`` of likelihoods and cell families that the checkpoint may
+            name; what is not among them is not imported.
 
     Raises:
         CheckpointError: see there.
-        ValueError: other weights.
+        ValueError: other weights, or a plugin that is none.
     """
+    for plugin in plugins:
+        _import_plugin(plugin)
     model = load_model(path, cast(Weights, weights))  # which checks it
     if is_weights_folder(path):
         return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
@@ -46,3 +53,14 @@ def open_checkpoint(path: str, weights: str) -> OpenedCheckpoint:
     said = checkpoint.get("run_config")
     run_config = said if isinstance(said, dict) else {}
     return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)
+
+
+def _import_plugin(name: str) -> None:
+    try:
+        LIKELIHOODS[name]
+    except ValueError as no_likelihood:
+        try:
+            CELL_FAMILIES[name]
+        except ValueError:
+            reason = str(no_likelihood).partition(": ")[2] or "it is no likelihood or cell family"
+            raise ValueError(f"plugins=[{name}] cannot be used: {reason}") from None

@@ -47,7 +47,7 @@ from nvae.sampling.sheets import (
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
 _CHANGES_NO_PICTURE = (
-    "checkpoint", "batch_size", "compile", "device", "output", "overwrite",
+    "checkpoint", "plugins", "batch_size", "compile", "device", "output", "overwrite",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
     config = build(SampleConfig, own)
     device = open_device(config.device, tf32=config.tf32)
-    opened = open_checkpoint(config.checkpoint, config.weights)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
     model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None

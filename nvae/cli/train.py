@@ -24,7 +24,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from nvae.checkpoint import CheckpointError
-from nvae.cli.config import BEST_METRIC, TrainConfig, register, train_config
+from nvae.cli.config import BEST_METRIC, TrainConfig, fit_warmup, register, train_config
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.next_command import setting
 from nvae.cli.report import write_report
@@ -80,10 +80,13 @@ def train(composed: DictConfig) -> float | None:
             config = train_config(composed)
             if in_sweep:
                 config = replace(config, runs_dir=job.sweep.dir, name=job.sweep.subdir)
+            config, shortened = fit_warmup(config)
     except Exception:
         if in_sweep:
             Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
         raise
+    if shortened is not None and _is_first_process():
+        print(shortened)
     path = Path(config.runs_dir) / config.name
     if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
         _train_apart(config, job.overrides.task)
