@@ -21,9 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.schema import CONFIGS, lookup, takes_group, unknown_key
+from nvae.cli.schema import lookup, takes_group, unknown_key
 from nvae.command_line import FAILURE, fail, interruptible
-from nvae.settings import describe_type
+from nvae.settings import CONFIGS, describe_type
 
 LONGEST_JOB_NAME = 120
 """Characters of the name of a job's folder, a hash apart."""

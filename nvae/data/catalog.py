@@ -2,14 +2,14 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 from nvae.command_line import shell
 from nvae.data.config import SOURCE_FORMATS, DataConfig
 from nvae.data.manifest import DataError
 from nvae.files import read_yaml
+from nvae.settings import CONFIGS
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
+CONFIG_FOLDER = CONFIGS / "data"
 FOLDER = "folder"
 """The data set of the user's own pictures."""
 
