@@ -28,8 +28,8 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
 from nvae.data.config import DataConfig
+from nvae.data.conversion import prepare
 from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepare
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
 """What a training step minimizes, and what is logged of it.
 
 loss = E_batch[ -log p(x|z) + KL term ] + lambda * regularizers (section 3 of the paper and
-appendix A). Everything is in nats. A term of one's own goes into :meth:`Objective.forward`: into
-the loss, and under a name into ``terms``, from where it finds its way into every log.
+appendix A). Everything is in nats. A term of one's own is a subclass of :class:`Objective` that the
+configuration names: what its :meth:`Objective.extra_terms` returns goes into the loss and, under
+its name, into every log.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, Output
+from nvae.registry import Registry
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
-from nvae.settings import check_fields
+from nvae.settings import check_fields, check_value
 
 LN2 = math.log(2.0)
 
@@ -148,6 +151,8 @@ class ObjectiveConfig:
     r"""Annealing, balancing and regularization.
 
     Attributes:
+        name: ``elbo``, or ``package.module:Class`` for a subclass of :class:`Objective`.
+        options: of such a class; see :attr:`Objective.defaults`.
         kl_anneal_portion: share of all steps over which beta rises to 1; 0 turns annealing off.
         kl_constant_portion: share of all steps that beta stays at its minimum.
         kl_minimum: beta's floor, in (0, 1].
@@ -163,6 +168,8 @@ class ObjectiveConfig:
             [0, 1]; the likelihood still counts the clean image. 0: none.
     """
 
+    name: str = "elbo"
+    options: dict[str, Any] = field(default_factory=dict)
     kl_anneal_portion: float = 0.3
     kl_constant_portion: float = 1e-4
     kl_minimum: float = 1e-4
@@ -188,6 +195,14 @@ class ObjectiveConfig:
                 f"objective.spectral_weight_initial={initial} anneals geometrically to "
                 f"spectral_weight={self.spectral_weight}; both must be above 0"
             )
+        known = OBJECTIVES[self.name].defaults
+        for name, value in self.options.items():
+            if name not in known:
+                raise ValueError(
+                    f"objective.options.{name} is unknown; objective.name={self.name} has: "
+                    f"{', '.join(known) or 'none'}"
+                )
+            check_value(f"objective.options.{name}", value, type(known[name]))
 
 
 @dataclass(frozen=True)
@@ -221,13 +236,19 @@ class Objective(nn.Module):
     Args:
         model: its parameters are read, not owned.
         config: see :class:`ObjectiveConfig`.
+
+    Attributes:
+        defaults: the options that a subclass takes, with their values where none are given.
+        options: their values.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {}
     alpha: Tensor
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
         super().__init__()
         self.config = config
+        self.options = {**self.defaults, **config.options}
         convs = spectral_convs(model)
         self.spectral_norm = (
             SpectralNorm(convs, iterations=config.spectral_iterations) if convs else None
@@ -277,10 +298,14 @@ class Objective(nn.Module):
             mean_over_ranks,
             self.config.free_bits,
         )
+        extra = self.extra_terms(output, x)
         data = parts.loss
+        for term in extra.values():
+            data = data + term
         if self.config.flooding is not None:
             data = (data - self.config.flooding).abs() + self.config.flooding
         terms = {
+            **extra,
             "reconstruction": parts.reconstruction.mean(),
             "kl": parts.kl.mean(),
             "kl_balanced": parts.kl_term.mean(),
@@ -300,6 +325,16 @@ class Objective(nn.Module):
             output.kl_per_group.detach().mean(0),
             {"beta": beta, "lambda": weight},
         )
+
+    def extra_terms(self, output: Output, x: Tensor) -> dict[str, Tensor]:
+        """What a subclass adds to the loss: differentiable scalars, batch means in nats, by name.
+
+        Args:
+            output: of the model.
+            x: the images, ``(B, C, H, W)``.
+        """
+        del output, x
+        return {}
 
     def beta(self, step: int, total_steps: int) -> float:
         """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
@@ -330,6 +365,14 @@ class Objective(nn.Module):
                 "spectral": zero if self.spectral_norm is None else self.spectral_norm(),
                 "batchnorm": batchnorm_penalty(self._batchnorms) if self._batchnorms else zero,
             }
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective.name", Objective, {"elbo": Objective})
+
+
+def build_objective(model: HierarchicalVAE, config: ObjectiveConfig) -> Objective:
+    """The objective that the configuration names."""
+    return OBJECTIVES[config.name](model, config)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "nvae"
 
 ORDER = [
     *("ops", "distributions", "likelihoods", "models", "objective"),
-    *("sampling", "evaluation", "metrics", "checkpoint", "training", "export", "cli"),
+    *("sampling", "evaluation", "checkpoint", "training", "export", "cli"),
 ]
 """Each may import those before it."""
 

@@ -51,7 +51,7 @@ def test_make_targets_exist() -> None:
 def test_links_and_named_files_exist(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:nvae|tests|benchmarks|configs|docs|docker)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:nvae|tests|benchmarks|configs|docs|docker|examples)/[\w./-]+)`", text)
     for name in links:
         assert (page.parent / name).exists(), name
     for name in named:

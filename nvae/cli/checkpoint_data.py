@@ -16,14 +16,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.catalog import is_known, load_config
-from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.data.manifest import MANIFEST_NAME
-from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepared_folder
-from nvae.data.tables import SPLITS
-from nvae.models.hierarchical import Config
-from nvae.models.likelihoods import LIKELIHOODS
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
+from nvae.data.dataset import ImageData
+from nvae.data.places import prepared_folder
+from nvae.data.store import MANIFEST_NAME
+from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -159,7 +156,7 @@ def _quoted(text: Any) -> str:
     return brief(repr(text), 100)
 
 
-def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
+def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
@@ -167,9 +164,9 @@ def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     """
     config = chosen.config
     _check_fits(config, model)
-    data = ImageDataModule(config)
+    data = ImageData(config)
     if chosen.prepare:
-        data.prepare_data()
+        data.prepare()
     elif config.format in IN_MEMORY_FORMATS:
         _check_memory(config)
     elif not (prepared_folder(config) / MANIFEST_NAME).is_file():
@@ -182,7 +179,7 @@ def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     return data
 
 
-def _check_fits(config: DataConfig, model: Config) -> None:
+def _check_fits(config: DataConfig, model: ImageConfig) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),
@@ -215,8 +212,8 @@ _CHANGES_NO_PIXEL = (
 )
 
 
-def pixel_protocol(data: ImageDataModule, split: str) -> dict[str, Any]:
+def pixel_protocol(data: ImageData, split: str) -> dict[str, Any]:
     """What the images of a split depend on: settings, and the stored pixels themselves."""
     settings = dataclasses.asdict(data.config)
     kept = {k: v for k, v in settings.items() if k not in _CHANGES_NO_PIXEL}
-    return {**kept, "sha256": data.table(split).sha256}
+    return {**kept, "sha256": data.split(split).sha256}

@@ -34,7 +34,7 @@ from nvae.cli.progress import progress_bar
 from nvae.cli.provenance import file_sha256, short_hash, versions
 from nvae.cli.recalibration import recalibrated
 from nvae.cli.schema import build
-from nvae.data.module import ImageDataModule
+from nvae.data.dataset import ImageData
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.files import read_json, write_json
 from nvae.models import HierarchicalVAE
@@ -102,13 +102,13 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
 def _bound(
     config: EvaluateConfig,
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     store: RecordStore,
     rank: int,
     world: int,
 ) -> EvaluationResult:
     device = model.device
-    images = len(range(rank, len(data.table(config.split)), world))
+    images = len(range(rank, len(data.split(config.split)), world))
     draws = config.bounds.draws
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
         result = evaluate(
@@ -122,7 +122,7 @@ def _bound(
             store=store,
             distributed=world > 1,
         )
-    if result.images != len(data.table(config.split)):
+    if result.images != len(data.split(config.split)):
         raise ValueError(
             f"{store.folder} holds results of images that are not in split={config.split}; "
             "delete it and evaluate again"
@@ -151,9 +151,7 @@ def _statistics(
         yield
 
 
-def _protocol(
-    config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageDataModule
-) -> dict[str, Any]:
+def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData) -> dict[str, Any]:
     """Everything that the likelihood depends on."""
     recalibration = {
         "batches": config.recalibrate_bn,

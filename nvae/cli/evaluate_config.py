@@ -5,11 +5,10 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.cli.sample_config import check_temperature, pixel_setting
-from nvae.data.tables import SPLITS
+from nvae.data.config import SPLITS
 from nvae.evaluation import BoundSettings
-from nvae.metrics import DistanceSettings
-from nvae.metrics.distances import check_metrics
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.evaluation.distances import DistanceSettings, check_metrics
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 from nvae.settings import Bounds, check_choice, check_fields
 
 _BOUNDS: dict[str, Bounds] = {

@@ -10,19 +10,16 @@ from nvae.cli.checkpoint_data import pixel_protocol
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.evaluate_processes import share_of
 from nvae.cli.progress import progress_bar
-from nvae.data.module import ImageDataModule
-from nvae.metrics import (
-    FeatureExtractor,
+from nvae.data.dataset import ImageData
+from nvae.evaluation.distances import NEEDS_FEATURES, check_possible, distances
+from nvae.evaluation.extractors import FeatureExtractor, load_extractor
+from nvae.evaluation.features import (
     FeatureSet,
-    check_possible,
-    distances,
     generated_features,
     image_features,
-    load_extractor,
     pool_features,
     reference_features,
 )
-from nvae.metrics.distances import NEEDS_FEATURES
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
 
@@ -53,7 +50,7 @@ def metrics_protocol(config: EvaluateConfig, extractor: FeatureExtractor) -> dic
 
 def check_measurable(
     config: EvaluateConfig,
-    data: ImageDataModule,
+    data: ImageData,
     extractor: FeatureExtractor,
     device: torch.device,
     world: int,
@@ -71,7 +68,7 @@ def check_measurable(
         ValueError: too few images for a metric or for the processes, features of the wrong shape,
             or no class logits where a metric needs them.
     """
-    real = len(data.table(config.reference_split))
+    real = len(data.split(config.reference_split))
     for name, images in (("reference_split", real), ("generated", config.generated)):
         if images < world:
             raise ValueError(f"{name}: {images} images cannot be shared by {world} processes")
@@ -87,7 +84,7 @@ def check_measurable(
 def measure(
     config: EvaluateConfig,
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     extractor: FeatureExtractor,
     rank: int,
     world: int,
@@ -120,7 +117,7 @@ def measure(
 
 def _reference(
     config: EvaluateConfig,
-    data: ImageDataModule,
+    data: ImageData,
     extractor: FeatureExtractor,
     device: torch.device,
     rank: int,
@@ -129,7 +126,7 @@ def _reference(
     keep: bool,
 ) -> FeatureSet:
     split = config.reference_split
-    images = len(data.table(split))
+    images = len(data.split(split))
     protocol = {
         "data": pixel_protocol(data, split),
         "split": split,

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from nvae.data.module import ImageBatch
+from nvae.data.dataset import ImageBatch
 
 _PATIENCE = timedelta(days=7)
 """A process that is done waits for the slowest, which may be hours behind on another GPU: torch's

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from nvae.command_line import shell
 from nvae.data import DataConfig
-from nvae.data.catalog import is_known, load_config
-from nvae.data.config import IN_MEMORY_FORMATS
+from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
 
 _PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
 """What Hydra takes without quotes; spaces inside are fine."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model
+from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_checkpoint, load_model
 from nvae.models import HierarchicalVAE
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.likelihoods import LIKELIHOODS
-from nvae.weights_folder import WEIGHTS_FILE, is_weights_folder
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from nvae.cli.device import open_device
 from nvae.cli.next_command import command, root_to_give, setting, tensorboard
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.module import ImageDataModule
+from nvae.data.dataset import ImageData
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.files import write_json
-from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import HierarchicalVAE
+from nvae.pictures import save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint
@@ -74,7 +74,7 @@ def write_report(
             console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
         with _plain_float32("cuda" if accelerator == "gpu" else "cpu") as device:
             model = load_model(checkpoint).to(device)
-            images = ImageDataModule(data)
+            images = ImageData(data)
             images.setup()
             _write_parts(console, config, model, images, checkpoint, folder)
         console.print(f"""
@@ -89,7 +89,7 @@ def _write_parts(
     console: Console,
     config: ReportConfig,
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     checkpoint: Path,
     folder: RunFolder,
 ) -> None:
@@ -163,11 +163,11 @@ def reported_checkpoint(folder: Path) -> Path:
 
 
 def test_likelihood(
-    model: HierarchicalVAE, data: ImageDataModule, config: ReportConfig, file: Path
+    model: HierarchicalVAE, data: ImageData, config: ReportConfig, file: Path
 ) -> EvaluationResult:
     """Evaluate the test images with a progress bar, and write the result to ``file``."""
     with Progress(transient=True) as progress:
-        images = len(data.table("test"))
+        images = len(data.split("test"))
         task = progress.add_task("evaluating", total=images * config.importance_samples)
         result = evaluate(
             model,
@@ -194,7 +194,7 @@ def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> Non
 
 def reconstruction_grid(
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     config: ReportConfig,
     file: Path,
     columns: int = 16,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,21 @@ from nvae.cli.recalibration import recalibrated
 from nvae.cli.sample_config import SampleConfig
 from nvae.cli.sample_output import SampleFolder
 from nvae.cli.schema import build
+from nvae.data.dataset import ImageData
 from nvae.data.loader import RawBatch
-from nvae.data.module import ImageDataModule
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder, sample_images
-from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
-from nvae.sampling.nearest import nearest_images
-from nvae.sampling.sheets import (
-    Decoder,
+from nvae.sampling.grids import (
     column_seeds,
-    interpolation_sheet,
-    nearest_sheet,
-    partial_sheet,
-    reconstruction_sheet,
+    interpolation_grid,
+    nearest_grid,
+    nearest_images,
+    partial_grid,
+    reconstruction_grid,
     spread,
-    traversal_sheet,
+    traversal_grid,
 )
+from nvae.sampling.latents import Latents, decode, encode, interpolate, prior_latents
 
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
@@ -79,7 +79,7 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, weights: Path, data: ImageDataModule | None) -> dict[str, Any]:
+def _request(config: SampleConfig, weights: Path, data: ImageData | None) -> dict[str, Any]:
     """Everything that the pictures depend on."""
     split = "train" if config.mode == "nearest" else config.split
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
@@ -113,14 +113,16 @@ class _Sampler:
         config: SampleConfig,
         weights: Path,
         model: HierarchicalVAE,
-        data: ImageDataModule | None,
+        data: ImageData | None,
         folder: SampleFolder,
     ) -> None:
         self.config, self.weights, self.model = config, weights, model
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model)
-        self.decoder = Decoder(config.pixels, config.batch_size)
+        self.decoder = partial(
+            decode, pixel_temperature=config.pixels, batch_size=config.batch_size
+        )
         self._kept: CompiledDecoder | None = None
 
     def draw(self) -> None:
@@ -179,11 +181,11 @@ class _Sampler:
     def _draw_nearest(self) -> None:
         assert self.data is not None
         samples = self._prior(*self.temperatures[0])
-        with progress_bar("training images", len(self.data.table("train"))) as advance:
+        with progress_bar("training images", len(self.data.split("train"))) as advance:
             found = nearest_images(
                 samples, _counted(self.data.batches("train"), advance), self.config.neighbours
             )
-        sheet = nearest_sheet(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
+        sheet = nearest_grid(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
         self.folder.sheet("nearest.png", sheet)
         self.folder.arrays("nearest.npz", index=found.index, distance=found.distance)
         self._keep(sheet.images)
@@ -191,14 +193,14 @@ class _Sampler:
     def _draw_reconstruct(self) -> None:
         x = self._images()
         numbers = torch.tensor(self.config.image_list)
-        sheet = reconstruction_sheet(self.model, x, numbers, self.config.batch_size)
+        sheet = reconstruction_grid(self.model, x, numbers, self.config.batch_size)
         self.folder.sheet("reconstructions.png", sheet)
         self._keep(sheet.images)
 
     def _draw_interpolate(self) -> None:
         with self._statistics(self.temperatures[0][1]):
             latents, names = self._starts()
-            sheet = interpolation_sheet(self.model, latents, names, self.config.steps, self.decoder)
+            sheet = interpolation_grid(self.model, latents, names, self.config.steps, self.decoder)
             self.folder.sheet("interpolation.png", sheet)
             self._keep(sheet.images)
             if self.config.frames:
@@ -217,7 +219,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = partial_sheet(
+                    sheet = partial_grid(
                         self.model, latents[i : i + 1], keep, seeds[i], self.decoder, temperature
                     )
                     self.folder.sheet(f"partial-{name.replace(' ', '')}.png", sheet)
@@ -236,7 +238,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = traversal_sheet(
+                    sheet = traversal_grid(
                         self.model, latents[i : i + 1], groups, self.config.steps,
                         self._numbers[i], self.decoder,
                     )  # fmt: skip
@@ -262,13 +264,13 @@ class _Sampler:
     def _images(self) -> Tensor:
         """The data images asked for, ``(N, C, H, W)``, on the model's device."""
         assert self.data is not None
-        table, wanted = self.data.table(self.config.split), torch.tensor(self.config.image_list)
-        if wanted.max() >= len(table):
+        split, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
+        if wanted.max() >= len(split):
             raise ValueError(
-                f"images names {int(wanted.max())}; split={self.config.split} has {len(table)} "
-                f"images, allowed: 0 to {len(table) - 1}"
+                f"images names {int(wanted.max())}; split={self.config.split} has {len(split)} "
+                f"images, allowed: 0 to {len(split) - 1}"
             )
-        pixels = table.gather(wanted, epoch=None, seed=0)
+        pixels = split.gather(wanted, epoch=None, seed=0)
         batch = RawBatch(pixels, wanted, self.config.split, None)
         return self.data.to_input(batch).x.to(self.model.device)
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvae.animation import check_format
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import HierarchicalVAE
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
-from nvae.sampling.prior import scale_temperatures
+from nvae.pictures import check_format
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
 
 MODES = ("prior", "reconstruct", "interpolate", "partial", "traverse", "nearest")

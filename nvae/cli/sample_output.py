@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nvae.animation import save_animation
 from nvae.files import read_json, replacing, write_json
-from nvae.images import save_grids_side_by_side, save_image, save_rows
-from nvae.sampling.sheets import Sheet
+from nvae.pictures import save_animation, save_grids_side_by_side, save_image, save_rows
+from nvae.sampling.grids import Grid
 
 MANIFEST = "manifest.json"
 
@@ -68,7 +67,7 @@ class SampleFolder:
         """Grids of ``(N, C, H, W)``, from left to right."""
         save_grids_side_by_side(self._file(name), grids, labels, columns)
 
-    def sheet(self, name: str, sheet: Sheet) -> None:
+    def sheet(self, name: str, sheet: Grid) -> None:
         """Labelled rows."""
         save_rows(self._file(name), sheet.rows, sheet.row_labels, sheet.column_labels)
 

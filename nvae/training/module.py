@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
-from nvae.data.module import ImageBatch
+from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE
-from nvae.objective import Loss, Objective, ObjectiveConfig
+from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.training.distributed import synchronize_batchnorm
 from nvae.training.noise import TrainingNoise
 from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
@@ -48,7 +48,7 @@ class NVAELightning(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        self.loss = Objective(model, objective)
+        self.loss = build_objective(model, objective)
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config

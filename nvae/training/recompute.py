@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
-from nvae.models.norm import BatchNorm
+from nvae.models.layers import BatchNorm
 
 
 @contextmanager
