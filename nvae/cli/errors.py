@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import lookup, takes_group, unknown_key
-from nvae.command_line import FAILURE, fail, interruptible
+from nvae.command_line import FAILURE, brief, fail, interruptible
 from nvae.settings import CONFIGS, describe_type
 
 LONGEST_JOB_NAME = 120
@@ -43,6 +43,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         text in str(error)
         for text in ("can't allocate memory", "not enough memory", "calculation overflowed")
     )
+
+
+_BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
 
 
 class JobFailedError(Exception):
@@ -78,6 +81,31 @@ def run(name: str, work: Work, schema: type) -> None:
         raise fail(_NO_MEMORY) from None
     except Exception as error:  # whatever Hydra does not foresee is the command line's fault too
         raise fail(_not_composed(error)) from None
+
+
+def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> None:
+    """:func:`run` for `sample.py` and `evaluate.py`.
+
+    Args:
+        name: of the root configuration.
+        work: what to do; its ValueErrors and OSErrors are the input's fault, and running out of
+            memory is told with what to lower.
+        schema: of the configuration.
+    """
+
+    def checked(config: DictConfig) -> None:
+        try:
+            work(config)
+        except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+            raise UserError(brief(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
+            ) from error
+
+    run(name, checked, schema)
 
 
 class Task:

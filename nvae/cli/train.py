@@ -26,8 +26,7 @@ from rich.console import Console
 from nvae.checkpoint import CheckpointError
 from nvae.cli.config import BEST_METRIC, TrainConfig, fit_warmup, register, train_config
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
-from nvae.cli.next_command import setting
-from nvae.cli.report import write_report
+from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
