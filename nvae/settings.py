@@ -5,7 +5,12 @@ import math
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+_INSTALLED = Path(__file__).with_name("configs")
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+"""The configurations that come with the package: in a wheel inside it, else beside it."""
 
 LARGEST_INTEGER = 2**63 - 1
 """What a 64-bit counter, seed or index can hold."""

@@ -1,6 +1,6 @@
 """The configuration of a training run, as `configs/train.yaml` composes it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +18,7 @@ from nvae.training.optimizer import OptimizerConfig
 from nvae.training.trainer import CallbacksConfig, TrainerConfig
 
 RESUME = ("auto", "never", "must")
+BEST_METRIC = "valid/negative_elbo"
 LONGEST_NAME = 200
 """Bytes of a run's name; file systems take 255, and `NAME-2` must fit too."""
 
@@ -36,6 +37,8 @@ class TrainConfig:
         checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
             a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
             step's memory exceeds what the device has.
+        optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
+            that of the best validation, in nats; of any other metric the last value.
     """
 
     data: DataConfig
@@ -45,6 +48,7 @@ class TrainConfig:
     resume: str = "auto"
     compile: bool = False
     checkpoint_cells: bool | str = "auto"
+    optimized_metric: str = BEST_METRIC
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -62,11 +66,6 @@ class TrainConfig:
             )
         self._check_names()
         self._check_model_reads_data()
-        if self.optimizer.warmup_epochs > self.trainer.max_epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
-                f"allowed: at most trainer.max_epochs={self.trainer.max_epochs}"
-            )
 
     def _check_names(self) -> None:
         name = self.name
@@ -92,6 +91,19 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints and YAML."""
         return asdict(self)
+
+
+def fit_warmup(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """Shorten a warm-up that is longer than the run to a tenth of the run, and say so in a line."""
+    asked, epochs = config.optimizer.warmup_epochs, config.trainer.max_epochs
+    if asked <= epochs:
+        return config, None
+    line = (
+        f"optimizer.warmup_epochs={asked:g} is longer than the run of {epochs} epoch(s); "
+        f"it is {epochs / 10:g} instead"
+    )
+    optimizer = replace(config.optimizer, warmup_epochs=epochs / 10)
+    return replace(config, optimizer=optimizer), line
 
 
 def register() -> None:

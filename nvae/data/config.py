@@ -2,11 +2,10 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from nvae.command_line import brief, shell
 from nvae.files import read_yaml
-from nvae.settings import LARGEST_INTEGER, check_fields
+from nvae.settings import CONFIGS, LARGEST_INTEGER, check_fields
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)
@@ -221,7 +220,7 @@ class DataConfig:
         return self.image_size - 2 * self.pad
 
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "data"
+CONFIG_FOLDER = CONFIGS / "data"
 FOLDER = "folder"
 """The data set of the user's own pictures."""
 

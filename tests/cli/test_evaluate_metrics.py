@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from nvae.cli import evaluate_metrics
+from nvae.cli import evaluate as evaluate_module
 from nvae.cli.evaluate import main
 from nvae.evaluation import records
 from tests.evaluation.extractors import Rows
@@ -64,7 +64,7 @@ def no_work(monkeypatch):
     def worked(*_args, **_kwargs):
         raise AssertionError("work began before the mistake was found")
 
-    for name in ("evaluate.evaluate", "evaluate.recalibrated", "evaluate_metrics.measure"):
+    for name in ("evaluate.evaluate", "evaluate.recalibrated", "evaluate.measure"):
         monkeypatch.setattr(f"nvae.cli.{name}", worked)
 
 
@@ -142,7 +142,7 @@ def _process(rank, folder, port, arguments):
 
     Rows.forward = counted
     if rank != 0:
-        evaluate_metrics.distances = None  # the first one's business alone
+        evaluate_module.distances = None  # the first one's business alone
     sys.argv = ["evaluate.py", *arguments]
     main()
     (folder / f"{rank}.json").write_text(json.dumps(seen))

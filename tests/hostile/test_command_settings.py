@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nvae.bn_recalibration import RecalibrationSettings
-from nvae.cli.device import open_device
+from nvae.cli.common import open_device
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.sample_config import MOST_NUMBERS, SampleConfig, integers
 from nvae.cli.schema import build, schema_of

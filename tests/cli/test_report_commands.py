@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae.cli.next_command import command, root_to_give, setting, tensorboard
+from nvae.cli.report import command, root_to_give, setting, tensorboard
 from nvae.data import DataConfig
 
 VALUES = (

@@ -1,13 +1,12 @@
-"""Hashes, devices and the plain progress lines that commands share."""
+"""Where results come from, devices and progress, as the commands share them."""
 
 import hashlib
 
 import pytest
 import torch
 
-from nvae.cli import progress
-from nvae.cli.device import open_device
-from nvae.cli.provenance import file_sha256, short_hash, versions
+from nvae.cli import common
+from nvae.cli.common import file_sha256, open_device, progress_bar, short_hash, versions
 
 
 def test_hashes_are_of_contents(tmp_path):
@@ -34,12 +33,12 @@ def test_devices():
 
 def test_without_a_terminal_a_line_now_and_then(monkeypatch, capsys):
     clock = iter(range(0, 1000, 15))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    with progress.progress_bar("work", 8) as advance:
+    monkeypatch.setattr(common.time, "monotonic", lambda: float(next(clock)))
+    with progress_bar("work", 8) as advance:
         for _ in range(4):
             advance(2)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["work  4/8  0:30 left", "work  8/8  0:00 left"]
-    with progress.progress_bar("work", 8, shown=False) as advance:
+    with progress_bar("work", 8, shown=False) as advance:
         advance(8)
     assert capsys.readouterr().err == ""
