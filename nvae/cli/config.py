@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 
 from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
+from nvae.cli.targets import build_callbacks, check_loggers
 from nvae.data import DataConfig
 from nvae.models import ModelConfig
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import check_choice, check_fields
-from nvae.training.loggers import LoggerConfig
-from nvae.training.optimizer import OptimizerConfig
-from nvae.training.trainer import CallbacksConfig, TrainerConfig
+from nvae.training.optimizers import OptimizerConfig
+from nvae.training.trainer import TrainerConfig
 
 RESUME = ("auto", "never", "must")
 LONGEST_NAME = 200
@@ -36,6 +36,8 @@ class TrainConfig:
         checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
             a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
             step's memory exceeds what the device has.
+        callbacks: groups with `_target_`, by names of the user's choice; null switches one off.
+        logger: the same.
     """
 
     data: DataConfig
@@ -49,8 +51,8 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
@@ -62,11 +64,8 @@ class TrainConfig:
             )
         self._check_names()
         self._check_model_reads_data()
-        if self.optimizer.warmup_epochs > self.trainer.max_epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} is longer than the run; "
-                f"allowed: at most trainer.max_epochs={self.trainer.max_epochs}"
-            )
+        build_callbacks(self.callbacks)
+        check_loggers(self.logger)
 
     def _check_names(self) -> None:
         name = self.name
