@@ -312,6 +312,7 @@ def _quieten() -> None:
     for message in (
         r".*does not have many workers.*",  # our loaders read with threads
         r".*Experiment logs directory.*",
+        r".*is smaller than the logging interval.*",  # ours goes on over epochs
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -282,10 +282,11 @@ class NVAELightning(pl.LightningModule):
 
     def _log_means(self, stage: str) -> None:
         metrics = self._sums.means(self.trainer.strategy, stage)
-        # for other callbacks, and equal on all ranks already; the loggers get theirs directly
+        # equal on all ranks already; in training the loggers get theirs directly, see _log_step
         own = {name: value for name, value in metrics.items() if name.startswith(f"{stage}/")}
-        self.log_dict(own, logger=False, sync_dist=self.trainer.world_size > 1)
-        if not self.trainer.sanity_checking:
+        in_fit = self.trainer.state.fn == "fit"
+        self.log_dict(own, logger=not in_fit, sync_dist=self.trainer.world_size > 1)
+        if in_fit and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics(metrics, self.global_step)
 

@@ -61,7 +61,7 @@ class OptimizerConfig:
     epsilon: float = 1e-3
     weight_decay: float = 3e-4
     arguments: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] | None = None
+    schedule: Any = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -92,7 +92,10 @@ class OptimizerConfig:
         Raises:
             ValueError: one line that names what cannot be.
         """
-        assert self.schedule is not None
+        if not isinstance(self.schedule, dict):
+            raise ValueError(
+                f"optimizer.schedule={self.schedule!r}: it takes a group with _target_, or null"
+            )
         arguments = dict(self.schedule)
         target = str(arguments.pop("_target_", ""))
         if ":" not in target:
