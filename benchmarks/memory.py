@@ -15,10 +15,11 @@ import torch
 
 from nvae.cli.compose import compose_train
 from nvae.cli.config import TrainConfig
+from nvae.cli.targets import averages_on_device
 from nvae.cli.train import build_module
 from nvae.models import NVAE
 from nvae.training.memory import MemoryEstimate, activation_bytes, estimate_memory
-from nvae.training.optimizer import build_optimizer
+from nvae.training.optimizers import build_optimizer
 
 GIB = 2**30
 
@@ -30,8 +31,7 @@ def estimate(config: TrainConfig, recompute: bool) -> MemoryEstimate:
         config.data.batch_size,
         precision=config.trainer.precision,
         checkpoint_cells=recompute,
-        average_on_device=config.callbacks.ema.decay is not None
-        and config.callbacks.ema.device is None,
+        average_on_device=averages_on_device(config.callbacks),
     )
 
 

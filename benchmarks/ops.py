@@ -221,8 +221,8 @@ def kernels_off() -> Iterator[None]:
 
 def bench_step(repeats: int, batch: int) -> dict[str, Any]:
     """Forward, backward and update of the cifar10 preset; cells compiled one by one."""
-    from nvae.cli.train import compile_blocks
     from nvae.models import NVAE, ModelConfig
+    from nvae.training.recompute import compile_blocks
 
     def step_time() -> dict[str, float]:
         torch._dynamo.reset()

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.measure import PRECISIONS, measure, parser, set_up
 from nvae.cli.compose import compose_train
-from nvae.cli.train import compile_blocks
 from nvae.models import NVAE
 from nvae.objective import Loss, Objective
-from nvae.training.optimizer import build_optimizer
+from nvae.training.optimizers import build_optimizer
+from nvae.training.recompute import compile_blocks
 
 WHEN = {"step": 15, "total_steps": 100}
 """In the middle of annealing, where balancing is on: the dearest phase."""

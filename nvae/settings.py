@@ -1,10 +1,12 @@
 """Checks that every configuration makes of itself, once, where it is made."""
 
 import dataclasses
+import difflib
+import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,21 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     choices = list(allowed)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(map(str, choices))}")
+
+
+def check_arguments(target: Callable[..., Any], given: Iterable[str], prefix: str) -> None:
+    """Raise a ValueError unless ``target`` takes keyword arguments of the names ``given``."""
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    allowed = [parameter.name for parameter in parameters]
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(
+                f"unknown key {prefix}{name}{hint}; allowed here: {', '.join(allowed)}"
+            )
 
 
 def describe_type(kind: Any) -> str:

@@ -1,6 +1,6 @@
 """The configuration of a training run, as `configs/train.yaml` composes it."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 
 from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
+from nvae.cli.targets import build_callbacks, check_loggers
 from nvae.data import DataConfig
 from nvae.models import ModelConfig
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import check_choice, check_fields
-from nvae.training.loggers import LoggerConfig
-from nvae.training.optimizer import OptimizerConfig
-from nvae.training.trainer import CallbacksConfig, TrainerConfig
+from nvae.training.optimizers import OptimizerConfig
+from nvae.training.trainer import TrainerConfig
 
 RESUME = ("auto", "never", "must")
 BEST_METRIC = "valid/negative_elbo"
@@ -39,6 +39,8 @@ class TrainConfig:
             step's memory exceeds what the device has.
         optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
             that of the best validation, in nats; of any other metric the last value.
+        callbacks: groups with `_target_`, by names of the user's choice; null switches one off.
+        logger: the same.
     """
 
     data: DataConfig
@@ -53,8 +55,8 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class TrainConfig:
             )
         self._check_names()
         self._check_model_reads_data()
+        build_callbacks(self.callbacks)
+        check_loggers(self.logger)
 
     def _check_names(self) -> None:
         name = self.name
@@ -91,19 +95,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints and YAML."""
         return asdict(self)
-
-
-def fit_warmup(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """Shorten a warm-up that is longer than the run to a tenth of the run, and say so in a line."""
-    asked, epochs = config.optimizer.warmup_epochs, config.trainer.max_epochs
-    if asked <= epochs:
-        return config, None
-    line = (
-        f"optimizer.warmup_epochs={asked:g} is longer than the run of {epochs} epoch(s); "
-        f"it is {epochs / 10:g} instead"
-    )
-    optimizer = replace(config.optimizer, warmup_epochs=epochs / 10)
-    return replace(config, optimizer=optimizer), line
 
 
 def register() -> None:

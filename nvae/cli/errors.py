@@ -243,6 +243,8 @@ def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -
     holder, unknown = lookup(schema, path)
     if unknown is not None:
         return unknown_key(path, [f.name for f in dataclasses.fields(holder)])
+    if "is not in struct" in message and isinstance(error.parent_node, DictConfig):
+        return unknown_key(path, [str(name) for name in error.parent_node])
     kind = typing.get_type_hints(holder).get(path.split(".")[-1])
     if "not Optional" in message and not in_list:
         is_group = kind is None  # then the path leads to the holder itself

@@ -24,30 +24,38 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from nvae.checkpoint import CheckpointError
-from nvae.cli.config import BEST_METRIC, TrainConfig, fit_warmup, register, train_config
+from nvae.cli.config import BEST_METRIC, TrainConfig, register, train_config
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
+from nvae.cli.targets import (
+    averages_on_device,
+    build_callbacks,
+    build_loggers,
+    check_installed,
+    with_objects,
+)
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
-from nvae.models import NVAE, HierarchicalVAE
+from nvae.models import NVAE
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
-from nvae.training.guard import DivergenceError
-from nvae.training.interruption import InterruptedRun
-from nvae.training.loggers import build_loggers, log_errors_once
-from nvae.training.memory import estimate_memory
+from nvae.training.guard import DivergenceError, guard_of
+from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
-from nvae.training.recompute import recompute_blocks
-from nvae.training.run_folder import RunFolder, describe_start, open_run
-from nvae.training.shared_folder import Claim, is_started_by_launcher
-from nvae.training.stop_now import StopNow, StopsNow
+from nvae.training.module import build_module as build
+from nvae.training.recompute import should_recompute
+from nvae.training.run_folder import (
+    Claim,
+    RunFolder,
+    describe_start,
+    is_started_by_launcher,
+    open_run,
+)
+from nvae.training.signals import InterruptedRun, StopNow, StopsNow
 from nvae.training.trainer import build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""
-
-USABLE_MEMORY = 0.8
-"""Share of a GPU's memory that an estimate may fill; workspaces and fragmentation take the rest."""
 
 
 @contextmanager
@@ -79,13 +87,10 @@ def train(composed: DictConfig) -> float | None:
             config = train_config(composed)
             if in_sweep:
                 config = replace(config, runs_dir=job.sweep.dir, name=job.sweep.subdir)
-            config, shortened = fit_warmup(config)
     except Exception:
         if in_sweep:
             Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
         raise
-    if shortened is not None and _is_first_process():
-        print(shortened)
     path = Path(config.runs_dir) / config.name
     if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
         _train_apart(config, job.overrides.task)
@@ -124,6 +129,7 @@ def _train_apart(config: TrainConfig, overrides: list[str]) -> None:
 def _train_here(path: Path, config: TrainConfig) -> None:
     threads = torch.get_num_threads()
     with checked():
+        check_installed(config.logger)
         if config.trainer.resolved_accelerator() == "cpu":
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
@@ -204,7 +210,7 @@ def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
 
 def is_finished(folder: RunFolder, config: TrainConfig) -> bool:
     """Whether all epochs are done."""
-    return folder.epochs >= config.trainer.max_epochs
+    return config.trainer.is_over(folder.epochs, folder.step)
 
 
 def fit(
@@ -232,13 +238,15 @@ def fit(
         KeyboardInterrupt: Ctrl-C before the first step, or for the second time.
         SystemExit: a crash, which was printed.
     """
-    guard, rollbacks, scale = config.trainer.guard, 0, None
+    rollbacks, scale = 0, None
     while True:
         module, trainer = _build(config, folder, scale, marks)
         try:
             with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
         except DivergenceError as error:
+            guard = guard_of(trainer)
+            assert guard is not None  # it has raised the error
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
                 raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
             rollbacks += 1
@@ -267,13 +275,12 @@ def _build(
     try:
         module = build_module(config, scale, marks)
         trainer = build_trainer(
-            config.trainer,
-            config.callbacks,
-            folder.path,
+            with_objects(config.trainer),
+            build_callbacks(config.callbacks),
             build_loggers(config.logger, folder.path, folder.step),
-            config.logger.every_steps,
+            folder.path,
         )
-    except (OSError, MisconfigurationException) as error:
+    except (OSError, ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(brief(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -328,7 +335,7 @@ def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
     rate = config.optimizer.learning_rate / 2
     return (
         f"{_last_good(folder)}; go on with the same command and optimizer.learning_rate={rate:g}, "
-        "or trainer.guard.on_divergence=rollback"
+        "or callbacks.guard.on_divergence=rollback"
     )
 
 
@@ -344,48 +351,25 @@ def build_module(
         learning_rate_scale: see :class:`NVAELightning`.
         marks: :func:`fingerprint`, for the checkpoints.
     """
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = NVAE(config.model)
-    if config.compile:
-        compile_blocks(model)
-    if should_checkpoint_cells(config):
-        recompute_blocks(model)
-    return NVAELightning(
-        model,
+    recompute = config.checkpoint_cells
+    if not isinstance(recompute, bool):  # auto
+        recompute = config.trainer.resolved_accelerator() == "gpu" and should_recompute(
+            partial(NVAE, config.model),
+            config.data.batch_size,
+            config.trainer.precision,
+            averages_on_device(config.callbacks),
+        )
+    return build(
+        partial(NVAE, config.model),
         config.objective,
         config.optimizer,
         seed=config.seed,
+        compile=config.compile,
+        recompute=recompute,
         run_config=config.to_dict(),
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
     )
-
-
-def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
-    """Compile the repeated blocks in place, so that parameters keep their names."""
-    # NVAE's cells share one forward, and each kind, width and mode is a graph of its own; at the
-    # default of eight graphs the rest would silently stay uncompiled
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    for block in model.blocks():
-        # the method and not the module, so that a recomputed block is compiled inside
-        block.forward = torch.compile(block.forward, backend=backend)
-
-
-def should_checkpoint_cells(config: TrainConfig) -> bool:
-    """Whether cells are recomputed in the backward pass; ``auto`` asks the memory estimate."""
-    if isinstance(config.checkpoint_cells, bool):
-        return config.checkpoint_cells
-    if config.trainer.resolved_accelerator() == "cpu":
-        return False
-    estimate = estimate_memory(
-        partial(NVAE, config.model),
-        config.data.batch_size,
-        precision=config.trainer.precision,
-        average_on_device=config.callbacks.ema.decay is not None
-        and config.callbacks.ema.device is None,
-    )
-    available = torch.cuda.get_device_properties(0).total_memory
-    return estimate.total > USABLE_MEMORY * available
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:
@@ -414,6 +398,7 @@ def _quieten() -> None:
     for message in (
         r".*does not have many workers.*",  # our loaders read with threads
         r".*Experiment logs directory.*",
+        r".*is smaller than the logging interval.*",  # ours goes on over epochs
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -12,32 +12,10 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nvae.settings import check_fields
 from nvae.training.ema import MovingAverage
-from nvae.training.guard import BadSteps
+from nvae.training.guard import steps_go_bad
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"
-
-
-@dataclass
-class CheckpointConfig:
-    """When checkpoints are written, and how many stay.
-
-    Attributes:
-        every_epochs: epochs between two checkpoints.
-        every_steps: optimiser steps between two further ones, inside an epoch; null: none.
-        keep_last: how many of them stay, beside `best.ckpt`; at least 2, so that a damaged one is
-            not the only one.
-    """
-
-    every_epochs: int = 1
-    every_steps: int | None = None
-    keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        check_fields(
-            self, "callbacks.checkpoint.", every_epochs=(1, None), every_steps=(1, None),
-            keep_last=(2, None),
-        )  # fmt: skip
 
 
 class CheckpointWriteError(OSError):
@@ -123,28 +101,38 @@ def newest_checkpoint(folder: Path) -> FoundCheckpoint | None:
     return None
 
 
+@dataclass(eq=False)
 class Checkpoints(pl.Callback):
-    """Writes `step_N.ckpt` at intervals and `best.ckpt` at the best validation ELBO.
+    """Writes `checkpoints/step_N.ckpt` at intervals and `best.ckpt` at the best validation ELBO.
 
-    Args:
-        folder: where the files go.
-        config: when, and how many stay.
-        guard: while steps are being left out, nothing is rotated: the older files may be the last
-            good ones.
-        average: of the weights, where the run keeps one.
+    In the Trainer's `default_root_dir`. While steps are being left out nothing is dropped: the
+    older files may be the last good ones.
+
+    Attributes:
+        every_epochs: epochs between two checkpoints; one is written at the end, too.
+        every_steps: optimizer steps between two further ones, inside an epoch; null: none.
+        keep_last: how many of them stay, beside `best.ckpt`; at least 2, so that a damaged one is
+            not the only one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        guard: BadSteps,
-        average: MovingAverage | None = None,
-    ) -> None:
-        self.folder, self.config, self.guard, self.average = folder, config, guard, average
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, "callbacks.checkpoint.", every_epochs=(1, None), every_steps=(1, None),
+            keep_last=(2, None),
+        )  # fmt: skip
         self.best: float | None = None
         self.best_step = 0
         self._saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        if stage == "fit":
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run beats it or leaves it."""
@@ -165,8 +153,8 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Inside an epoch. After a whole optimiser step only: gradients are not saved."""
-        every, step = self.config.every_steps, trainer.global_step
+        """Inside an epoch. After a whole optimizer step only: gradients are not saved."""
+        every, step = self.every_steps, trainer.global_step
         if is_last_batch(trainer):  # left to the end of the epoch
             return
         if every is not None and step % every == 0 and step != self._saved_step:
@@ -174,6 +162,8 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the best; what was validated is the average, where there is one."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
         value = float(trainer.callback_metrics["valid/negative_elbo"])
         value = trainer.strategy.broadcast(value)
         if not math.isfinite(value):
@@ -185,11 +175,13 @@ class Checkpoints(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Between epochs, and at the end."""
-        epoch, every = trainer.current_epoch + 1, self.config.every_steps
+        epoch, step, every = trainer.current_epoch + 1, trainer.global_step, self.every_steps
         if (
-            epoch % self.config.every_epochs == 0
+            epoch % self.every_epochs == 0
             or epoch == trainer.max_epochs
-            or (every is not None and trainer.global_step % every == 0)
+            or step == trainer.max_steps
+            or trainer.should_stop
+            or (every is not None and step % every == 0)
         ):
             self._save_unless_bad(trainer)
 
@@ -205,24 +197,25 @@ class Checkpoints(pl.Callback):
             "global_step": trainer.global_step,
             "state_dict": raw,
         }
-        if self.average is not None:
-            checkpoint["current_model_state"] = raw
-            checkpoint["state_dict"] = self.average.averaged_state()
+        for average in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(average, MovingAverage):
+                checkpoint["current_model_state"] = raw
+                checkpoint["state_dict"] = average.averaged_state()
         pl_module.on_save_checkpoint(checkpoint)
         trainer.strategy.save_checkpoint(checkpoint, self.folder / BEST)
         trainer.strategy.barrier("best")  # the first rank alone has written
 
     def _save_unless_bad(self, trainer: pl.Trainer) -> None:
         # in the middle of a streak the weights may be what makes the steps bad
-        if not self.guard.read().streak:
+        if not steps_go_bad(trainer):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write `step_N.ckpt`; drop the oldest beyond `keep_last`, unless steps are going bad."""
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:08d}.ckpt")
-        if trainer.is_global_zero and not self.guard.read().streak:
-            for path in step_checkpoints(self.folder)[: -self.config.keep_last]:
+        if trainer.is_global_zero and not steps_go_bad(trainer):
+            for path in step_checkpoints(self.folder)[: -self.keep_last]:
                 path.unlink()
 
 

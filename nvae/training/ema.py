@@ -38,6 +38,7 @@ class MovingAverage(WeightAveraging):
 
     def __init__(self, decay: float, device: str | None = None) -> None:
         super().__init__(device=device, multi_avg_fn=ema_of_floats(decay))
+        self.device = device
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the average; its counter stays on the host, which looks at it at every update."""
@@ -66,3 +67,24 @@ class MovingAverage(WeightAveraging):
         assert self._average_model is not None
         module: nn.Module = self._average_model.module
         return dict(module.state_dict())
+
+
+def moving_average(decay: float | None = None, device: str | None = None) -> MovingAverage | None:
+    """The average that a run keeps, or none.
+
+    Args:
+        decay: a step, in [0, 1); None: no average.
+        device: None: beside the model; ``cpu`` saves GPU memory.
+
+    Raises:
+        ValueError: an impossible decay or device.
+    """
+    if device not in (None, "cpu"):
+        raise ValueError(f"callbacks.ema.device={device} is unknown; allowed: cpu, null")
+    if decay is None:
+        return None
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise ValueError(f"callbacks.ema.decay={decay!r} is not a number or null")
+    if not 0 <= decay < 1:
+        raise ValueError(f"callbacks.ema.decay is {decay}; allowed: 0 up to, not with, 1, or null")
+    return MovingAverage(decay, device)

@@ -1,8 +1,8 @@
 """Steps that go bad: left out on every rank alike, counted, and named when they do not end.
 
-Whether a step is bad is decided on the device, and the optimiser is switched off there; the host
-reads the counters every few steps. Gradients are equal on all ranks after their reduction, and the
-flag is reduced too, so ranks cannot disagree.
+Whether a step is bad is decided on the device, and the optimizer is switched off there; the host
+reads the counters every `trainer.log_every_n_steps` steps. Gradients are equal on all ranks after
+their reduction, and the flag is reduced too, so ranks cannot disagree.
 """
 
 from dataclasses import dataclass
@@ -14,50 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nvae.regularizers import batchnorms
 from nvae.settings import check_choice, check_fields
 from nvae.training.module import NVAELightning
-from nvae.training.running_statistics import RunningStatistics
 
 ON_DIVERGENCE = ("stop", "rollback")
-
-
-@dataclass
-class GuardConfig:
-    """What counts as a bad step, and what follows from many.
-
-    Attributes:
-        gradient_clip: largest gradient norm; larger ones are scaled down. null: none.
-        skip_threshold: gradient norm beyond which a step is left out. null: only where the loss
-            or a gradient is not finite.
-        max_consecutive_skips: so many in a row are a divergence.
-        on_divergence: ``stop``, or ``rollback`` to the last checkpoint with a lower learning rate.
-        rollback_factor: of the learning rate at each rollback.
-        max_rollbacks: after so many the run stops.
-    """
-
-    gradient_clip: float | None = None
-    skip_threshold: float | None = None
-    max_consecutive_skips: int = 50
-    on_divergence: str = "stop"
-    rollback_factor: float = 0.5
-    max_rollbacks: int = 3
-
-    def __post_init__(self) -> None:
-        check_fields(
-            self, "trainer.guard.", max_consecutive_skips=(1, None), max_rollbacks=(0, 1000)
-        )
-        check_choice("trainer.guard.on_divergence", self.on_divergence, ON_DIVERGENCE)
-        for name in ("gradient_clip", "skip_threshold"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"trainer.guard.{name} is {value}; it must be above 0, or null")
-        if not 0 < self.rollback_factor < 1:
-            raise ValueError(
-                f"trainer.guard.rollback_factor is {self.rollback_factor}; allowed: between 0 and 1"
-            )
-
-
-LONGEST_STREAK_AT_END = 100
+MOST_BAD_AT_END = 100
 """A run that ends in so many bad steps has failed, whatever `max_consecutive_skips` says."""
 
 
@@ -86,17 +48,70 @@ class GuardReading:
     reconstruction: bool
 
 
-class BadSteps(pl.Callback):
-    """Clips gradients and leaves bad steps out.
+class RunningStatistics:
+    """All running means and variances of a model, in one block of memory, to be put back at once.
+
+    A forward pass updates them before anyone knows that the step is bad; one batch with a NaN
+    would stay in them for ever. The layers keep their buffers, which become views of the block;
+    names and checkpoints do not change.
 
     Args:
-        config: see :class:`GuardConfig`.
-        every_steps: optimiser steps between two readings.
+        model: on its device already; moving it afterwards ends the sharing.
     """
 
-    def __init__(self, config: GuardConfig, every_steps: int) -> None:
-        self.config = config
-        self.every_steps = min(every_steps, config.max_consecutive_skips)
+    def __init__(self, model: nn.Module) -> None:
+        buffers = [b for norm in batchnorms(model) for b in (norm.running_mean, norm.running_var)]
+        self._block = torch.cat([b.flatten() for b in buffers]) if buffers else torch.zeros(0)
+        for buffer, view in zip(
+            buffers, self._block.split([b.numel() for b in buffers]), strict=True
+        ):
+            buffer.data = view
+        self._kept = self._block.clone()
+
+    def keep(self) -> None:
+        """Remember the present values."""
+        self._kept.copy_(self._block)
+
+    def restore_where(self, condition: Tensor) -> None:
+        """Put the kept values back where the 0-d ``condition`` is true; the host does not ask."""
+        if self._block.numel():
+            self._block.copy_(
+                torch.where(condition.to(self._block.device), self._kept, self._block)
+            )
+
+
+@dataclass(eq=False)
+class BadSteps(pl.Callback):
+    """Leaves bad steps out: those whose loss or gradient is not finite, or too large.
+
+    Attributes:
+        skip_threshold: gradient norm beyond which a step is left out, before any clipping. null:
+            only where the loss or a gradient is not finite.
+        max_consecutive_skips: so many in a row are a divergence.
+        on_divergence: ``stop``, or ``rollback`` to the last checkpoint with a lower learning rate.
+        rollback_factor: of the learning rate at each rollback.
+        max_rollbacks: after so many the run stops.
+    """
+
+    skip_threshold: float | None = None
+    max_consecutive_skips: int = 50
+    on_divergence: str = "stop"
+    rollback_factor: float = 0.5
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        prefix = "callbacks.guard."
+        check_fields(self, prefix, max_consecutive_skips=(1, None), max_rollbacks=(0, 1000))
+        check_choice(f"{prefix}on_divergence", self.on_divergence, ON_DIVERGENCE)
+        if self.skip_threshold is not None and self.skip_threshold <= 0:
+            raise ValueError(
+                f"{prefix}skip_threshold is {self.skip_threshold}; it must be above 0, or null"
+            )
+        if not 0 < self.rollback_factor < 1:
+            raise ValueError(
+                f"{prefix}rollback_factor is {self.rollback_factor}; allowed: between 0 and 1"
+            )
+        self._every_steps = self.max_consecutive_skips  # between two readings
         self._counters: Tensor | None = None  # see GuardReading, in its order
         self._steps = 0  # of this start, bad ones too
         self._trained: list[str] = []  # parameters with a gradient, in the order of their norms
@@ -118,6 +133,8 @@ class BadSteps(pl.Callback):
         """The model is on its device and has its weights."""
         assert isinstance(pl_module, NVAELightning)
         self._statistics = RunningStatistics(pl_module.model)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._every_steps = min(every or self.max_consecutive_skips, self.max_consecutive_skips)
         self._step_begins = True
         self._last_step = trainer.global_step
         if self._accepted is None:  # a checkpoint of an earlier version does not say
@@ -134,7 +151,7 @@ class BadSteps(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judge the gradients, clip them, and switch the optimiser on or off."""
+        """Judge the gradients, which Lightning clips afterwards, and switch the optimizer."""
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.last is not None
         trained = [(n, p) for n, p in pl_module.model.named_parameters() if p.grad is not None]
@@ -144,8 +161,8 @@ class BadSteps(pl.Callback):
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = torch.linalg.vector_norm(norms)
         bad = ~(norm.isfinite() & pl_module.last.total.isfinite())
-        if self.config.skip_threshold is not None:
-            bad |= norm > self.config.skip_threshold
+        if self.skip_threshold is not None:
+            bad |= norm > self.skip_threshold
         switch = bad.float()
         if trainer.world_size > 1:
             # the loss is this rank's own
@@ -155,9 +172,6 @@ class BadSteps(pl.Callback):
         self._statistics.restore_where(switch > 0)
         self._step_begins = True
         optimizer.found_inf = switch  # type: ignore[attr-defined]
-        if self.config.gradient_clip is not None:
-            factor = (self.config.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _count(self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning) -> None:
         assert module.last is not None
@@ -197,7 +211,7 @@ class BadSteps(pl.Callback):
             DivergenceError: on every rank, at the same step.
         """
         step = trainer.global_step
-        if step == self._last_step or step % self.every_steps:
+        if step == self._last_step or step % self._every_steps:
             return
         self._last_step = step
         reading = self.read()
@@ -205,7 +219,7 @@ class BadSteps(pl.Callback):
             logger.log_metrics(
                 {"train/gradient_norm": reading.norm, "train/skipped_steps": reading.skipped}, step
             )
-        if reading.streak >= self.config.max_consecutive_skips:
+        if reading.streak >= self.max_consecutive_skips:
             raise self._divergence(reading, step, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,7 +233,7 @@ class BadSteps(pl.Callback):
             return
         assert isinstance(pl_module, NVAELightning)
         half = -(-pl_module.total_steps // 2)  # of a run that is shorter than all of these
-        most = min(self.config.max_consecutive_skips, LONGEST_STREAK_AT_END, half)
+        most = min(self.max_consecutive_skips, MOST_BAD_AT_END, half)
         if reading.streak >= most or not self._accepted_now():
             raise self._divergence(reading, trainer.global_step, pl_module)
 
@@ -246,3 +260,14 @@ class BadSteps(pl.Callback):
             f"at the first of them {first}, and the worst gradient was that of "
             f"{self._trained[reading.parameter]}; the last gradient norm is {reading.norm:.3g}"
         )
+
+
+def guard_of(trainer: pl.Trainer) -> BadSteps | None:
+    """The run's guard, where it has one."""
+    return next((c for c in trainer.callbacks if isinstance(c, BadSteps)), None)  # type: ignore[attr-defined]
+
+
+def steps_go_bad(trainer: pl.Trainer) -> bool:
+    """Whether the last step was left out; waits for the device."""
+    guard = guard_of(trainer)
+    return guard is not None and guard.read().streak > 0

@@ -1,35 +1,101 @@
-"""The training step, as Lightning wants it: batch, model, likelihood, ELBO, regularisers."""
+"""The training step, as Lightning wants it: batch, model, likelihood, ELBO, regularizers.
 
+:class:`NVAELightning` needs nothing else of this package. In a notebook::
+
+    model = NVAE(ModelConfig(image_size=8, bits=4, likelihood="logistic_mixture"))
+    pl.Trainer(max_epochs=20).fit(NVAELightning(model), train_loader, valid_loader)
+    images = model.eval().sample(16)
+"""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+import torch.distributed as dist
+from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
+from nvae.data.module import ImageDataModule
 from nvae.models import HierarchicalVAE
+from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import Loss, ObjectiveConfig, build_objective
-from nvae.training.distributed import synchronize_batchnorm
-from nvae.training.noise import TrainingNoise
-from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from nvae.regularizers import batchnorms
+from nvae.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+    warmup_steps,
+)
+from nvae.training.recompute import compile_blocks, recompute_blocks
 from nvae.training.resuming import check_optimizer_shapes
-from nvae.training.validation import ValidationSums
+from nvae.training.validation import ValidationSums, group_metrics
+
+
+class TrainingNoise:
+    """Posterior noise of training batches, a pure function of (seed, rank, batch).
+
+    No generator state has to be saved: a resumed run draws what the uninterrupted one would have
+    drawn, and ranks never share a draw.
+
+    Args:
+        seed: of the run.
+        rank: of this process.
+    """
+
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self.seed, self.rank = seed, rank
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, model: HierarchicalVAE, batch_size: int, batch: int) -> Sequence[Tensor]:
+        """Noise of batch number ``batch`` (counted over the whole run), one tensor a group."""
+        device = model.device
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device)
+        key = np.random.SeedSequence((self.seed, self.rank, batch)).generate_state(1, np.uint64)
+        self._generator.manual_seed(int(key[0] >> np.uint64(1)))
+        return model.draw_noise(batch_size, self._generator)
+
+    def further(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the same batch that nothing else has used."""
+        return torch.randn(
+            like.shape, generator=self._generator, device=like.device, dtype=like.dtype
+        )
 
 
 class NVAELightning(pl.LightningModule):
     """Trains one hierarchical VAE.
 
+    A batch is a tensor of images ``(B, C, H, W)``, a tuple whose first entry is one, or our data
+    module's :class:`ImageBatch`. Images are uint8 or floating-point numbers in [0, 1]; those that
+    do not come from our data module keep the upper ``model.config.bits`` bits of their 8 (with one
+    bit: black below 128/255, white from there), and where the likelihood counts a window of the
+    model's image (``counted_size``), images of the window's size get zeros around them.
+
+    The KL coefficient and the learning rate go by the length of the run: the Trainer needs
+    ``max_epochs`` or ``max_steps``, ``max_time`` alone does not do.
+
+    Logged, in nats per image: ``train/loss`` and its parts every ``log_every_n_steps`` optimizer
+    steps, which is when the device is read, ``valid/negative_elbo`` and its parts at each
+    validation, ``test/...`` likewise. Callbacks can monitor them.
+
     Args:
         model: the network.
-        objective: annealing, balancing, regularisation.
-        optimizer: optimiser and learning rate.
+        objective: annealing, balancing, regularization; a dictionary of its fields will do.
+        optimizer: optimizer and learning rate; a dictionary of its fields will do.
         seed: of the posterior noise.
-        run_config: plain dictionary that goes into every checkpoint.
+        run_config: plain dictionary that goes into every checkpoint and to the loggers.
         fingerprint: of the images and seeds, plain types; goes there too.
         learning_rate_scale: factor on the learning rate, lower where a diverged run went back to
             a checkpoint; None: what the checkpoint says.
@@ -38,8 +104,8 @@ class NVAELightning(pl.LightningModule):
     def __init__(
         self,
         model: HierarchicalVAE,
-        objective: ObjectiveConfig,
-        optimizer: OptimizerConfig,
+        objective: ObjectiveConfig | dict[str, Any] | None = None,
+        optimizer: OptimizerConfig | dict[str, Any] | None = None,
         *,
         seed: int = 0,
         run_config: dict[str, Any] | None = None,
@@ -47,34 +113,91 @@ class NVAELightning(pl.LightningModule):
         learning_rate_scale: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(objective, ObjectiveConfig):
+            objective = ObjectiveConfig(**objective or {})
+        if not isinstance(optimizer, OptimizerConfig):
+            optimizer = OptimizerConfig(**optimizer or {})
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = build_objective(model, objective)
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config
         self.fingerprint = fingerprint
+        self.save_hyperparameters(
+            {
+                "model_config": model.config.to_dict(),
+                "objective": asdict(objective),
+                "optimizer": asdict(optimizer),
+                "seed": seed,
+            },
+            logger=run_config is None,
+        )
         self.has_started = False
         self._has_checked_range = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
         self.last: Loss | None = None
-        self._validation = ValidationSums(model)
+        self.latest: dict[str, float] = {}  # metrics at the last reading
+        self._sums = ValidationSums(model)
+        self._seen = 0  # images of this evaluation, on this rank
+        self._start_clock()
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
+        """What the model takes, of any batch that the class describes.
+
+        Args:
+            batch: on the model's device.
+            first: position of its first image among those of this rank; images of our data module
+                have indices of their own.
+
+        Raises:
+            ValueError: these are no images in [0, 1], or not of this model's shape.
+        """
+        if isinstance(batch, ImageBatch):
+            return batch
+        x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        config = self.model.config
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            shown = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"a batch holds {shown}; expected are images (B, {config.image_channels}, "
+                f"{config.image_size}, {config.image_size}) or a tuple that begins with them"
+            )
+        LIKELIHOODS[config.likelihood].check_data(config, config.bits)
+        if x.dtype == torch.uint8:
+            levels = x.float()
+        elif x.is_floating_point():  # a NaN stays one: it makes a bad step, which is left out
+            levels = (x.float() * 255).round()
+        else:
+            raise ValueError(f"images are {x.dtype}; expected are uint8, or float in [0, 1]")
+        border = config.image_size - x.shape[-1]
+        if border > 0 and border % 2 == 0 and x.shape[-1] == config.counted_size:
+            levels = nn.functional.pad(levels, [border // 2] * 4)
+        levels = (levels / 2 ** (8 - config.bits)).floor()
+        # a tensor, not a number: CUDA multiplies by a number's reciprocal, which rounds otherwise
+        x = levels / torch.full((), 2.0**config.bits - 1, device=x.device)
+        index = torch.arange(first, first + len(x), device=x.device)
+        index = index * self.trainer.world_size + self.trainer.global_rank  # as samplers share
+        x = x.to(self.model.dtype, memory_format=torch.channels_last)
+        return ImageBatch(x, index)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
+        x = self.to_input(batch).x
         if not self._has_checked_range:  # once, since it waits for the device
-            self.model.check_range(batch.x)
+            self.model.check_range(x)
             self._has_checked_range = True
+        self._images += len(x) * self.trainer.world_size
         window, is_last = self._accumulation(batch_idx)
         nominal = self.trainer.accumulate_grad_batches
-        noise = self._noise(self.model, len(batch.x), self.trainer.fit_loop.total_batch_idx)
+        noise = self._noise(self.model, len(x), self.trainer.fit_loop.total_batch_idx)
         self.last = self.loss(
             self.model,
-            batch.x,
+            x,
             noise,
             step=self.global_step,
             total_steps=self.total_steps,
-            input_noise=self._noise.further(batch.x) if self.loss.config.encoder_noise else None,
+            input_noise=self._noise.further(x) if self.loss.config.encoder_noise else None,
             regularize=is_last,
         )
         # Lightning divides by the nominal window; an epoch's last one may be shorter
@@ -84,29 +207,117 @@ class NVAELightning(pl.LightningModule):
             loss = loss + self.last.penalty * nominal
         return loss
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def optimizer_step(self, *arguments: Any, **more: Any) -> None:
+        """Step, and every ``log_every_n_steps`` steps log, before a callback may stop the run."""
+        super().optimizer_step(*arguments, **more)
+        step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and self.last is not None:
+            self._log_step(self.last, step)
+
+    def _log_step(self, loss: Loss, step: int) -> None:
+        """One copy of all metrics from the device.
+
+        The loggers get them directly: Lightning would count their step from 0, and forget the
+        steps of an interrupted epoch.
+        """
+        metrics = read_loss(loss)
+        metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        # reading waited for the device, so the clock covers the work
+        metrics["train/images_per_second"] = self._images / (time.perf_counter() - self._since)
+        self._start_clock()
+        self.latest = metrics
+        # Lightning reads what its bars show at every step: from the host
+        has_bar = isinstance(self.trainer.progress_bar_callback, RichProgressBar | TQDMProgressBar)
+        for name in (name for name in metrics if name.startswith("train/")):
+            in_bar = has_bar and name == "train/negative_elbo"
+            self.log(name, torch.tensor(metrics[name]), prog_bar=in_bar, logger=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+    def on_train_epoch_start(self) -> None:
+        """Validation and checkpoints between epochs are no part of the speed."""
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._images = 0  # on all ranks
+        self._since = time.perf_counter()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sum the ELBO's parts; every image's noise depends on its index alone."""
-        output = self.model(batch.x, self._validation.noise(self.model, batch.index))
-        log_likelihood = self.model.likelihood(output.logits).log_prob(batch.x)
-        self._validation.add(output, log_likelihood)
+        images = self._next_input(batch)
+        output = self.model(images.x, self._sums.noise(self.model, images.index))
+        log_likelihood = self.model.likelihood(output.logits).log_prob(images.x)
+        self._sums.add(output, log_likelihood)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As in validation; logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Reconstructions: the likelihood's mean given a draw from the posterior, ``(B, C, H, W)``.
+
+        Latents are ``nvae.sampling.encode``'s to give.
+        """
+        images = self._next_input(batch)
+        output = self.model(images.x, self._sums.noise(self.model, images.index))
+        return self.model.likelihood(output.logits).mean
+
+    def _next_input(self, batch: Any) -> ImageBatch:
+        images = self.to_input(batch, self._seen)
+        self._seen += len(images.x)
+        return images
+
+    def _start_evaluation(self) -> None:
+        self._seen = 0
+        self._sums.reset()
+
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start_evaluation
 
     def on_validation_epoch_end(self) -> None:
         """Means over all images of all ranks."""
-        metrics = self._validation.means(self.trainer.strategy)
-        self._validation.reset()
-        # for other callbacks; Lightning would count the loggers' step from 0
-        self.log_dict(metrics, logger=False, rank_zero_only=True)
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, self.global_step)
+        self._log_means("valid")
+
+    def on_test_epoch_end(self) -> None:
+        """The same."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        metrics = self._sums.means(self.trainer.strategy, stage)
+        # equal on all ranks already; in training the loggers get theirs directly, see _log_step
+        own = {name: value for name, value in metrics.items() if name.startswith(f"{stage}/")}
+        in_fit = self.trainer.state.fn == "fit"
+        self.log_dict(own, logger=not in_fit, sync_dist=self.trainer.world_size > 1)
+        if in_fit and not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimiser, and its learning rate as a function of the step."""
+        """Optimizer, and its learning rate as a function of the step."""
+        config = self.optimizer_config
         optimizer = build_optimizer(
-            self.optimizer_config,
-            self.model.parameters(),
-            fused=self.trainer.precision != "16-mixed",
+            config, self.model.parameters(), fused=self.trainer.precision != "16-mixed"
         )
-        factor = learning_rate_factor(self.optimizer_config, self.steps_per_epoch, self.total_steps)
+        # a resumed run takes them from the configuration, not from the checkpoint
+        self._hyperparameters = {
+            name: value for name, value in optimizer.param_groups[0].items() if name != "params"
+        }
+        if config.schedule is not None:
+            kind, arguments, lightning = config.schedule_class()
+            group = optimizer.param_groups[0]
+            group["lr"] *= self.learning_rate_scale
+            group["initial_lr"] = group["lr"]
+            if "total_steps" in inspect.signature(kind).parameters:
+                arguments = {"total_steps": self.total_steps, **arguments}
+            scheduler: Any = {"scheduler": kind(optimizer, **arguments), **lightning}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        wanted = config.warmup_epochs * self.steps_per_epoch if config.warmup_epochs else 0
+        if wanted > self.total_steps:
+            warmup = warmup_steps(config, self.steps_per_epoch, self.total_steps)
+            rank_zero_info(
+                f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run; it takes "
+                f"half of it, {warmup} steps"
+            )
+        factor = learning_rate_factor(config, self.steps_per_epoch, self.total_steps)
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_scale * factor(step))
         return {
             "optimizer": optimizer,
@@ -118,21 +329,32 @@ class NVAELightning(pl.LightningModule):
         self._noise = TrainingNoise(self.seed, self.global_rank)
         if self.trainer.world_size > 1:
             synchronize_batchnorm(self.model)
+        if self.run_config is not None:
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(self.run_config)
 
     def on_train_start(self) -> None:
         """A resumed run takes its hyper-parameters from the configuration, not the checkpoint."""
-        optimizer, config = self.trainer.optimizers[0], self.optimizer_config
-        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        assert isinstance(scheduler, LambdaLR)
-        scheduler.base_lrs = [config.learning_rate]
-        rate = config.learning_rate * scheduler.lr_lambdas[0](self.global_step)
-        optimizer.param_groups[0].update(
-            lr=rate,
-            initial_lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-        )
+        self._start_clock()
+        group = self.trainer.optimizers[0].param_groups[0]
+        rate = self._hyperparameters["lr"]
+        for each in self.trainer.lr_scheduler_configs:
+            scheduler = each.scheduler
+            if isinstance(scheduler, LambdaLR) and self.optimizer_config.schedule is None:
+                scheduler.base_lrs = [rate]
+                now = rate * scheduler.lr_lambdas[0](self.global_step)
+                group.update(self._hyperparameters | {"lr": now, "initial_lr": rate})
+            else:
+                ratio = rate * self.learning_rate_scale / group.get("initial_lr", rate)
+                keep = {
+                    key: value * ratio
+                    for key, value in group.items()
+                    if key in ("lr", "initial_lr", "max_lr", "min_lr")
+                }
+                scheduler.base_lrs = [r * ratio for r in getattr(scheduler, "base_lrs", [])]
+                # a schedule may move the momentum too
+                fixed = {"weight_decay", "eps"} & self._hyperparameters.keys()
+                group.update({name: self._hyperparameters[name] for name in fixed} | keep)
         self.has_started = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -146,42 +368,112 @@ class NVAELightning(pl.LightningModule):
         """Undo what :meth:`on_save_checkpoint` added for training.
 
         Raises:
-            CheckpointError: the optimiser's state is of other parameters.
+            CheckpointError: the optimizer's state is of other parameters.
         """
-        check_optimizer_shapes(checkpoint, list(self.model.parameters()))
-        keeps_average = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if "current_model_state" in checkpoint and not keeps_average:
-            # the optimiser's state belongs to the raw weights; no one else would take them
-            checkpoint["state_dict"] = checkpoint["current_model_state"]
+        if "optimizer_states" in checkpoint:
+            check_optimizer_shapes(checkpoint, list(self.model.parameters()))
         if not self._scale_is_given:
-            self.learning_rate_scale = checkpoint["learning_rate_scale"]
+            self.learning_rate_scale = checkpoint.get("learning_rate_scale", 1.0)
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return
+        keeps_average = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not keeps_average:
+            # the optimizer's state belongs to the raw weights; no one else would take them
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     @cached_property
-    def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch on this rank.
+    def batches_per_epoch(self) -> float:
+        """Micro-batches of an epoch on this rank; infinite where the loader has no length.
 
-        Not Lightning's ``estimated_stepping_batches``: asked for while the optimiser is being
-        made, it sets the loaders up before their state has been read from the checkpoint, and a
-        resumed epoch starts over.
+        For our data module not Lightning's: asked for while the optimizer is being made, Lightning
+        sets the loaders up before their state has been read from the checkpoint, and a resumed
+        epoch starts over.
         """
-        data, limit = self.trainer.datamodule, self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            self.trainer.fit_loop.setup_data()
+            return self.trainer.num_training_batches
+        limit = self.trainer.limit_train_batches
         batches = len(data.train_dataloader())
-        return min(batches, limit) if isinstance(limit, int) else batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
-        return -(-self.batches_per_epoch // self.trainer.accumulate_grad_batches)
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of an epoch; infinite where the loader has no length."""
+        batches = self.batches_per_epoch
+        if math.isinf(batches):
+            return batches
+        return -(-int(batches) // self.trainer.accumulate_grad_batches)
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run, T."""
-        assert self.trainer.max_epochs is not None
-        return self.trainer.max_epochs * self.steps_per_epoch
+        """Optimizer steps of the whole run, T.
+
+        Raises:
+            ValueError: the run has no known end.
+        """
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        bounds = [float(steps)] if steps is not None and steps >= 0 else []
+        if epochs is not None and epochs >= 0:
+            bounds.append(epochs * self.steps_per_epoch)
+        total = min(bounds, default=math.inf)
+        if math.isinf(total):
+            raise ValueError(
+                "the KL coefficient and the learning rate go by the length of the run, which is "
+                "not known: give the Trainer max_steps=..., or max_epochs=... and a loader that "
+                "has a length"
+            )
+        return int(total)
 
     def _accumulation(self, batch_idx: int) -> tuple[int, bool]:
         """Micro-batches of the step that ``batch_idx`` belongs to, and whether it is the last."""
         nominal = self.trainer.accumulate_grad_batches
         start = batch_idx - batch_idx % nominal
-        window = min(nominal, self.batches_per_epoch - start)
+        window = int(min(nominal, self.batches_per_epoch - start))
         return window, batch_idx == start + window - 1
+
+
+def synchronize_batchnorm(model: nn.Module) -> None:
+    """Batch statistics over all ranks of the default group, from now on."""
+    for norm in batchnorms(model):
+        norm.group = dist.group.WORLD
+
+
+def read_loss(loss: Loss) -> dict[str, float]:
+    """A step's metrics as Python numbers, by one copy from the device; nats per image."""
+    terms = torch.stack([term.double() for term in loss.terms.values()])
+    values = torch.cat([terms, loss.kl_per_group.double()]).tolist()
+    metrics = {f"train/{name}": value for name, value in zip(loss.terms, values, strict=False)}
+    metrics |= {f"train/{name}": value for name, value in loss.coefficients.items()}
+    return metrics | group_metrics("train_kl_group", values[len(loss.terms) :])
+
+
+def build_module(
+    build: Callable[[], HierarchicalVAE],
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    *,
+    seed: int = 0,
+    compile: bool = False,
+    recompute: bool = False,
+    **more: Any,
+) -> NVAELightning:
+    """Model with its initial weights, objective and optimizer.
+
+    Args:
+        build: makes the model.
+        objective: see :class:`NVAELightning`, as all that is not named here.
+        optimizer: see there.
+        seed: of initial weights and noise.
+        compile: compile the model's blocks.
+        recompute: recompute the blocks' activations in the backward pass.
+        more: see there.
+    """
+    torch.manual_seed(seed)  # the same initial weights on every rank
+    model = build()
+    if compile:
+        compile_blocks(model)
+    if recompute:
+        recompute_blocks(model)
+    return NVAELightning(model, objective, optimizer, seed=seed, **more)

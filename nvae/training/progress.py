@@ -1,4 +1,8 @@
-"""The progress bar of a run: one bar over all its steps, with loss parts, images/s and ETA."""
+"""The progress bar of a run: one bar over all its steps, with loss parts, images/s and ETA.
+
+Lightning's bars start anew at every epoch, know no end of the run, and leave nothing readable in a
+job's log. `callbacks.progress` takes one of them all the same.
+"""
 
 import sys
 import time
@@ -11,7 +15,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from nvae.training.metrics import TrainingMetrics
 from nvae.training.module import NVAELightning
 
 PLAIN_SECONDS = 20.0
@@ -46,13 +49,11 @@ class _TwoLines(Progress):
 class RunProgress(ProgressBar):
     """Shows where the run is. On a terminal a live bar, elsewhere a line now and then.
 
-    Args:
-        metrics: whose readings are shown; no reading of its own is made.
+    What is shown are the module's latest metrics; nothing is read from the device for it.
     """
 
-    def __init__(self, metrics: TrainingMetrics) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._metrics = metrics
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -93,7 +94,9 @@ class RunProgress(ProgressBar):
 
     @staticmethod
     def _epoch(trainer: pl.Trainer) -> str:
-        return f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+        most = trainer.max_epochs
+        of = f"/{most}" if most is not None and most > 0 else ""
+        return f"{trainer.current_epoch + 1}{of}"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
@@ -102,7 +105,8 @@ class RunProgress(ProgressBar):
         """Advance."""
         if not self._enabled:
             return
-        text = describe_metrics(self._metrics.latest) + self._valid
+        assert isinstance(pl_module, NVAELightning)
+        text = describe_metrics(pl_module.latest) + self._valid
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=trainer.global_step, metrics=text,

@@ -47,7 +47,7 @@ _FIXED = (
     "trainer.overfit_batches",
     "optimizer.name",
 )
-"""Settings on which the schedule, the order of the data or the optimiser's state depends."""
+"""Settings on which the schedule, the order of the data or the optimizer's state depends."""
 
 _FIXED_WITHOUT_FINGERPRINT = ("data.train_size", "data.split_seed")
 """What stands for the images themselves in checkpoints of earlier versions."""
@@ -93,7 +93,8 @@ def _check_content(checkpoint: Plain, path: Path) -> None:
         raise ValueError("it does not say where in the training images it was")
     _check_epoch(checkpoint)
     _check_optimizer(checkpoint["optimizer_states"])
-    _check_schedule(checkpoint["lr_schedulers"], step)
+    if not checkpoint["run_config"]["optimizer"].get("schedule"):  # another than ours
+        _check_schedule(checkpoint["lr_schedulers"], step)
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:
@@ -245,7 +246,7 @@ def _check_optimizer(states: list[Any]) -> None:
 
 
 def check_optimizer_shapes(checkpoint: Plain, parameters: list[torch.Tensor]) -> None:
-    """Raise unless the optimiser's state is that of these parameters.
+    """Raise unless the optimizer's state is that of these parameters.
 
     Raises:
         CheckpointError: one line.
@@ -254,7 +255,7 @@ def check_optimizer_shapes(checkpoint: Plain, parameters: list[torch.Tensor]) ->
     (group,) = state["param_groups"]
     if len(group["params"]) != len(parameters):
         raise CheckpointError(
-            f"the optimiser's state is of {len(group['params'])} parameters, the model has "
+            f"the optimizer's state is of {len(group['params'])} parameters, the model has "
             f"{len(parameters)}"
         )
     for index, entries in state["state"].items():
@@ -263,7 +264,7 @@ def check_optimizer_shapes(checkpoint: Plain, parameters: list[torch.Tensor]) ->
                 torch.Size(), parameters[index].shape,
             ):  # fmt: skip
                 raise CheckpointError(
-                    f"the optimiser's {name} of parameter {index} has the shape "
+                    f"the optimizer's {name} of parameter {index} has the shape "
                     f"{tuple(value.shape)}, the parameter {tuple(parameters[index].shape)}"
                 )
 

@@ -1,21 +1,48 @@
-"""A run's folder: found, made, described, and resumed."""
+"""A run's folder: chosen and locked, described, and resumed.
 
+One process at a time works in it: the first one of a run holds a lock, which the kernel keeps and
+drops when the process ends, however that happens; a file that a dead process left behind locks
+nothing. The first process also chooses the folder and tells the others: were each to look for
+itself, those that come late would find it taken.
+"""
+
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+import socket
+import stat
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
-from nvae.files import replacing
+from nvae.files import read_bytes, replacing
 from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
 from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
 
+LOCK_FILE = ".lock"
+
 _PACKAGES = ("nvae", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What file systems without locks answer."""
+
+_HANDED_DOWN = "NVAE_RUN_FOLDER"
+"""Environment variable that tells the processes which Lightning starts."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +52,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         checkpoint: to resume from; None: from the beginning.
-        step: optimiser steps done already.
+        step: optimizer steps done already.
         epochs: whole epochs done already.
         passed_over: newer checkpoints that cannot be read, and why; a line each.
     """
@@ -48,7 +75,7 @@ def open_run(
     """Decide where a run starts.
 
     Args:
-        path: the run's folder, see :class:`~nvae.training.shared_folder.Claim`.
+        path: the run's folder, see :class:`Claim`.
         resume: ``auto`` | ``never`` | ``must``.
         config: of this start, plain types.
         fingerprint: of this start's images and seeds; None: not compared.
@@ -86,7 +113,7 @@ def open_run(
                 "name=..., or resume=never to start beside it"
             )
     epochs = config["trainer"]["max_epochs"]
-    if begun > epochs:
+    if epochs is not None and begun > epochs:
         raise ValueError(
             f"{path} is in epoch {begun} already, beyond trainer.max_epochs={epochs}; give more "
             "epochs, or another name=..."
@@ -160,3 +187,239 @@ def git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class FolderInUseError(ValueError):
+    """Another process works in the folder; one line says which."""
+
+
+class RunLock:
+    """A lock on a run's folder, held until :meth:`release` or the process's end.
+
+    The folder is made if need be. The lock's file says who holds it, for the message alone.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        FolderInUseError: another process holds it.
+        OSError: the folder cannot be made or written.
+        ValueError: the lock's file is no regular file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = folder / LOCK_FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._descriptor = _open(self._file)
+            try:
+                self._lock()
+                if self._is_current():
+                    break
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+            os.close(self._descriptor)  # the one before it has just removed this file
+            folder.mkdir(parents=True, exist_ok=True)
+        os.ftruncate(self._descriptor, 0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.pwrite(self._descriptor, f"{os.getpid()}\n{socket.gethostname()}\n{now}\n".encode(), 0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FolderInUseError(
+                f"{self.folder} is in use by {_holder(self._file)}; wait for it, or give this run "
+                "another name=..."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"{self.folder} is on a file system without locks: see to it that no other "
+                "process works in it",
+                file=sys.stderr,
+            )
+
+    def _is_current(self) -> bool:
+        """Whether the locked file is still the folder's."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._file.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give the folder back; one that holds nothing but the lock goes."""
+        try:
+            if self._is_current() and is_unused(self.folder):
+                self._file.unlink()
+                self.folder.rmdir()
+        except OSError:
+            pass  # deleted meanwhile, or another process has come
+        finally:
+            os.close(self._descriptor)
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether nothing is there, or nothing but a lock's file."""
+    return not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def lock_unused(path: Path) -> RunLock:
+    """Lock ``path`` itself if nothing is there, else the first free of ``path-2``, ``path-3``, ...
+
+    Two processes that look at once get a folder each.
+    """
+    candidate, number = path, 1
+    while True:
+        if is_unused(candidate):
+            try:
+                lock = RunLock(candidate)
+            except FolderInUseError:
+                pass
+            else:
+                if is_unused(candidate):
+                    return lock
+                lock.release()  # another process was here between the two looks
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+
+
+def _open(file: Path) -> int:
+    """Open or make the lock's file; what somebody put in its place is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise ValueError(f"{file} is no regular file; remove it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{file} is no regular file; remove it")
+    return descriptor
+
+
+def _holder(file: Path) -> str:
+    try:
+        process, host, since = read_bytes(file, 1000).decode().splitlines()
+    except (OSError, ValueError):  # it has not written yet
+        return "another process"
+    return f"process {process} on host {host} since {since}"
+
+
+class Claim:
+    """A run's folder. The first process of the run has it locked until the block ends.
+
+    All processes of a run have to make one, and get the same folder or the same error.
+
+    Args:
+        path: that the run's name gives.
+        beside: take an unused folder, ``path`` or one beside it, instead of ``path`` as it is.
+        processes: of the run.
+
+    Raises:
+        ValueError: the folder is in use.
+        OSError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path, *, beside: bool = False, processes: int = 1) -> None:
+        self._asked, self._beside = path, beside
+        self._lock: RunLock | None = None
+        self.path = self._take() if processes == 1 else shared_path(self._take)
+
+    def _take(self) -> Path:
+        try:
+            self._lock = lock_unused(self._asked) if self._beside else RunLock(self._asked)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(
+                f"{self._asked} cannot be the run's folder: {reason}; check runs_dir and name"
+            ) from None
+        return self._lock.folder
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _launcher() -> type[ClusterEnvironment] | None:
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
+    return next((kind for kind in kinds if kind.detect()), None)
+
+
+def is_started_by_launcher() -> bool:
+    """Whether torchrun or SLURM starts all processes of the run."""
+    return _launcher() is not None
+
+
+def shared_path(choose: Callable[[], Path]) -> Path:
+    """What ``choose`` gives in the first process, on every one; all of them have to call this.
+
+    Three ways, by how the processes came to be: a process group that is there already (a sweep's
+    second run), the address where torchrun's or SLURM's processes are about to meet, and the
+    environment of those that Lightning starts from the first, later on.
+
+    Raises:
+        ValueError: the first process's, on all of them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return _told_in_group(choose)
+    launcher = _launcher()
+    if launcher is not None:
+        return _told_through_store(launcher(), choose)
+    if os.environ.get("LOCAL_RANK", "0") != "0" and _HANDED_DOWN in os.environ:
+        return Path(os.environ[_HANDED_DOWN])
+    here = choose()
+    os.environ[_HANDED_DOWN] = str(here)
+    return here
+
+
+def _answer(choose: Callable[[], Path]) -> str:
+    """The path, or the error, as one text for all."""
+    try:
+        return f"+{choose()}"
+    except ValueError as error:
+        return f"-{error}"
+
+
+def _understood(answer: str) -> Path:
+    if answer.startswith("-"):
+        raise ValueError(answer[1:])
+    return Path(answer[1:])
+
+
+def _told_in_group(choose: Callable[[], Path]) -> Path:
+    answer = [_answer(choose) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(answer)
+    return _understood(answer[0])
+
+
+def _told_through_store(environment: ClusterEnvironment, choose: Callable[[], Path]) -> Path:
+    rank, world = environment.global_rank(), environment.world_size()
+    if world == 1:
+        return choose()
+    # no process group: its keys would stay in torchrun's store and mislead the one to come
+    url = f"tcp://{environment.main_address}:{environment.main_port}"
+    server, *_ = next(dist.rendezvous(url, rank, world))
+    store = dist.PrefixStore("nvae_run_folder", server)
+    if rank:
+        answer = store.get("path").decode()
+        store.set(f"read_{rank}", "")
+        return _understood(answer)
+    answer = _answer(choose)
+    store.set("path", answer)
+    # on SLURM the store is this process's own, and ends with this function
+    store.wait([f"read_{other}" for other in range(1, world)])
+    return _understood(answer)

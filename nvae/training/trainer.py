@@ -1,28 +1,26 @@
 """From configuration to Lightning's Trainer."""
 
+import inspect
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
 
 from nvae.settings import check_choice, check_fields
-from nvae.training.checkpointing import AtomicCheckpointIO, CheckpointConfig, Checkpoints
-from nvae.training.distributed import ddp_strategy
-from nvae.training.ema import MovingAverage
-from nvae.training.guard import BadSteps, GuardConfig
-from nvae.training.interruption import StopOnSignal
-from nvae.training.metrics import TrainingMetrics
-from nvae.training.pictures import Pictures, PicturesConfig
-from nvae.training.progress import RunProgress
+from nvae.training.checkpointing import AtomicCheckpointIO
 
 ACCELERATORS = ("auto", "cpu", "gpu")
-LAUNCHERS = ("auto", "slurm")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 MOST_EPOCHS = 10_000_000
 MOST_CPU_PROCESSES = 128
@@ -30,68 +28,105 @@ SECONDS_OF_A_YEAR = 31_536_000
 INITIAL_LOSS_SCALE = 1024.0
 """float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
 
+NOT_SETTINGS = ("self", "callbacks", "logger", "default_root_dir")
+"""Arguments of the Trainer that are groups of their own, or follow from the run's folder."""
+
+T = TypeVar("T")
+
+
+def with_all_of_lightning(cls: type[T]) -> type[T]:
+    """Give a class a field for every further argument of ``pl.Trainer``, with its default."""
+    for name, parameter in inspect.signature(pl.Trainer.__init__).parameters.items():
+        if name not in (*cls.__annotations__, *NOT_SETTINGS):
+            cls.__annotations__[name] = Any
+            setattr(cls, name, parameter.default)
+    return cls
+
 
 @dataclass
+@with_all_of_lightning
 class TrainerConfig:
-    """Where and how long to train.
+    """Where and how long to train: the arguments of ``pl.Trainer``, by their names.
+
+    Those that are not listed have Lightning's defaults and go to it as they are.
 
     Attributes:
         accelerator: ``auto`` | ``cpu`` | ``gpu``.
         devices: processes on this machine, one for each device.
         num_nodes: machines.
-        launcher: ``auto`` (torchrun's or SLURM's environment where there is one, else processes of
-            our own) | ``slurm``.
-        requeue: on SLURM, go back to the queue after SIGUSR1 or SIGTERM.
-        cpu_threads: of torch, in each process; null: one for every core. A small network on a
-            machine that does other work too is fastest with 1.
-        timeout: seconds after which a rank that waits for another gives up.
+        cpu_threads: of torch, in each process (not Lightning's); null: one for every core. A small
+            network on a machine that does other work too is fastest with 1.
+        timeout: seconds after which a rank that waits for another gives up (not Lightning's).
         precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
-        max_epochs: of the whole run.
+        max_epochs: of the whole run; null: `max_steps` alone ends it.
+        max_steps: optimizer steps of the whole run; -1: `max_epochs` alone ends it.
         accumulate_grad_batches: micro-batches of `data.batch_size` a step.
         check_val_every_n_epoch: epochs between two validations.
-        limit_train_batches: batches an epoch; null: all.
-        limit_val_batches: batches a validation; null: all.
+        limit_train_batches: batches an epoch, or a share of them up to 1.0; null: all.
+        limit_val_batches: batches a validation, or a share of them; null: all.
         overfit_batches: train and validate on this many training batches alone; 0: on all data.
+        log_every_n_steps: optimizer steps between two readings of the training metrics.
+        gradient_clip_val: largest gradient norm; larger ones are scaled down. null: none.
         deterministic: insist on deterministic kernels.
         detect_anomaly: let autograd name the operation that made a NaN; slow.
-        guard: gradient clipping, and what happens to steps that go bad.
+        num_sanity_val_steps: validation batches before the first step.
+        enable_model_summary: print the modules.
+        use_distributed_sampler: let Lightning share the images between processes; our data
+            module does.
     """
 
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
-    launcher: str = "auto"
-    requeue: bool = False
     cpu_threads: int | None = None
     timeout: float = 1800.0
     precision: str = "32"
-    max_epochs: int = 400
+    max_epochs: int | None = 400
+    max_steps: int = -1
     accumulate_grad_batches: int = 1
-    check_val_every_n_epoch: int = 1
-    limit_train_batches: int | None = None
-    limit_val_batches: int | None = None
+    check_val_every_n_epoch: int | None = 1
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
     overfit_batches: int = 0
+    log_every_n_steps: int = 50
+    gradient_clip_val: float | None = None
     deterministic: bool = False
     detect_anomaly: bool = False
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    num_sanity_val_steps: int = 0
+    enable_model_summary: bool = False
+    use_distributed_sampler: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
             self, "trainer.", devices=(1, 1024), num_nodes=(1, 65536), cpu_threads=(1, 1024),
-            timeout=(1, SECONDS_OF_A_YEAR), max_epochs=(1, MOST_EPOCHS),
-            accumulate_grad_batches=(1, 1_000_000),
-            check_val_every_n_epoch=(1, MOST_EPOCHS), limit_train_batches=(1, None),
-            limit_val_batches=(1, None), overfit_batches=(0, None),
+            timeout=(1, SECONDS_OF_A_YEAR), max_epochs=(1, MOST_EPOCHS), max_steps=(-1, None),
+            accumulate_grad_batches=(1, 1_000_000), log_every_n_steps=(1, None),
+            check_val_every_n_epoch=(1, MOST_EPOCHS), overfit_batches=(0, None),
+            gradient_clip_val=(0, None),
         )  # fmt: skip
         check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
         check_choice("trainer.precision", self.precision, PRECISIONS)
-        check_choice("trainer.launcher", self.launcher, LAUNCHERS)
-        if self.launcher == "slurm" and "SLURM_NTASKS" not in os.environ:
-            raise ValueError(
-                "trainer.launcher=slurm, but this is no SLURM job: start it with srun, or use "
-                "launcher=auto"
-            )
+        for name in ("limit_train_batches", "limit_val_batches"):
+            limit = getattr(self, name)
+            if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
+                raise ValueError(
+                    f"trainer.{name} is {limit}; it must be at least 1 batch, or a share above 0 "
+                    "up to 1.0, or null"
+                )
+        if self.max_epochs is None and self.max_steps < 1:
+            raise ValueError("trainer.max_epochs is null; then give trainer.max_steps=...")
+        self._check_slurm()
         self._check_device()
+
+    def _check_slurm(self) -> None:
+        plugins = getattr(self, "plugins", None) or []
+        for plugin in plugins if isinstance(plugins, list | tuple) else [plugins]:
+            target = plugin.get("_target_") if isinstance(plugin, dict) else type(plugin).__name__
+            if str(target).endswith(SLURMEnvironment.__name__) and "SLURM_NTASKS" not in os.environ:
+                raise ValueError(
+                    "trainer=slurm, but this is no SLURM job: start it with srun, or use "
+                    "trainer=ddp"
+                )
 
     def _check_device(self) -> None:
         if self.resolved_accelerator() == "cpu":
@@ -110,6 +145,11 @@ class TrainerConfig:
         """Processes in all."""
         return self.devices * self.num_nodes
 
+    def is_over(self, epochs: int, steps: int) -> bool:
+        """Whether a run that has done so much is at its end."""
+        has_epochs = self.max_epochs is not None and epochs >= self.max_epochs
+        return has_epochs or 0 <= self.max_steps <= steps
+
     def resolved_accelerator(self) -> str:
         """``cpu`` or ``gpu``."""
         if self.accelerator == "auto":
@@ -119,104 +159,66 @@ class TrainerConfig:
         return self.accelerator
 
 
-@dataclass
-class EMAConfig:
-    """Moving average of the weights.
-
-    Attributes:
-        decay: a step, in [0, 1); null: no average.
-        device: null: beside the model; ``cpu`` saves GPU memory.
-    """
-
-    decay: float | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "callbacks.ema.")
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(
-                f"callbacks.ema.decay is {self.decay}; allowed: 0 up to, not with, 1, or null"
-            )
-        if self.device not in (None, "cpu"):
-            raise ValueError(f"callbacks.ema.device={self.device} is unknown; allowed: cpu, null")
-
-
-@dataclass
-class CallbacksConfig:
-    """What happens beside the training step.
-
-    Attributes:
-        checkpoint: rotating checkpoints.
-        ema: moving average of the weights.
-        pictures: grids at intervals.
-        progress: show a progress bar.
-    """
-
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self, "callbacks.")
-
-
 def build_trainer(
-    config: TrainerConfig,
-    callbacks: CallbacksConfig,
-    folder: Path,
-    loggers: list[Logger],
-    log_every_steps: int,
+    config: TrainerConfig, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], folder: Path
 ) -> pl.Trainer:
-    """The Trainer of a run whose files go to ``folder``."""
+    """The Trainer of a run whose files go to ``folder``.
+
+    Args:
+        config: its settings; plugins and the like are objects by now.
+        callbacks: in the order in which Lightning asks them.
+        loggers: may be none.
+        folder: of the run.
+    """
+    arguments = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in ("cpu_threads", "timeout")
+    }
     accelerator = config.resolved_accelerator()
-    metrics = TrainingMetrics(log_every_steps)
-    built: list[pl.Callback] = [metrics, Pictures(folder / "pictures", callbacks.pictures)]
-    average = None
-    if callbacks.ema.decay is not None:
-        # after the pictures: at the end of validation it puts the raw weights back
-        average = MovingAverage(callbacks.ema.decay, callbacks.ema.device)
-        built.append(average)
-    guard = BadSteps(config.guard, log_every_steps)
-    checkpoints = Checkpoints(folder / "checkpoints", callbacks.checkpoint, guard, average)
-    built += [guard, checkpoints, StopOnSignal(checkpoints, config.requeue)]
-    if callbacks.progress:
-        built.append(RunProgress(metrics))
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    precision: Any = "32-true" if config.precision == "32" else config.precision
+    plugins = arguments["plugins"] or []
+    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    if config.precision == "32":
+        arguments["precision"] = "32-true"
     if config.precision == "16-mixed":
         scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
         plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
-        precision = None
-    if config.launcher == "slurm":
-        # our own callback requeues, at the end of a step and not in the middle of one
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    strategy: Any = "auto"  # one device: no process group
-    if config.world_size > 1:
-        strategy = ddp_strategy(accelerator, config.accumulate_grad_batches, config.timeout)
+        arguments["precision"] = None
+    if arguments["benchmark"] is None:
+        arguments["benchmark"] = accelerator == "gpu" and not config.deterministic
+    if config.world_size > 1 and arguments["strategy"] in ("auto", "ddp"):
+        arguments["strategy"] = ddp_strategy(
+            accelerator, config.accumulate_grad_batches, config.timeout
+        )
+    for name, kind in (("checkpointing", ModelCheckpoint), ("progress_bar", ProgressBar)):
+        if arguments[f"enable_{name}"] is None:  # Lightning would add one of its own
+            arguments[f"enable_{name}"] = any(isinstance(each, kind) for each in callbacks)
+    arguments |= {"accelerator": accelerator, "plugins": plugins}
     return pl.Trainer(
-        accelerator=accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=strategy,
-        precision=precision,
-        plugins=plugins,
-        max_epochs=config.max_epochs,
-        accumulate_grad_batches=config.accumulate_grad_batches,
-        check_val_every_n_epoch=config.check_val_every_n_epoch,
-        limit_train_batches=config.limit_train_batches,
-        limit_val_batches=config.limit_val_batches,
-        overfit_batches=config.overfit_batches,
-        deterministic=config.deterministic,
-        benchmark=accelerator == "gpu" and not config.deterministic,
-        detect_anomaly=config.detect_anomaly,
-        default_root_dir=folder,
-        logger=loggers,
-        callbacks=built,
-        enable_checkpointing=False,
-        enable_progress_bar=callbacks.progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,  # our own callback decides; see TrainingMetrics
-        use_distributed_sampler=False,
+        **arguments, default_root_dir=folder, callbacks=list(callbacks), logger=list(loggers)
+    )
+
+
+def ddp_strategy(accelerator: str, accumulate: int, timeout_seconds: float) -> DDPStrategy:
+    """Data parallel over all devices of all machines.
+
+    Every parameter gets a gradient at every step, so nothing is searched for. Buffers need no
+    broadcast: statistics are synchronized in the forward pass, spectral vectors advance alike from
+    equal weights.
+
+    Args:
+        accelerator: ``cpu`` | ``gpu``.
+        accumulate: micro-batches a step. The graph is static only with one: the regularizers
+            belong to the last.
+        timeout_seconds: after which a collective that some rank did not join is an error.
+    """
+    return DDPStrategy(
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        find_unused_parameters=False,
+        static_graph=accumulate == 1,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )

@@ -51,8 +51,8 @@ class ValidationSums:
         self._head = head if self._head is None else self._head + head
         self._channels = channels if self._channels is None else self._channels + channels
 
-    def means(self, strategy: Strategy) -> dict[str, float]:
-        """Metrics over all ranks' images; a rank may have seen none."""
+    def means(self, strategy: Strategy, stage: str = "valid") -> dict[str, float]:
+        """Metrics over all ranks' images, named after the stage; a rank may have seen none."""
         groups, latent = len(self._shapes), self._shapes[0][0]
         if self._head is None or self._channels is None:
             sums = torch.zeros(
@@ -66,10 +66,10 @@ class ValidationSums:
         reconstruction, kl = mean[1:3].tolist()
         channels = mean[3:].view(groups, latent)
         return {
-            "valid/negative_elbo": reconstruction + kl,
-            "valid/bits_per_dim": bits_per_dim(reconstruction + kl, self._pixels),
-            "valid/reconstruction": reconstruction,
-            "valid/kl": kl,
-            **group_metrics("valid_kl_group", channels.sum(1).tolist()),
-            **group_metrics("valid_active_units", (channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
+            f"{stage}/negative_elbo": reconstruction + kl,
+            f"{stage}/bits_per_dim": bits_per_dim(reconstruction + kl, self._pixels),
+            f"{stage}/reconstruction": reconstruction,
+            f"{stage}/kl": kl,
+            **group_metrics(f"{stage}_kl_group", channels.sum(1).tolist()),
+            **group_metrics(f"{stage}_active_units", (channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
         }

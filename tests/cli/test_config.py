@@ -173,7 +173,7 @@ MISTAKES = {
     "model.groups_per_scal=3": "unknown key model.groups_per_scal (did you mean groups_per_scale?)",
     "+model.width=3": "unknown key model.width; allowed here: image_size",
     "trainer.max_epochs=many": "trainer.max_epochs=many is not an integer",
-    "trainer.guard.skip_threshold=big": "trainer.guard.skip_threshold=big is not a number or null",
+    "callbacks.guard.skip_threshold=big": "skip_threshold='big' is not a number or null",
     "compile=perhaps": "compile=perhaps is not true or false",
     "experiment=minst": "experiment=minst is unknown (did you mean mnist?); allowed: ",
     "model.num_scales=5": "cannot be halved",
@@ -185,13 +185,13 @@ MISTAKES = {
     "optimizer.name=sgd": "allowed: adamax, adamw",
     "optimizer.min_learning_rate=1": "allowed: 0 to learning_rate=0.01",
     "trainer.precision=8": "allowed: 32, bf16-mixed, 16-mixed",
-    "trainer.guard.on_divergence=cry": "allowed: stop, rollback",
+    "callbacks.guard.on_divergence=cry": "allowed: stop, rollback",
     "callbacks.ema.decay=1": "allowed: 0 up to, not with, 1",
     "callbacks.checkpoint.keep_last=1": "must be at least 2",
-    "logger.every_steps=0": "must be at least 1",
+    "trainer.log_every_n_steps=0": "must be at least 1",
     "report.temperatures=[-1]": "must be at least 0",
     "name=a/b": "is no folder name",
-    "trainer.launcher=slurm": "start it with srun",
+    "trainer=slurm": "start it with srun",
 }
 
 
@@ -224,6 +224,6 @@ def test_cfg_job_prints_everything(tmp_path: Path) -> None:
     )  # fmt: skip
     printed = yaml.safe_load(job.stdout)
     assert printed["model"]["num_flows"] == 2
-    assert printed["trainer"]["guard"]["max_consecutive_skips"] == 50
+    assert printed["callbacks"]["guard"]["max_consecutive_skips"] == 50
     assert set(printed) == set(TrainConfig.__dataclass_fields__)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ TINY = [
     "model.groups_per_scale=2", "model.preprocess_cells=1", "model.postprocess_cells=1",
     "model.encoder_channels=4", "model.decoder_channels=4", "model.latent_channels=2",
     "trainer.cpu_threads=1", "trainer.max_epochs=2", "optimizer.warmup_epochs=0",
-    "logger.every_steps=1", "logger.tensorboard=false", "logger.csv=false",
+    "trainer.log_every_n_steps=1", "logger.tensorboard=null", "logger.csv=null",
     "callbacks.pictures.every_epochs=0", "report.importance_samples=0", "report.samples=2",
     "report.temperatures=[1.0]", "name=r",
 ]  # fmt: skip

@@ -86,7 +86,10 @@ class _SmallFiles:
 @pytest.mark.parametrize("largest", [3000, 5000, 20_000, 60_000, 100_000])
 def test_files_that_cannot_grow_are_one_line(tmp_path: Path, largest: int) -> None:
     """All logs on: TensorBoard fails in a thread of its own."""
-    logs = ("logger.tensorboard=true", "logger.csv=true")
+    logs = [
+        f"logger.{name}={{_target_: nvae.training.logging.{kind}}}"
+        for name, kind in (("tensorboard", "RunTensorBoard"), ("csv", "RunCSV"))
+    ]
     assert_one_line(train(tmp_path, *logs, before=_SmallFiles(largest)), "the same command again")
 
 
@@ -100,7 +103,7 @@ def test_picture_that_cannot_be_written_does_not_end_training(tmp_path: Path) ->
 
 
 def test_folder_deleted_meanwhile_is_one_line(tmp_path: Path) -> None:
-    job = Job(tmp_path, "trainer.max_epochs=400", "logger.jsonl=false")
+    job = Job(tmp_path, "trainer.max_epochs=400", "logger.jsonl=null")
     run = tmp_path / "runs" / "r"
     job.until(lambda: bool(step_checkpoints(run / "checkpoints")))
     while run.exists():
@@ -128,7 +131,7 @@ def test_runs_dir_that_is_none_is_one_line(tmp_path: Path, runs: str) -> None:
 
 
 BAD = {
-    "nothing": ("trainer.guard.skip_threshold=1e-9", "16 steps in a row"),
+    "nothing": ("callbacks.guard.skip_threshold=1e-9", "16 steps in a row"),
     "nearly nothing": ("optimizer.learning_rate=1000", "steps in a row"),
 }
 

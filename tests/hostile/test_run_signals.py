@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvae.training import stop_now
+from nvae.training import signals as run_signals
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.module import NVAELightning
 from tests.hostile.runs import (
@@ -86,7 +86,7 @@ def _stuck_step() -> None:
         raise AssertionError
 
     NVAELightning.training_step = stuck  # type: ignore[method-assign]
-    stop_now._GRACE = 0.2
+    run_signals._GRACE = 0.2
 
 
 def test_second_press_ends_a_run_that_is_stuck(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nvae.cli.compose import compose_train
 from nvae.cli.config import TrainConfig
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.resuming import check_resumable
-from nvae.training.run_lock import LOCK_FILE, FolderInUseError, RunLock, lock_unused
+from nvae.training.run_folder import LOCK_FILE, FolderInUseError, RunLock, lock_unused
 from tests.hostile.runs import Job, assert_one_line, has_logged, numeric_settings, takes, train
 
 NUMBERS = numeric_settings(TrainConfig)
@@ -56,7 +56,11 @@ def _scalars(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         kind = typing.get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(kind):
             yield from _scalars(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        else:
+        elif kind is not Any and dict not in (
+            typing.get_origin(kind),
+            *map(typing.get_origin, typing.get_args(kind)),
+        ):
+            # what goes to Lightning as it is, and groups with _target_, are checked where they end
             yield prefix + field.name, kind
 
 

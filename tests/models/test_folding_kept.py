@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nvae.models import NVAE
 from nvae.models.folding import Derived, forget
-from nvae.training.adamax import Adamax
+from nvae.training.optimizers import Adamax
 from tests.models.small import small_model
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {

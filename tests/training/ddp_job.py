@@ -45,7 +45,9 @@ def main(folder: Path, mode: str) -> None:
     torch.set_num_threads(1)
     config = small_config(
         folder,
-        trainer=TrainerConfig(accelerator="cpu", devices=2, max_epochs=2, timeout=30.0),
+        trainer=TrainerConfig(
+            accelerator="cpu", devices=2, max_epochs=2, timeout=30.0, log_every_n_steps=1
+        ),
         resume="never" if mode == "spoil" else "auto",
     )
     module = build_module(config)

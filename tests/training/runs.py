@@ -7,21 +7,31 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 
 from nvae.cli.config import TrainConfig
+from nvae.cli.targets import build_callbacks, build_loggers, with_objects
 from nvae.cli.train import build_module, fingerprint
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.models import ModelConfig
-from nvae.training.checkpointing import CheckpointConfig, step_checkpoints
-from nvae.training.interruption import InterruptedRun
-from nvae.training.loggers import LoggerConfig, build_loggers
+from nvae.training.checkpointing import step_checkpoints
 from nvae.training.module import NVAELightning
-from nvae.training.optimizer import OptimizerConfig
-from nvae.training.pictures import PicturesConfig
-from nvae.training.run_folder import RunFolder, open_run
-from nvae.training.shared_folder import Claim
-from nvae.training.trainer import CallbacksConfig, EMAConfig, TrainerConfig, build_trainer
+from nvae.training.optimizers import OptimizerConfig
+from nvae.training.run_folder import Claim, RunFolder, open_run
+from nvae.training.signals import InterruptedRun
+from nvae.training.trainer import TrainerConfig, build_trainer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def small_callbacks() -> dict[str, Any]:
+    """The default ones, with an average, without pictures and bar; all checkpoints stay."""
+    entries: dict[str, Any] = yaml.safe_load((CONFIGS / "callbacks/default.yaml").read_text())
+    entries |= {"pictures": None, "progress": None}
+    entries["ema"]["decay"] = 0.9
+    entries["checkpoint"]["keep_last"] = 100
+    return entries
 
 
 def small_config(root: Path, **changes: Any) -> TrainConfig:
@@ -41,14 +51,11 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
             encoder_cells_per_group=1, decoder_cells_per_group=1,
         ),
         "optimizer": OptimizerConfig(warmup_epochs=1),
-        "trainer": TrainerConfig(accelerator="cpu", max_epochs=3, accumulate_grad_batches=2),
-        "callbacks": CallbacksConfig(
-            checkpoint=CheckpointConfig(keep_last=100),
-            ema=EMAConfig(decay=0.9),
-            pictures=PicturesConfig(every_epochs=0),
-            progress=False,
+        "trainer": TrainerConfig(
+            accelerator="cpu", max_epochs=3, accumulate_grad_batches=2, log_every_n_steps=1
         ),
-        "logger": LoggerConfig(tensorboard=False, csv=False, every_steps=1),
+        "callbacks": small_callbacks(),
+        "logger": {"jsonl": {"_target_": "nvae.training.logging.JsonLinesLogger"}},
     }  # fmt: skip
     return TrainConfig(**{**settings, **changes})
 
@@ -90,11 +97,10 @@ def _train(
     marks: dict[str, Any],
 ) -> pl.Trainer:
     trainer = build_trainer(
-        config.trainer,
-        config.callbacks,
-        folder.path,
+        with_objects(config.trainer),
+        build_callbacks(config.callbacks),
         build_loggers(config.logger, folder.path, folder.step),
-        config.logger.every_steps,
+        folder.path,
     )
     # before ours, so that a signal is there when they look
     trainer.callbacks[:0] = callbacks

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from nvae.training.adamax import Adamax
+from nvae.training.optimizers import Adamax
 
 
 def _parameters() -> list[torch.nn.Parameter]:

@@ -15,8 +15,7 @@ from nvae.data.module import ImageDataModule
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.training.distributed import synchronize_batchnorm
-from nvae.training.noise import TrainingNoise
+from nvae.training.module import TrainingNoise, synchronize_batchnorm
 from tests.training.ranks import run_ranks
 
 MODEL = ModelConfig(

@@ -12,7 +12,7 @@ from rich.console import Console
 from nvae.cli.errors import UserError
 from nvae.cli.train import build_module, fit
 from nvae.data.module import ImageDataModule
-from nvae.training.guard import BadSteps, DivergenceError, GuardConfig
+from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run
 from tests.training.runs import assert_identical, run, small_config
@@ -78,7 +78,7 @@ def test_bad_step_changes_nothing_and_training_goes_on(tmp_path: Path, value: fl
 def test_norm_beyond_the_threshold_is_skipped(tmp_path: Path) -> None:
     """A finite but huge gradient: with a tiny threshold every step is one, and the run fails."""
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(skip_threshold=1e-6, max_consecutive_skips=100)
+    config.callbacks["guard"] |= {"skip_threshold": 1e-6, "max_consecutive_skips": 100}
     module = build_module(config)
     before = {k: v.clone() for k, v in module.model.state_dict().items() if "num_b" not in k}
     with pytest.raises(DivergenceError, match=r"step 24: 24 steps in a row .* worst gradient"):
@@ -89,40 +89,31 @@ def test_norm_beyond_the_threshold_is_skipped(tmp_path: Path) -> None:
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    """By Lightning, after the guard has looked at them: its reading is the norm before."""
     norms = []
+    module_type = type(build_module(small_config(tmp_path)))
 
-    class Look(pl.Callback):
-        def on_before_optimizer_step(self, *arguments: Any) -> None:
-            module = arguments[1]
-            gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+    class Look(module_type):  # type: ignore[valid-type, misc]
+        def configure_gradient_clipping(self, *arguments: Any, **more: Any) -> None:
+            super().configure_gradient_clipping(*arguments, **more)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(gradient_clip=0.5)
-    config.trainer.max_epochs = 1
-    _, trainer = run(config)
-    guard = next(c for c in trainer.callbacks if isinstance(c, BadSteps))
-    assert guard.read().norm > 0.5
-    look = Look()
-    config = small_config(tmp_path, name="again")
-    config.trainer.guard, config.trainer.max_epochs = GuardConfig(gradient_clip=0.5), 1
+    config.trainer.gradient_clip_val, config.trainer.max_epochs = 0.5, 1
     module = build_module(config)
-    original = BadSteps.on_before_optimizer_step
-
-    def both(self: BadSteps, *arguments: Any) -> None:
-        original(self, *arguments)
-        look.on_before_optimizer_step(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BadSteps, "on_before_optimizer_step", both)
-        run(config, module=module)
+    module.__class__ = Look
+    _, trainer = run(config, module=module)
+    guard = guard_of(trainer)
+    assert guard is not None
+    assert guard.read().norm > 0.5
     assert len(norms) == 8
     assert all(n == pytest.approx(0.5, rel=1e-4) for n in norms)
 
 
 def test_long_streak_stops_and_names_the_culprit(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(max_consecutive_skips=4)
+    config.callbacks["guard"] |= {"max_consecutive_skips": 4}
     with pytest.raises(DivergenceError) as caught:
         run(config, Spoil(range(9, 99)))
     message = str(caught.value)
@@ -133,7 +124,7 @@ def test_long_streak_stops_and_names_the_culprit(tmp_path: Path) -> None:
 
 def test_streak_of_non_finite_weights_names_the_weight(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(max_consecutive_skips=2)
+    config.callbacks["guard"] |= {"max_consecutive_skips": 2}
     module = build_module(config)
     with torch.no_grad():
         module.model.groups[1].merge_latent.weight[0] = float("nan")  # type: ignore[union-attr, index, operator]
@@ -146,7 +137,7 @@ def test_rollback_goes_back_with_a_lower_rate(
 ) -> None:
     """One divergence after the first epoch; the second try, at half the rate, ends well."""
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(max_consecutive_skips=2, on_divergence="rollback")
+    config.callbacks["guard"] |= {"max_consecutive_skips": 2, "on_divergence": "rollback"}
     folder, _ = open_run(tmp_path / "run", "auto", config.to_dict())
     folder.checkpoints.mkdir(parents=True)
     tries = []
@@ -172,7 +163,7 @@ def test_rollback_goes_back_with_a_lower_rate(
 
 def test_stop_says_where_and_how_to_go_on(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    config.trainer.guard = GuardConfig(max_consecutive_skips=1, skip_threshold=1e-9)
+    config.callbacks["guard"] |= {"max_consecutive_skips": 1, "skip_threshold": 1e-9}
     folder, _ = open_run(tmp_path / "run", "auto", config.to_dict())
     folder.checkpoints.mkdir(parents=True)
     with pytest.raises(UserError) as caught:

@@ -9,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.training.ema import MovingAverage
-from nvae.training.optimizer import OptimizerConfig
-from nvae.training.trainer import EMAConfig
+from nvae.training.optimizers import OptimizerConfig
 from tests.training.runs import run, small_config
 
 EVERY = 6
@@ -58,10 +57,9 @@ def test_no_reads_between_logs(tmp_path: Path, optimizer: str) -> None:
     """Clipping, bad-step guard, KL annealing, spectral norm, average and metrics included."""
     config = small_config(tmp_path)
     config.optimizer = OptimizerConfig(name=optimizer, warmup_epochs=0)
-    config.logger.every_steps = EVERY
-    config.trainer.guard.gradient_clip = 1.0
-    config.trainer.guard.skip_threshold = 1e6
-    config.callbacks.ema = EMAConfig(decay=0.9)
+    config.trainer.log_every_n_steps = EVERY
+    config.trainer.gradient_clip_val = 1.0
+    config.callbacks["guard"]["skip_threshold"] = 1e6
     counter = CountReads()
     reads = ReadsPerStep(counter)
 

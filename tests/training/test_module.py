@@ -8,7 +8,7 @@ import torch
 
 from nvae.data.dataset import ImageBatch
 from nvae.objective import ObjectiveConfig, kl_coefficient
-from nvae.training.loggers import JsonLinesLogger
+from nvae.training.logging import JsonLinesLogger
 from nvae.training.module import NVAELightning
 from tests.training.runs import run, small_config
 
@@ -72,13 +72,13 @@ def test_json_lines_of_a_lost_stretch_are_replaced(tmp_path: Path) -> None:
 
     The line that the kill cut short goes too.
     """
-    path = tmp_path / "m.jsonl"
-    first = JsonLinesLogger(path)
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLinesLogger(tmp_path)
     for step in range(1, 8):
         first.log_metrics({"x": step}, step)
     with path.open("a") as file:
         file.write('{"step": 8, "x"')
-    JsonLinesLogger(path, start_step=5).log_metrics({"x": 60.0}, 6)
+    JsonLinesLogger(tmp_path, start_step=5).log_metrics({"x": 60.0}, 6)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["x"]) for line in lines] == [
         (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 60),

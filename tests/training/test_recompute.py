@@ -6,7 +6,7 @@ import torch
 
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.training.recompute import recompute_blocks
+from nvae.training.recompute import compile_blocks, recompute_blocks
 
 CONFIG = ModelConfig(
     image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=2,
@@ -68,3 +68,56 @@ def test_copy_recomputes_its_own_weights() -> None:
     x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     assert not copied(x).logits.any()
     assert model(x).logits.any()
+
+
+def test_compiled_cells_keep_their_names_and_numbers() -> None:
+    """Also where they are recomputed in the backward pass; Dynamo traces, nothing is generated."""
+    config = ModelConfig(
+        image_size=8, num_scales=1, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1,
+        postprocess_cells=1, encoder_channels=4, decoder_channels=4, latent_channels=2,
+        encoder_cells_per_group=1, decoder_cells_per_group=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = NVAE(config)
+    compiled = NVAE(config)
+    compiled.load_state_dict(plain.state_dict())
+    compile_blocks(compiled, backend="aot_eager")
+    recompute_blocks(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    x = torch.rand(2, 1, 8, 8).round()
+    noise = plain.draw_noise(2)
+    for model in (plain, compiled):
+        output = model(x, noise)
+        (output.logits.sum() + output.kl_per_group.sum()).backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        if p.grad is not None:
+            assert q.grad is not None
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, p), q in zip(plain.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_every_kind_of_cell_is_compiled() -> None:
+    """More kinds, widths and modes than Dynamo's default limit of graphs for one function.
+
+    Beyond it cells would run uncompiled, and nothing but a warning would say so.
+    """
+    config = ModelConfig(
+        image_size=16, num_scales=3, groups_per_scale=2, adaptive_groups=False,
+        preprocess_blocks=1, preprocess_cells=2, postprocess_cells=2, encoder_channels=4,
+        decoder_channels=4, latent_channels=2, encoder_cells_per_group=1,
+        decoder_cells_per_group=1,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = NVAE(config)
+    compile_blocks(model, backend="eager")
+    x = torch.rand(2, 1, 16, 16).round()
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 8
+    assert not counters["graph_break"]
+    assert not counters["unimplemented"]

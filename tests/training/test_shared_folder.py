@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nvae.training.run_lock import RunLock
-from nvae.training.shared_folder import Claim
+from nvae.training.run_folder import Claim, RunLock
 from tests.training.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +17,7 @@ JOB = """
 import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
-from nvae.training.shared_folder import Claim
+from nvae.training.run_folder import Claim
 
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID")))
 time.sleep(rank)  # the first has made its folder by then, if it did not wait

@@ -18,7 +18,7 @@ from rich.console import Console
 from nvae.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nvae.cli.train import fit
 from nvae.data.module import ImageDataModule
-from nvae.training.checkpointing import CheckpointConfig, newest_checkpoint, step_checkpoints
+from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run
 from tests.training.runs import StopAt, run, small_config
@@ -62,7 +62,7 @@ def _train(folder: Path) -> None:
     torch.set_num_threads(1)
     config = small_config(folder)
     config.trainer.max_epochs = 40
-    config.callbacks.checkpoint = CheckpointConfig(every_steps=1, keep_last=2)
+    config.callbacks["checkpoint"] |= {"every_steps": 1, "keep_last": 2}
     run(config)
 
 
@@ -151,8 +151,8 @@ def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Si
     """`train.py`, told to stop, says so, exits with 128 + the signal, and resumes."""
     command = [
         sys.executable, str(ROOT / "train.py"), f"runs_dir={tmp_path}", "name=r",
-        "trainer.limit_train_batches=8", "optimizer.warmup_epochs=0", "logger.every_steps=1",
-        "callbacks.pictures.every_epochs=0", "report.importance_samples=0", "report.samples=2",
+        "trainer.limit_train_batches=8", "optimizer.warmup_epochs=0", "trainer.log_every_n_steps=1",
+        "callbacks.pictures=null", "report.importance_samples=0", "report.samples=2",
         "trainer.max_epochs=60",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

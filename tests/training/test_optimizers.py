@@ -7,8 +7,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from nvae.training.host_switch import HostSwitch
-from nvae.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from nvae.training.optimizers import (
+    HostSwitch,
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+)
 
 
 def test_learning_rate_warms_up_then_falls_to_the_minimum() -> None:

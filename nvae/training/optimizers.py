@@ -1,0 +1,322 @@
+"""Optimizers that can leave a bad step out, and the learning rate over time.
+
+The guard decides on the device whether a step is bad and tells the optimizer by its attribute
+``found_inf``, a 0-d tensor: 1 leaves parameters and state as they are. Our Adamax and torch's fused
+optimizers look at it on the device; every other one is wrapped in :class:`HostSwitch`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nvae.registry import Registry
+from nvae.settings import check_arguments, check_choice, check_fields
+
+APEX_OPTIMIZERS = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
+_BUILD_APEX = (
+    "build NVIDIA's: git clone https://github.com/NVIDIA/apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+    "pip install --no-build-isolation ./apex (docker/Dockerfile does)"
+)
+
+
+@dataclass
+class OptimizerConfig:
+    """Which optimizer, and its learning rate over time.
+
+    Attributes:
+        name: ``adamax`` (the paper's) | ``adamw`` | ``apex_fused_adam`` | ``apex_fused_lamb``, or
+            any other as ``package.module:Class``, such as ``torch.optim:SGD``. The settings below
+            are given to the class where it has arguments of those names.
+        learning_rate: after warm-up (`lr`).
+        min_learning_rate: at the end.
+        warmup_epochs: epochs of linear warm-up, step by step; at most half of the run.
+        decay_every: ``step`` or ``epoch``: how often the cosine is advanced.
+        beta1: decay of the first moment (of `betas`).
+        beta2: decay of the second moment (Adamax: of the infinity norm).
+        epsilon: keeps the denominator from 0 (`eps`).
+        weight_decay: Adamax adds it to the gradient (L2), AdamW shrinks the weights.
+        arguments: further ones of the class, such as ``{momentum: 0.9}``.
+        schedule: null: warm-up and cosine as above. Else ``_target_`` names a class of
+            ``torch.optim.lr_scheduler`` or one like them; beside it stand its arguments, and
+            Lightning's ``interval`` (``step`` | ``epoch``), ``frequency`` and ``monitor``. An
+            argument ``total_steps`` that is not given is the length of the run.
+    """
+
+    name: str = "adamax"
+    learning_rate: float = 1e-2
+    min_learning_rate: float = 1e-4
+    warmup_epochs: float = 5.0
+    decay_every: str = "step"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-3
+    weight_decay: float = 3e-4
+    arguments: dict[str, Any] = field(default_factory=dict)
+    schedule: Any = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, "optimizer.", learning_rate=(None, 1000), min_learning_rate=(0, None),
+            warmup_epochs=(0, None), epsilon=(None, 1), weight_decay=(0, 1000),
+        )  # fmt: skip
+        check_choice("optimizer.decay_every", self.decay_every, ("step", "epoch"))
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate is {self.min_learning_rate}; allowed: 0 to "
+                f"learning_rate={self.learning_rate}"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; allowed: 0 up to, not with, 1"
+                )
+        check_arguments(optimizer_class(self.name), self.arguments, "optimizer.arguments.")
+        if self.schedule is not None:
+            self.schedule_class()
+
+    def schedule_class(self) -> tuple[type[LRScheduler], dict[str, Any], dict[str, Any]]:
+        """Class, arguments and Lightning's entries of ``schedule``.
+
+        Raises:
+            ValueError: one line that names what cannot be.
+        """
+        if not isinstance(self.schedule, dict):
+            raise ValueError(
+                f"optimizer.schedule={self.schedule!r}: it takes a group with _target_, or null"
+            )
+        arguments = dict(self.schedule)
+        target = str(arguments.pop("_target_", ""))
+        if ":" not in target:
+            target = ":".join(target.rsplit(".", 1))
+        kind = SCHEDULES[target]
+        ours: list[str] = [
+            name for name in ("interval", "frequency", "monitor") if name in arguments
+        ]
+        lightning: dict[str, Any] = {name: arguments.pop(name) for name in ours}
+        check_choice("optimizer.schedule.interval", lightning.get("interval", "epoch"),
+                     ("step", "epoch"))  # fmt: skip
+        check_arguments(kind, arguments, "optimizer.schedule.")
+        return kind, arguments, lightning
+
+
+class HostSwitch(Optimizer):
+    """Mixed into optimizers that the device cannot switch off: here the host asks it, and waits."""
+
+    found_inf: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure, then the step unless ``found_inf`` is set."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # torch's unfused optimizers insist that they were not given a flag they would ignore
+        flag, self.found_inf = self.found_inf, None
+        if flag is None or not bool(flag):
+            super().step()
+        self.found_inf = flag
+        return loss
+
+
+def host_switched(kind: type[Optimizer]) -> type[Optimizer]:
+    """``kind``, made to honour ``found_inf``."""
+    return type(f"HostSwitched{kind.__name__}", (HostSwitch, kind), {})
+
+
+class Adamax(Optimizer):
+    """Adam with the infinity norm (Kingma & Ba 2015, algorithm 2), in foreach operations.
+
+    torch's own decides on the host, so leaving a bad step out would mean waiting for the device at
+    every step; here the decision is a tensor, as in torch's fused Adam. Arithmetic and defaults are
+    torch's (a test compares them); the step count is one tensor a group, not one a parameter.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay of the first moment and of the infinity norm.
+        eps: added to \\|gradient\\| before the maximum is taken.
+        weight_decay: added to the gradient, times the weight (L2).
+    """
+
+    found_inf: Tensor | None = None
+    """0-d float tensor, set before a step: 1 leaves parameters and state as they are."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; the gradients are overwritten."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+        return loss
+
+    def _state_of(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+        for p in parameters:
+            if not self.state[p]:
+                for name in ("exp_avg", "exp_inf"):
+                    self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return (
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_inf"] for p in parameters],
+        )
+
+    @torch.no_grad()
+    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        averages, norms = self._state_of(parameters)
+        weights: list[Tensor] = list(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        beta1, beta2 = group["betas"]
+        like = averages[0]
+        if "step" not in group:
+            group["step"] = torch.zeros((), dtype=torch.float64, device=like.device)
+        group["step"] = step = group["step"].to(like.device)
+        taken = torch.ones_like(step) if self.found_inf is None else 1 - self.found_inf.to(step)
+        if self.found_inf is not None:
+            # 0 times a NaN is a NaN: what is left out must be finite first
+            switch = taken.bool()
+            for gradient in gradients:
+                gradient.copy_(torch.where(switch, gradient, 0.0))
+        step += taken
+        if group["weight_decay"]:
+            torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
+        # m <- m + (1 - beta1) (g - m), where the step is taken
+        change = torch._foreach_sub(gradients, averages)
+        torch._foreach_mul_(change, ((1 - beta1) * taken).to(like.dtype))
+        torch._foreach_add_(averages, change)
+        # u <- max(beta2 u, |g| + eps)
+        torch._foreach_mul_(norms, (1 - (1 - beta2) * taken).to(like.dtype))
+        torch._foreach_abs_(gradients)
+        torch._foreach_add_(gradients, group["eps"])
+        torch._foreach_mul_(gradients, taken.to(like.dtype))
+        torch._foreach_maximum_(norms, gradients)
+        # theta <- theta - lr / (1 - beta1^t) m / u; u is 0 only before the first step
+        correction = 1 - torch.pow(torch.full_like(step, beta1), step)
+        size = -group["lr"] * taken / correction.clamp_min(1 - beta1)
+        update = torch._foreach_div(averages, torch._foreach_clamp_min(norms, 1e-30))
+        torch._foreach_mul_(update, size.to(like.dtype))
+        torch._foreach_add_(weights, list(update))
+
+
+def _apex_class(name: str) -> type[Optimizer]:
+    """One of apex's fused optimizers.
+
+    Raises:
+        ValueError: there is no apex, it is PyPI's unrelated package of that name, it was built
+            without its CUDA extension, or there is no GPU.
+    """
+    setting = f"optimizer.name={name}"
+    if importlib.util.find_spec("apex") is None:
+        raise ValueError(f"{setting} needs NVIDIA apex, which is not installed; {_BUILD_APEX}")
+    try:
+        found: type[Optimizer] = getattr(
+            importlib.import_module("apex.optimizers"), APEX_OPTIMIZERS[name]
+        )
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"{setting} needs NVIDIA apex, but the installed package named apex is "
+            f"another one (PyPI's is unrelated): pip uninstall apex, then {_BUILD_APEX}"
+        ) from None
+    if importlib.util.find_spec("amp_C") is None:
+        raise ValueError(
+            f"{setting} needs apex's CUDA extension (amp_C), which was not built; {_BUILD_APEX}"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(f"{setting} needs a GPU; on the CPU: adamax or adamw")
+    return found
+
+
+OPTIMIZERS: Registry[type[Optimizer]] = Registry(
+    "optimizer.name",
+    Optimizer,
+    {"adamax": Adamax, "adamw": AdamW, **dict.fromkeys(APEX_OPTIMIZERS, Optimizer)},
+)
+SCHEDULES: Registry[type[LRScheduler]] = Registry("optimizer.schedule._target_", LRScheduler, {})
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that ``optimizer.name`` means; a ValueError where it cannot be used."""
+    return _apex_class(name) if name in APEX_OPTIMIZERS else OPTIMIZERS[name]
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = True
+) -> Optimizer:
+    """The optimizer that ``config`` names; it honors ``found_inf``, see the top of the file.
+
+    Args:
+        config: see :class:`OptimizerConfig`.
+        parameters: to be trained.
+        fused: AdamW runs in one kernel and asks nobody. Not with float16, whose loss scaler has to
+            see the gradients before a fused step could.
+    """
+    kind = optimizer_class(config.name)
+    arguments: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    known = inspect.signature(kind).parameters
+    arguments = {name: value for name, value in arguments.items() if name in known}
+    if config.name == "adamw":
+        arguments["fused"] = fused
+    arguments |= config.arguments
+    if kind is not Adamax and not arguments.get("fused"):
+        kind = host_switched(kind)
+    return kind(list(parameters), **arguments)
+
+
+def learning_rate_factor(
+    config: OptimizerConfig, steps_per_epoch: float, total_steps: int
+) -> Callable[[int], float]:
+    """Learning rate of a step, divided by ``config.learning_rate``, as a function of the step.
+
+    Step s (from 0) of W warm-up steps takes (s + 1) / W; after that the cosine runs from 1 to
+    the minimum over the steps that are left. A warm-up that is longer than the run takes half of
+    it.
+    """
+    warmup = warmup_steps(config, steps_per_epoch, total_steps)
+    least = config.min_learning_rate / config.learning_rate
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.decay_every == "epoch" and math.isfinite(steps_per_epoch):
+            step = max(step - step % int(steps_per_epoch), warmup)
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def warmup_steps(config: OptimizerConfig, steps_per_epoch: float, total_steps: int) -> int:
+    """Steps of the warm-up, half of the run where it would be longer than the run."""
+    steps = config.warmup_epochs * steps_per_epoch if config.warmup_epochs else 0
+    return round(steps) if steps <= total_steps else total_steps // 2

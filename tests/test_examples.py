@@ -1,0 +1,54 @@
+"""The examples run as they stand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+    "EPOCHS": "1",
+}
+
+
+def _run(script: Path, folder: Path) -> str:
+    job = subprocess.run(
+        [sys.executable, str(script)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stderr
+    return job.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_script_runs(tmp_path: Path, script: Path) -> None:
+    assert _run(script, tmp_path)
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path) -> None:
+    """Its code cells in order, for one epoch, in a process of their own: that needs no kernel."""
+    notebook = json.loads((EXAMPLES / "train_in_a_notebook.ipynb").read_text())
+    code = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n\n".join("".join(lines) for lines in code))
+    _run(tmp_path / "cells.py", tmp_path)
+
+
+def test_slurm_job_names_what_train_takes() -> None:
+    """Its command line composes, and the job goes back to the queue."""
+    from hydra import compose, initialize_config_dir
+
+    from nvae.cli.config import register
+
+    register()
+    line = (EXAMPLES / "slurm.sbatch").read_text().splitlines()[-1]
+    with initialize_config_dir(str(EXAMPLES.parent / "configs"), version_base="1.3"):
+        config = compose("train", overrides=line.split("train.py")[1].split())
+    assert config.trainer.plugins[0]._target_.endswith("SLURMEnvironment")
+    assert config.callbacks.signals.requeue

@@ -1,0 +1,182 @@
+"""The Lightning module by itself: ordinary loaders, callbacks, loggers, no data module of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from nvae.checkpoint import load_model
+from nvae.models import NVAE, ModelConfig
+from nvae.training.module import NVAELightning
+
+CONFIG = ModelConfig(
+    image_size=8, bits=4, likelihood="logistic_mixture", num_mixtures=2, num_scales=1,
+    groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1, postprocess_cells=1,
+    encoder_channels=4, decoder_channels=4, latent_channels=2, encoder_cells_per_group=1,
+    decoder_cells_per_group=1,
+)  # fmt: skip
+IMAGES = torch.randint(256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(
+    torch.uint8
+)
+
+
+def fit(
+    folder: Path, data: Any, config: ModelConfig = CONFIG, settings: Any = None, **arguments: Any
+) -> NVAELightning:
+    torch.manual_seed(0)
+    module = NVAELightning(NVAE(config), optimizer=settings)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    given = {"max_steps": 3, "logger": False, "enable_checkpointing": False} | quiet | arguments
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, **given)
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=5)
+    trainer.fit(module, loader, loader)
+    return module
+
+
+def test_tensors_pairs_bytes_and_floats_train_alike(tmp_path: Path) -> None:
+    """Labels are left aside; bytes and the floats that they make are the same images."""
+    floats = IMAGES / 255
+    kinds: list[Any] = [
+        TensorDataset(IMAGES, torch.zeros(20)), TensorDataset(floats), list(floats), list(IMAGES),
+    ]  # fmt: skip
+    trained = [fit(tmp_path, data).model.state_dict() for data in kinds]
+    for other in trained[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in trained[0].items())
+
+
+@pytest.mark.parametrize("bits", [1, 4, 5, 8])
+def test_images_end_on_the_grid_of_the_likelihood(bits: int) -> None:
+    """The upper bits, as our data module keeps them; what lies on the grid stays where it is."""
+    config = ModelConfig.from_dict(CONFIG.to_dict() | {"bits": bits})
+    module = NVAELightning(NVAE(config))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    levels = 2**bits - 1
+    x = module.to_input(IMAGES).x
+    assert torch.equal(x, (IMAGES.int() >> (8 - bits)) / torch.tensor(float(levels)))
+    assert torch.equal(module.to_input(x).x, x)
+    assert module.to_input(IMAGES, 5).index.tolist() == list(range(5, 25))
+
+
+def test_a_counted_window_gets_its_border() -> None:
+    config = ModelConfig.from_dict(CONFIG.to_dict() | {"image_size": 16, "counted_size": 8})
+    module = NVAELightning(NVAE(config))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    x = module.to_input(IMAGES).x
+    assert x.shape == (20, 1, 16, 16)
+    assert not x[..., :4].any()
+    assert torch.equal(x[..., 4:12, 4:12], (IMAGES.int() >> 4) / torch.tensor(15.0))
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "not in [0, 1]": (IMAGES.float(), "images lie between 0 and"),
+    "another shape": (IMAGES[..., :4], "images have shape"),
+    "no images": (torch.zeros(20, 3), r"a batch holds \(5, 3\); expected are images"),
+    "integers": (IMAGES.long(), "images are torch.int64; expected are uint8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_bad_batch_is_named(tmp_path: Path, mistake: str) -> None:
+    images, told = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=told):
+        fit(tmp_path, list(images))
+
+
+def test_black_and_white_needs_a_model_of_one_bit(tmp_path: Path) -> None:
+    config = ModelConfig.from_dict(CONFIG.to_dict() | {"likelihood": "bernoulli"})
+    with pytest.raises(ValueError, match="likelihood=bernoulli needs black and white pixels"):
+        fit(tmp_path, list(IMAGES), config)
+
+
+def test_a_run_without_an_end_is_named(tmp_path: Path) -> None:
+    class Endless(IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            while True:
+                yield IMAGES[0]
+
+    assert fit(tmp_path, Endless(), limit_val_batches=1).trainer.global_step == 3
+    for end in ({"max_steps": -1, "max_time": "00:00:01:00"}, {"max_steps": -1, "max_epochs": 2}):
+        data = Endless() if "max_epochs" in end else list(IMAGES)
+        with pytest.raises(ValueError, match=r"not known: give the Trainer max_steps"):
+            fit(tmp_path, data, limit_val_batches=1, **end)
+
+
+def test_lightnings_callbacks_and_loggers(tmp_path: Path) -> None:
+    """They monitor what is logged; the best checkpoint loads, tests and predicts."""
+    best = ModelCheckpoint(tmp_path, monitor="valid/negative_elbo")
+    callbacks = [best, EarlyStopping("train/loss", check_on_train_epoch_end=True, min_delta=1e9,
+                                     patience=2), LearningRateMonitor()]  # fmt: skip
+    module = fit(
+        tmp_path, list(IMAGES), max_steps=-1, max_epochs=9, callbacks=callbacks,
+        enable_checkpointing=True, logger=CSVLogger(tmp_path), log_every_n_steps=2,
+    )  # fmt: skip
+    trainer = module.trainer
+    assert trainer.current_epoch == 3  # stopped early
+    logged = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert {"train/loss", "valid/negative_elbo", "lr-Adamax"} <= set(
+        logged.split("\n")[0].split(",")
+    )
+    loaded = load_model(best.best_model_path)
+    again = NVAELightning.load_from_checkpoint(best.best_model_path, model=NVAE(CONFIG))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+    assert again.hparams["model_config"] == CONFIG.to_dict()
+    loader = DataLoader(list(IMAGES), batch_size=7)  # type: ignore[arg-type]
+    (tested,) = trainer.test(module, loader, ckpt_path=best.best_model_path, verbose=False)
+    assert best.best_model_score is not None
+    # every image's noise is its own, whatever the batches
+    assert tested["test/negative_elbo"] == pytest.approx(float(best.best_model_score), rel=1e-5)
+    predicted = trainer.predict(module, loader)
+    assert predicted is not None
+    assert torch.cat(predicted).shape == IMAGES.shape  # type: ignore[arg-type]
+
+
+def test_a_stopped_run_goes_on_from_lightnings_checkpoint(tmp_path: Path) -> None:
+    """Optimizer, schedule and noise: as if it had not been stopped."""
+    data = list(IMAGES)
+    whole = fit(tmp_path, data, max_steps=8)
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    fit(tmp_path, data, max_steps=8, callbacks=[Stop()])
+    torch.manual_seed(1)
+    module = NVAELightning(NVAE(CONFIG))
+    trainer = pl.Trainer(
+        max_steps=8, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, batch_size=5), ckpt_path=tmp_path / "x.ckpt")  # type: ignore[arg-type]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, module.model.state_dict()[name]), name
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "by steps": {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5,
+                 "interval": "step"},
+    "of the whole run": {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1,
+                         "interval": "step"},
+    "by a metric": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
+                    "monitor": "valid/negative_elbo"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_optimizer_and_schedule(tmp_path: Path, schedule: str) -> None:
+    settings = {
+        "name": "torch.optim:SGD", "learning_rate": 1e-4, "min_learning_rate": 0,
+        "arguments": {"momentum": 0.9}, "schedule": SCHEDULES[schedule],
+    }  # fmt: skip
+    module = fit(tmp_path, list(IMAGES), settings=settings)
+    group = module.trainer.optimizers[0].param_groups[0]
+    assert group["momentum"] == pytest.approx(0.9, abs=0.06)
+    if schedule == "by steps":
+        assert group["lr"] == pytest.approx(1e-4 / 8)
