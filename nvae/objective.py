@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, Output
-from nvae.registry import Registry
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
-from nvae.settings import check_fields, check_value
+from nvae.settings import Registry, check_fields, check_value
 
 LN2 = math.log(2.0)
 

@@ -16,7 +16,7 @@ from nvae.checkpoint import (
     save_model,
     write_weights,
 )
-from nvae.export.command import main
+from nvae.export.__main__ import main
 from nvae.export.folder import export, model_card
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
 from nvae.models import NVAE

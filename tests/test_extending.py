@@ -17,7 +17,7 @@ from nvae.models import MODELS, HierarchicalVAE, ModelConfig
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import OBJECTIVES, Loss, ObjectiveConfig, build_objective
-from nvae.registry import Registry
+from nvae.settings import Registry
 from tests.hostile.runs import train
 from tests.models.small import small_config, small_model
 

@@ -6,8 +6,7 @@ features), :mod:`~nvae.evaluation.features` (features of samples and of data) an
 """
 
 from nvae.evaluation.likelihood import BoundSettings, Progress, evaluate
-from nvae.evaluation.records import RecordStore
-from nvae.evaluation.result import Estimate, EvaluationResult, ImportanceWeighted
+from nvae.evaluation.result import Estimate, EvaluationResult, ImportanceWeighted, RecordStore
 
 __all__ = [
     "BoundSettings",

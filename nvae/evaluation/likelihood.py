@@ -13,8 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nvae.evaluation.records import ImageRecords, RecordStore, concatenate, pool_ranks
-from nvae.evaluation.result import EvaluationResult, summarize
+from nvae.evaluation.result import (
+    EvaluationResult,
+    ImageRecords,
+    RecordStore,
+    concatenate,
+    pool_ranks,
+    summarize,
+)
 from nvae.models import HierarchicalVAE, Output
 from nvae.random import STREAM_POSTERIOR, fold_in, image_keys, latent_noise
 from nvae.sampling.grids import IndexedImages

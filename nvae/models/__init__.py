@@ -7,7 +7,7 @@ from nvae.models.config import ModelConfig
 from nvae.models.hierarchical import HierarchicalVAE, Output, Temperature
 from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.models.nvae import NVAE
-from nvae.registry import Registry
+from nvae.settings import Registry
 
 __all__ = [
     "MODELS",

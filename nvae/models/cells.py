@@ -26,7 +26,7 @@ from nvae.models.layers import (
     WeightNormConv2d,
 )
 from nvae.ops import bn_swish_depthwise
-from nvae.registry import Registry
+from nvae.settings import Registry
 
 RESIDUAL_SCALE = 0.1
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae.models.distributions import Normal, at_least_float32
-from nvae.registry import Registry
-from nvae.settings import Bounds, check_fields
+from nvae.settings import Bounds, Registry, check_fields
 
 LOG_SCALE_FLOOR = -7.0
 TINY_MASS = 1e-5

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nvae.registry import Registry
-from nvae.settings import check_arguments, check_choice, check_fields
+from nvae.settings import Registry, check_arguments, check_choice, check_fields
 
 APEX_OPTIMIZERS = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 _BUILD_APEX = (

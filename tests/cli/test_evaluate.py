@@ -11,7 +11,7 @@ from PIL import Image
 
 from nvae.cli.evaluate import main
 from nvae.cli.evaluate_config import EvaluateConfig
-from nvae.evaluation import records
+from nvae.evaluation import RecordStore
 from nvae.export.folder import export
 
 from .checkpoints import write_checkpoint
@@ -105,7 +105,7 @@ def test_default_output_lies_beside_the_checkpoint_and_is_not_computed_twice(
 def test_a_killed_evaluation_goes_on(evaluate, checkpoint, tmp_path, monkeypatch):
     evaluate(f"checkpoint={checkpoint}", K, "output=whole.json")
     computed = []
-    original = records.RecordStore.add
+    original = RecordStore.add
 
     def kill_after_seven(self, part):
         computed.extend(part.index.tolist())
@@ -114,7 +114,7 @@ def test_a_killed_evaluation_goes_on(evaluate, checkpoint, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.RecordStore, "add", kill_after_seven)
+        patch.setattr(RecordStore, "add", kill_after_seven)
         with pytest.raises(SystemExit, match="130"):
             evaluate(f"checkpoint={checkpoint}", K, "output=resumed.json", "chunk=4")
     assert not (tmp_path / "resumed.json").exists()
@@ -125,7 +125,7 @@ def test_a_killed_evaluation_goes_on(evaluate, checkpoint, tmp_path, monkeypatch
         original(self, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.RecordStore, "add", watch)
+        patch.setattr(RecordStore, "add", watch)
         evaluate(f"checkpoint={checkpoint}", K, "output=resumed.json", "chunk=4")
     assert sorted(computed + again) == list(range(12))
     whole, resumed = (

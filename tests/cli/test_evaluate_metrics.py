@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from nvae.cli import evaluate as evaluate_module
 from nvae.cli.evaluate import main
-from nvae.evaluation import records
+from nvae.evaluation import RecordStore
 from tests.evaluation.extractors import Rows
 from tests.training.ranks import free_port
 
@@ -116,7 +116,7 @@ def test_the_likelihood_survives_a_failure_of_the_metrics(
         evaluate.fails(*common, "generated=30")
     computed = []
     with monkeypatch.context() as patch:
-        patch.setattr(records.RecordStore, "add", lambda _self, part: computed.append(part))
+        patch.setattr(RecordStore, "add", lambda _self, part: computed.append(part))
         evaluate(
             *common, "generated=20", "temperature=0.7",
             "feature_extractor=tests.evaluation.extractors:mean_and_spread",

@@ -270,8 +270,7 @@ def test_half_precision_models_are_refused(dtype):
 
 
 def test_active_units_counts_channels_above_the_threshold():
-    from nvae.evaluation.records import ImageRecords
-    from nvae.evaluation.result import summarize
+    from nvae.evaluation.result import ImageRecords, summarize
 
     kl = np.zeros((4, 2, 3))
     kl[:, 0, 0] = 0.5

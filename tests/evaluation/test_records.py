@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from nvae.evaluation.records import ImageRecords, RecordStore, concatenate
+from nvae.evaluation.result import ImageRecords, RecordStore, concatenate
 
 
 def _records(index):

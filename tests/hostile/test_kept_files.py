@@ -34,8 +34,8 @@ from nvae.cli.sample import main as sample_main
 from nvae.evaluation import RecordStore, evaluate
 from nvae.evaluation.extractors import load_extractor
 from nvae.evaluation.features import image_features, reference_features, reference_path
-from nvae.evaluation.records import ImageRecords
-from nvae.export.command import main as export_main
+from nvae.evaluation.result import ImageRecords
+from nvae.export.__main__ import main as export_main
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, largest_difference
 from nvae.files import read_arrays

@@ -18,7 +18,7 @@ from nvae.data.config import READERS, SPLITS, TEST, TRAIN, VALID, DataConfig, Da
 from nvae.data.transforms import BadImageError
 from nvae.files import open_regular, read_bytes
 from nvae.random import STREAM_SPLIT, permutation
-from nvae.registry import Registry
+from nvae.settings import Registry
 
 Pixels = NDArray[np.uint8]
 
