@@ -1,9 +1,6 @@
 """Evaluate a checkpoint: `python evaluate.py checkpoint=...`; `--cfg job` shows every setting."""
 
-from nvae.command_line import interruptible
+from nvae.cli import evaluate_command
 
 if __name__ == "__main__":
-    with interruptible():  # the imports take seconds
-        from nvae.cli.evaluate import main
-
-        main()
+    evaluate_command()

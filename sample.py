@@ -1,9 +1,6 @@
 """Draw pictures from a checkpoint: `python sample.py checkpoint=...`; `--cfg job` shows all."""
 
-from nvae.command_line import interruptible
+from nvae.cli import sample_command
 
 if __name__ == "__main__":
-    with interruptible():  # the imports take seconds
-        from nvae.cli.sample import main
-
-        main()
+    sample_command()

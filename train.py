@@ -1,9 +1,6 @@
-"""Train an NVAE: `python train.py experiment=digits`; `--cfg job` shows every setting."""
+"""Train an NVAE: `python train.py data=mnist`; `--cfg job` shows every setting."""
 
-from nvae.command_line import interruptible
+from nvae.cli import train_command
 
 if __name__ == "__main__":
-    with interruptible():  # the imports take seconds
-        from nvae.cli.train import main
-
-        main()
+    train_command()

@@ -28,8 +28,8 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
 from nvae.data.config import DataConfig
-from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepare
+from nvae.data.conversion import prepare
+from nvae.data.dataset import ImageData
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,15 @@ def our_batches(
         test_size=0,
     )
     prepare(config)
-    module = ImageDataModule(config)
-    module.setup()
-    loader = module.train_dataloader()
+    data = ImageData(config)
+    data.setup()
+    loader = data.train_loader()
 
     def batches() -> Iterator[Tensor]:
         for raw in loader:
             assert raw.images is not None
             images, indices = raw.images.to(device), raw.indices.to(device)
-            yield module.to_input(raw._replace(images=images, indices=indices)).x
+            yield data.to_input(raw._replace(images=images, indices=indices)).x
 
     return batches
 

@@ -1,8 +1,8 @@
-"""Batch-normalisation statistics for sampling at a temperature (paper, section 4).
+"""Batch-normalization statistics for sampling at a temperature (paper, section 4).
 
 The running statistics were collected on posterior samples at temperature 1. Prior samples at a
 lower temperature have other statistics; taking them anew sharpens the pictures. Passes over fresh
-samples normalise by their own batch, and the batches' statistics are averaged with equal weights
+samples normalize by their own batch, and the batches' statistics are averaged with equal weights
 in float32: no momentum, so no batch counts more than another. The network's own statistics come
 back afterwards.
 """
@@ -13,22 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from nvae.arrays import read_arrays
-from nvae.files import replacing
+from nvae.files import check_array, read_kept_arrays, write_arrays
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import DataInitConv2d
-from nvae.models.norm import MOMENTUM, BatchNorm
-from nvae.modes import eval_mode
-from nvae.noise import keys_of, latent_noise
+from nvae.models.layers import MOMENTUM, BatchNorm, DataInitConv2d
+from nvae.random import STREAM_RECALIBRATION, image_keys, latent_noise
 from nvae.settings import check_fields
 
-STREAM_RECALIBRATION = 105
-_FORMAT = 2
 _LARGEST = 1 << 28
 """Bytes of a cache; the largest model in use has 8 MiB of statistics."""
 
@@ -44,8 +42,8 @@ class RecalibrationSettings:
     Attributes:
         temperature: one a group, coarsest first.
         batches: passes that are averaged; the published system takes 500.
-        batch_size: images in a pass. Every pass is normalised by its own batch, so this matters.
-        seed: of the noise.
+        batch_size: images in a pass. Every pass is normalized by its own batch, so this matters.
+        seed: chooses the noise.
     """
 
     temperature: tuple[float, ...]
@@ -89,14 +87,11 @@ class RecalibratedStatistics:
     def applied(self, model: HierarchicalVAE) -> Iterator[None]:
         """These statistics inside the block, the network's own again afterwards."""
         norms = _norms(model)
-        saved = _snapshot({name: norms[name] for name in self.mean})
-        try:
+        with _put_back([norms[name] for name in self.mean]):
             for name, mean in self.mean.items():
                 norms[name].running_mean.copy_(mean)
                 norms[name].running_var.copy_(self.variance[name])
             yield
-        finally:
-            _restore(norms, saved)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -128,21 +123,17 @@ def recalibrate(
     norms = _norms(model)
     if not norms:
         raise ValueError("recalibrate_bn: this model has no batch normalization")
-    saved = _snapshot(norms)
     identity = fingerprint(model)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    with eval_mode(model):
-        try:
-            for module in model.modules():
-                # a cell in eval mode folds its norms away; data-dependent initialisation must not
-                # run on samples
-                module.training = not isinstance(module, DataInitConv2d)
-            for batch in range(settings.batches):
-                _one_pass(model, norms, settings, batch, sums)
-                if progress is not None:
-                    progress(1)
-        finally:
-            _restore(norms, saved)
+    with model.evaluating(), _put_back(norms.values()):
+        for module in model.modules():
+            # a cell in eval mode folds its norms away; data-dependent initialization must not
+            # run on samples, nor dropout at all
+            module.training = not isinstance(module, DataInitConv2d | _DropoutNd)
+        for batch in range(settings.batches):
+            _one_pass(model, norms, settings, batch, sums)
+            if progress is not None:
+                progress(1)
     return RecalibratedStatistics(
         settings,
         identity,
@@ -167,7 +158,7 @@ def _one_pass(
         norm.num_batches_tracked.zero_()
     start = batch * settings.batch_size
     index = torch.arange(start, start + settings.batch_size, device=device)
-    keys = keys_of(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
+    keys = image_keys(index, seed=settings.seed, stream=STREAM_RECALIBRATION)
     noise = latent_noise(keys, model.latent_shapes, model.dtype)
     model.sample_logits(settings.batch_size, settings.temperature, noise)
     for name, norm in norms.items():
@@ -180,24 +171,35 @@ def _one_pass(
                 f"are not finite at {name}, pass {batch}; the network's statistics are unchanged"
             )
         total_mean, total_variance = sums.get(name, (0.0, 0.0))
-        sums[name] = (total_mean + mean / MOMENTUM, total_variance + variance / MOMENTUM)
+        share = _momentum(norm)
+        sums[name] = (total_mean + mean / share, total_variance + variance / share)
 
 
 def _norms(model: HierarchicalVAE) -> dict[str, BatchNorm]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
-
-
-def _snapshot(norms: dict[str, BatchNorm]) -> dict[str, dict[str, Tensor]]:
+    """Those with running statistics: ours, or torch's own in a model from elsewhere."""
     return {
-        name: {key: buffer.clone() for key, buffer in norm.named_buffers()}
-        for name, norm in norms.items()
+        name: cast(BatchNorm, module)  # torch's have the same buffers
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm | TorchBatchNorm) and module.running_mean is not None
     }
 
 
-def _restore(norms: dict[str, BatchNorm], saved: dict[str, dict[str, Tensor]]) -> None:
-    for name, buffers in saved.items():
-        for key, value in buffers.items():
-            norms[name].get_buffer(key).copy_(value)
+def _momentum(norm: nn.Module) -> float:
+    """Share of one batch in the running statistics, the first after they were set to zero."""
+    momentum: float | None = getattr(norm, "momentum", MOMENTUM)
+    return 1.0 if momentum is None else momentum  # None: the average of all batches
+
+
+@contextmanager
+def _put_back(norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """Whatever the block does to them, the norms have their own statistics again afterwards."""
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
 
 
 def _brief(temperature: tuple[float, ...]) -> str:
@@ -218,14 +220,10 @@ def cache_path(checkpoint: Path, settings: RecalibrationSettings) -> Path:
 def save_statistics(statistics: RecalibratedStatistics, path: Path) -> None:
     """Write an npz file, atomically."""
     arrays = {
-        "format": np.array(_FORMAT),
-        "settings": np.array(_text(statistics.settings)),
-        "fingerprint": np.array(statistics.fingerprint),
         **{f"mean/{name}": mean.numpy() for name, mean in statistics.mean.items()},
         **{f"variance/{name}": each.numpy() for name, each in statistics.variance.items()},
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_arrays(path, arrays, _protocol(statistics.settings, statistics.fingerprint))
 
 
 def load_statistics(
@@ -239,43 +237,27 @@ def load_statistics(
     """
     if not path.is_file():
         return None
+    identity, norms = fingerprint(model), _norms(model)
+    mean: dict[str, Tensor] = {}
+    variance: dict[str, Tensor] = {}
     try:
-        found = read_arrays(path, _LARGEST)
-        said = [str(found.pop(name)) for name in ("format", "settings", "fingerprint")]
-        if said != [str(_FORMAT), _text(settings), fingerprint(model)]:
+        found = read_kept_arrays(path, _protocol(settings, identity), _LARGEST)
+        if found is None:
             return None
-        mean, variance = (
-            {name: torch.from_numpy(found[f"{kind}/{name}"]) for name in _names(found, kind)}
-            for kind in ("mean", "variance")
-        )
-        _check(mean, variance, _norms(model))
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        for key, array in found.items():
+            kind, _, name = key.partition("/")
+            if name not in norms:
+                raise ValueError(f"the model has no norm {name}")
+            check_array(key, array, np.float32, tuple(norms[name].running_mean.shape))
+            {"mean": mean, "variance": variance}[kind][name] = torch.from_numpy(array)
+            if kind == "variance" and (array < 0).any():
+                raise ValueError(f"{key} holds variances below 0")
+        if not mean or mean.keys() != variance.keys():
+            raise ValueError("means and variances are not of the same norms")
+    except (OSError, KeyError, ValueError) as error:
         raise RecalibrationError(f"{path} cannot be read ({error}); delete it") from None
-    return RecalibratedStatistics(settings, said[2], mean, variance)
+    return RecalibratedStatistics(settings, identity, mean, variance)
 
 
-def _text(settings: RecalibrationSettings) -> str:
-    return json.dumps(asdict(settings), sort_keys=True)
-
-
-def _names(found: Iterable[str], kind: str) -> list[str]:
-    return [name.removeprefix(f"{kind}/") for name in found if name.startswith(f"{kind}/")]
-
-
-def _check(
-    mean: dict[str, Tensor], variance: dict[str, Tensor], norms: dict[str, BatchNorm]
-) -> None:
-    """Raise a ValueError unless these are statistics of some of the norms."""
-    if not mean or mean.keys() != variance.keys():
-        raise ValueError("means and variances are not of the same norms")
-    for name in mean:
-        if name not in norms:
-            raise ValueError(f"the model has no norm {name}")
-        shape = norms[name].running_mean.shape
-        for each in (mean[name], variance[name]):
-            if each.shape != shape or each.dtype != torch.float32:
-                raise ValueError(f"{name} has shape {tuple(each.shape)} of {each.dtype}")
-            if not torch.isfinite(each).all():
-                raise ValueError(f"{name} holds numbers that are not finite")
-        if (variance[name] < 0).any():
-            raise ValueError(f"{name} holds variances below 0")
+def _protocol(settings: RecalibrationSettings, fingerprint: str) -> str:
+    return json.dumps({**asdict(settings), "fingerprint": fingerprint}, sort_keys=True)

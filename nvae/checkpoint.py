@@ -10,24 +10,30 @@ tensors, with the keys
 - ``state_dict``: the network's entries prefixed ``model.``; averaged weights where the run kept
   an average, with the raw ones in ``current_model_state``,
 
-beside whatever the trainer needs to resume. The published format is read too.
+beside whatever the trainer needs to resume. The published format is read too, and so are exported
+folders of two plain files under the names that other programs look for: `model.safetensors`, and
+`config.json`, the model's name and configuration with the format's version and a checksum.
 """
 
-from collections.abc import Collection, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nvae.files import replacing
-from nvae.models import MODELS, HierarchicalVAE
+from nvae.files import read_json, replacing, write_json
+from nvae.models import MODELS, HierarchicalVAE, use_plugins
 from nvae.published import is_published, translate_published
 from nvae.torch_file import TorchFileError, read_torch_file
-from nvae.weights_folder import is_weights_folder, read_weights
 
 FORMAT = 1
 MODEL_PREFIX = "model."
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 Weights = Literal["ema", "raw"]
 
 
@@ -93,7 +99,9 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
     return checkpoint
 
 
-def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
+def load_model(
+    path: str | Path, weights: Weights = "ema", plugins: Iterable[str] = ()
+) -> HierarchicalVAE:
     """The network of a checkpoint, in evaluation mode, float32, on the CPU, channels_last.
 
     Args:
@@ -101,6 +109,8 @@ def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
             folder that :mod:`nvae.export` wrote.
         weights: ``ema`` takes the averaged weights where there are any, ``raw`` never; published
             files and folders hold one set.
+        plugins: classes that the file may name although they are not ours, ``package.module:Class``
+            each; see :func:`nvae.models.use_plugins`.
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format, would run code, or
@@ -109,8 +119,10 @@ def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is unknown; allowed: ema, raw")
+    use_plugins(plugins)
     exported = is_weights_folder(path)
-    checkpoint = {} if exported else load_checkpoint(path, _entries(weights))
+    raw = ["current_model_state"] if weights == "raw" else []
+    checkpoint = {} if exported else load_checkpoint(path, raw)
     try:
         if exported:
             kind, config, state = read_weights(path)
@@ -125,10 +137,6 @@ def load_model(path: str | Path, weights: Weights = "ema") -> HierarchicalVAE:
         raise CheckpointError(f"{path} does not describe a usable model: {detail}") from None
     # convolutions hand this layout on, whatever the input's; their kernels are faster in it
     return model.to(memory_format=torch.channels_last).eval()
-
-
-def _entries(weights: Weights) -> list[str]:
-    return ["current_model_state"] if weights == "raw" else []
 
 
 def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Any]:
@@ -185,3 +193,77 @@ def _is_ours(checkpoint: dict[str, Any], path: Path) -> bool:
             f"{path} has format version {version}; this version of nvae reads {FORMAT}"
         )
     return {"model_config", "state_dict"} <= checkpoint.keys()
+
+
+def write_weights(model: HierarchicalVAE, folder: Path) -> None:
+    """Write a folder's two files, each of them atomically.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed.
+        OSError: a file cannot be written.
+    """
+    safetensors = _safetensors()
+    # safetensors takes neither channels_last nor two names for one memory
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        try:
+            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk, and no OSError
+            raise OSError(f"{WEIGHTS_FILE}: {error}") from None
+    config = {"model": MODELS.name_of(type(model)), **model.config.to_dict()}
+    checksum = _checksum(config, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, {"nvae_format": FORMAT, "sha256": checksum, **config})
+
+
+def _checksum(config: dict[str, Any], weights: Path) -> str:
+    """SHA-256, in hexadecimal, of a configuration and the file that it belongs to."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+def is_weights_folder(path: str | Path) -> bool:
+    """Whether ``path`` is a folder with a configuration."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read_weights(folder: str | Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The model's name, the values of its configuration, and its weights.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed.
+        ValueError: a file is missing, damaged, or of another format.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"the folder has no {name}")
+    values = read_json(folder / CONFIG_FILE)
+    if not isinstance(values, dict):
+        raise ValueError(f"{CONFIG_FILE} is no JSON object")
+    version, checksum = values.pop("nvae_format", None), values.pop("sha256", None)
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(
+            f"{CONFIG_FILE} has nvae_format {version}; this version of nvae reads {FORMAT}"
+        )
+    # folders of earlier versions have none
+    if checksum is not None and checksum != _checksum(values, folder / WEIGHTS_FILE):
+        raise ValueError(
+            f"{CONFIG_FILE} or {WEIGHTS_FILE} is damaged: the checksum is another; export it again"
+        )
+    safetensors = _safetensors()
+    try:
+        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{WEIGHTS_FILE} is damaged: {error}") from None
+    return values.pop("model", "nvae"), values, state
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "exported folders need the safetensors package: pip install 'nvae[hub]'"
+        ) from None
+    return safetensors

@@ -1,23 +1,38 @@
 """Files: written whole or not at all, and read with a bound on what they may cost."""
 
+import io
 import json
+import math
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 LARGEST_TEXT = 1 << 26
 """Bytes of a JSON or YAML file; ours have some thousands."""
 
+LARGEST_ARRAYS = 1 << 34
+"""Bytes of all arrays of an npz file; features of a million images have 8 GiB."""
+
+_ARRAYS_FORMAT = 1
 _DEEPEST = 50
 _MOST_NODES = 1_000_000
 _OF_CONSTRUCTORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)
 """What PyYAML lets through for scalars with a wrong tag: `!!bool x`, `!!timestamp x`, `!!int`."""
+
+_OF_ARCHIVES = (
+    *(ValueError, KeyError, EOFError, OverflowError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @contextmanager
@@ -167,3 +182,85 @@ def _check_depth(value: Any) -> None:
             return
         level = following
     raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def write_arrays(
+    path: str | Path, arrays: Mapping[str, NDArray[Any]], protocol: str, *, compress: bool = False
+) -> None:
+    """Write an npz file, atomically, with a text that says what the numbers depend on.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    save: Any = np.savez_compressed if compress else np.savez
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        save(file, format=np.array(_ARRAYS_FORMAT), protocol=np.array(protocol), **arrays)
+
+
+def read_kept_arrays(
+    path: str | Path, protocol: str, largest: int = LARGEST_ARRAYS
+) -> dict[str, NDArray[Any]] | None:
+    """What :func:`write_arrays` wrote under this very protocol; None: it was under another.
+
+    Raises:
+        ValueError: as :func:`read_arrays`.
+        OSError: it cannot be read.
+    """
+    found = read_arrays(path, largest)
+    said = str(found.pop("format", None)), str(found.pop("protocol", None))
+    return found if said == (str(_ARRAYS_FORMAT), protocol) else None
+
+
+def check_array(name: str, array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless type and shape are these and all numbers finite."""
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape} of {array.dtype}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def read_arrays(path: str | Path, largest: int = LARGEST_ARRAYS) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file by name: numbers and text, never objects; checksums are checked.
+
+    NumPy's own reader believes the sizes that a file states: a few bytes can ask for terabytes.
+
+    Raises:
+        ValueError: no regular file, no npz file, damaged, or more than ``largest`` bytes, inflated.
+        OSError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > largest:
+                raise ValueError(f"it holds more than {largest} bytes")
+            return {
+                member.filename.removesuffix(".npy"): _read_array(archive, member)
+                for member in archive.infolist()
+            }
+    except _OF_ARCHIVES as error:
+        raise ValueError(f"{path} is damaged or no npz file: {error}") from None
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(member) as file:
+        shape, order, dtype = _array_header(file)
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} is not as large as it says")
+        array: NDArray[Any] = np.empty(shape, dtype, order)
+        flat: Any = array.reshape(-1, order="A")
+        content = flat.view(np.uint8) if array.size else bytearray()
+        read = cast(io.BufferedIOBase, file).readinto(content)
+        # one byte more than there is: the checksum is compared at the end of the file only
+        if read != len(content) or file.read(1):
+            raise ValueError(f"{member.filename} is cut short")
+    return array
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], Any, np.dtype[Any]]:
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array has another format than 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or not dtype.itemsize:
+        raise ValueError(f"an array holds {dtype}")
+    return shape, "F" if fortran else "C", dtype

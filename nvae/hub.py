@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
-from nvae.checkpoint import CheckpointError, load_model
-from nvae.export.card import model_card
+from nvae.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    is_weights_folder,
+    load_model,
+    write_weights,
+)
+from nvae.export.folder import model_card
 from nvae.models import NVAE, ModelConfig
-from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, is_weights_folder, write_weights
 
 
 class HubNVAE(NVAE, PyTorchModelHubMixin):
-    """An :class:`NVAE` that local folders and the Hugging Face Hub hold.
-
-    Args:
-        config: architecture and likelihood.
-    """
+    """An :class:`NVAE` that local folders and the Hugging Face Hub hold."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -58,15 +60,7 @@ class HubNVAE(NVAE, PyTorchModelHubMixin):
 
         Not the library's own way, which takes any settings from `config.json`, fills missing
         weights with random numbers and falls back to a pickle: two files are fetched, and read as
-        :func:`load_model` reads a folder.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a name on the Hub.
-            force_download: anew, though there is a copy.
-            token: of an account, as the library takes it.
-            cache_dir: of the copies.
-            local_files_only: take what was fetched before.
-            revision: branch, tag or commit.
+        :func:`load_model` reads a folder. The arguments mean what they mean in the library.
 
         Raises:
             CheckpointError: a file is missing, damaged, or not what the other one says.

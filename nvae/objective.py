@@ -1,21 +1,24 @@
 """What a training step minimizes, and what is logged of it.
 
 loss = E_batch[ -log p(x|z) + KL term ] + lambda * regularizers (section 3 of the paper and
-appendix A). Everything is in nats. A term of one's own goes into :meth:`Objective.forward`: into
-the loss, and under a name into ``terms``, from where it finds its way into every log.
+appendix A). Everything is in nats. A term of one's own is a subclass of :class:`Objective` that the
+configuration names: what its :meth:`Objective.extra_terms` returns goes into the loss and, under
+its name, into every log.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, Output
+from nvae.registry import Registry
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
-from nvae.settings import check_fields
+from nvae.settings import check_fields, check_value
 
 LN2 = math.log(2.0)
 
@@ -87,22 +90,17 @@ def balancing_alpha(groups_per_scale: tuple[int, ...]) -> Tensor:
     return alpha / alpha.min()
 
 
-def balancing_weights(
-    kl_per_group: Tensor, alpha: Tensor, over_ranks: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
     """Coefficients of the groups' KL, ``(G,)``, mean 1, without gradient (paper, appendix A).
 
-    A group's coefficient grows with the KL it carries, so that groups that carry little are
-    pushed down less and do not die.
+    A group's coefficient grows with the KL it carries, over all ranks, so that groups that carry
+    little are pushed down less and do not die.
 
     Args:
         kl_per_group: ``(B, G)``, in nats, over the whole batch on this device.
         alpha: from :func:`balancing_alpha`.
-        over_ranks: averages a tensor over the devices that share the batch.
     """
-    mean = kl_per_group.detach().abs().mean(0)
-    if over_ranks is not None:
-        mean = over_ranks(mean)
+    mean = mean_over_ranks(kl_per_group.detach().abs().mean(0))
     share = (mean + 0.01) / alpha.to(kl_per_group)
     return share / share.mean()
 
@@ -112,7 +110,6 @@ def elbo(
     log_likelihood: Tensor,
     beta: float = 1.0,
     alpha: Tensor | None = None,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
     free_bits: float = 0.0,
 ) -> Elbo:
     """Assemble the negative ELBO.
@@ -122,18 +119,16 @@ def elbo(
         log_likelihood: log p(x | z), ``(B,)``, in nats.
         beta: KL coefficient in [0, 1].
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
-        over_ranks: see :func:`balancing_weights`.
         free_bits: nats that every group may carry for nothing: a group whose batch mean is below
             them adds this constant instead of its KL (Kingma et al. 2016, section 5). 0: none.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
     if alpha is not None and beta < 1:
-        weights = balancing_weights(kl_per_group, alpha, over_ranks)
+        weights = balancing_weights(kl_per_group, alpha)
     optimized = kl_per_group
     if free_bits > 0:
-        mean = kl_per_group.detach().mean(0)
-        is_free = (mean if over_ranks is None else over_ranks(mean)) < free_bits
+        is_free = mean_over_ranks(kl_per_group.detach().mean(0)) < free_bits
         optimized = torch.where(is_free, free_bits, kl_per_group)
     return Elbo(
         reconstruction=-log_likelihood,
@@ -148,6 +143,8 @@ class ObjectiveConfig:
     r"""Annealing, balancing and regularization.
 
     Attributes:
+        name: ``elbo``, or ``package.module:Class`` for a subclass of :class:`Objective`.
+        options: of such a class; see :attr:`Objective.defaults`.
         kl_anneal_portion: share of all steps over which beta rises to 1; 0 turns annealing off.
         kl_constant_portion: share of all steps that beta stays at its minimum.
         kl_minimum: beta's floor, in (0, 1].
@@ -163,6 +160,8 @@ class ObjectiveConfig:
             [0, 1]; the likelihood still counts the clean image. 0: none.
     """
 
+    name: str = "elbo"
+    options: dict[str, Any] = field(default_factory=dict)
     kl_anneal_portion: float = 0.3
     kl_constant_portion: float = 1e-4
     kl_minimum: float = 1e-4
@@ -188,6 +187,14 @@ class ObjectiveConfig:
                 f"objective.spectral_weight_initial={initial} anneals geometrically to "
                 f"spectral_weight={self.spectral_weight}; both must be above 0"
             )
+        known = OBJECTIVES[self.name].defaults
+        for name, value in self.options.items():
+            if name not in known:
+                raise ValueError(
+                    f"objective.options.{name} is unknown; objective.name={self.name} has: "
+                    f"{', '.join(known) or 'none'}"
+                )
+            check_value(f"objective.options.{name}", value, type(known[name]))
 
 
 @dataclass(frozen=True)
@@ -221,13 +228,19 @@ class Objective(nn.Module):
     Args:
         model: its parameters are read, not owned.
         config: see :class:`ObjectiveConfig`.
+
+    Attributes:
+        defaults: the options that a subclass takes, with their values where none are given.
+        options: their values.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {}
     alpha: Tensor
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
         super().__init__()
         self.config = config
+        self.options = {**self.defaults, **config.options}
         convs = spectral_convs(model)
         self.spectral_norm = (
             SpectralNorm(convs, iterations=config.spectral_iterations) if convs else None
@@ -274,13 +287,16 @@ class Objective(nn.Module):
             model.likelihood(output.logits).log_prob(x),
             beta,
             self.alpha if self.config.kl_balancing else None,
-            mean_over_ranks,
             self.config.free_bits,
         )
+        extra = self.extra_terms(output, x)
         data = parts.loss
+        for term in extra.values():
+            data = data + term
         if self.config.flooding is not None:
             data = (data - self.config.flooding).abs() + self.config.flooding
         terms = {
+            **extra,
             "reconstruction": parts.reconstruction.mean(),
             "kl": parts.kl.mean(),
             "kl_balanced": parts.kl_term.mean(),
@@ -301,16 +317,21 @@ class Objective(nn.Module):
             {"beta": beta, "lambda": weight},
         )
 
+    def extra_terms(self, output: Output, x: Tensor) -> dict[str, Tensor]:
+        """What a subclass adds to the loss: differentiable scalars, batch means in nats, by name.
+
+        Args:
+            output: of the model.
+            x: the images, ``(B, C, H, W)``.
+        """
+        del output, x
+        return {}
+
     def beta(self, step: int, total_steps: int) -> float:
         """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
-        config = self.config
-        return kl_coefficient(
-            step,
-            total_steps,
-            config.kl_anneal_portion,
-            config.kl_constant_portion,
-            config.kl_minimum,
-        )
+        c = self.config
+        portions = c.kl_anneal_portion, c.kl_constant_portion
+        return kl_coefficient(step, total_steps, *portions, c.kl_minimum)
 
     def spectral_weight(self, beta: float) -> float:
         """lambda at a KL coefficient: exp((1 - beta) log lambda_0 + beta log lambda)."""
@@ -330,6 +351,14 @@ class Objective(nn.Module):
                 "spectral": zero if self.spectral_norm is None else self.spectral_norm(),
                 "batchnorm": batchnorm_penalty(self._batchnorms) if self._batchnorms else zero,
             }
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective.name", Objective, {"elbo": Objective})
+
+
+def build_objective(model: HierarchicalVAE, config: ObjectiveConfig) -> Objective:
+    """The objective that the configuration names."""
+    return OBJECTIVES[config.name](model, config)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """The published checkpoint format, translated to this project's names.
 
-Keys follow section 5's naming: `pre_process`, `enc_tower` and so on in order of execution. The
+Its modules are numbered in order of execution: `pre_process.0`, `enc_tower.0` and so on. The
 translation is a list of name pairs made from the configuration alone; tensors are only moved.
 """
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,38 +14,21 @@ from torch import Tensor, nn
 from nvae.models.cells import Cell, MobileConv
 from nvae.models.config import ModelConfig
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import FactorizedSkip, UpsampleSkip, skip_splits
+from nvae.models.layers import FactorizedSkip, UpsampleSkip
 from nvae.models.nvae import NVAE
 
 _EARLY_DEFAULTS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 
 
-@dataclass(frozen=True)
-class DatasetFacts:
-    """What the published format knows only by the data set's name."""
-
-    image_size: int
-    image_channels: int
-    counted_size: int | None = None
-
-
-# The format stores a name and nothing else; this table belongs to the format.
-_DATASETS = {
-    "mnist": DatasetFacts(32, 1, 28),
-    "omniglot": DatasetFacts(32, 1, 28),
-    "stacked_mnist": DatasetFacts(64, 3),
-    "cifar10": DatasetFacts(32, 3),
-    "celeba_64": DatasetFacts(64, 3),
-    "celeba_256": DatasetFacts(256, 3),
-    "imagenet_32": DatasetFacts(32, 3),
-    "imagenet_64": DatasetFacts(64, 3),
-    "ffhq": DatasetFacts(256, 3),
-    "lsun_bedroom_128": DatasetFacts(128, 3),
-    "lsun_bedroom_256": DatasetFacts(256, 3),
-    "lsun_church_64": DatasetFacts(64, 3),
-    "lsun_church_128": DatasetFacts(128, 3),
-    "lsun_tower_64": DatasetFacts(64, 3),
-}
+# The format knows of its images nothing but the data set's name: size and channels, and where
+# fewer pixels count (these are the black and white ones), the side of the window that does.
+_IMAGES: dict[str, tuple[int, int]] = {
+    "mnist": (32, 1), "omniglot": (32, 1), "stacked_mnist": (64, 3), "cifar10": (32, 3),
+    "celeba_64": (64, 3), "celeba_256": (256, 3), "imagenet_32": (32, 3), "imagenet_64": (64, 3),
+    "ffhq": (256, 3), "lsun_bedroom_128": (128, 3), "lsun_bedroom_256": (256, 3),
+    "lsun_church_64": (64, 3), "lsun_church_128": (128, 3), "lsun_tower_64": (64, 3),
+}  # fmt: skip
+_COUNTED = {"mnist": 28, "omniglot": 28}
 
 
 def is_published(checkpoint: dict[str, Any]) -> bool:
@@ -63,21 +45,21 @@ def model_config(args: Namespace) -> ModelConfig:
     values = {**_EARLY_DEFAULTS, **vars(args)}
     try:
         dataset = values["dataset"]
-        if dataset not in _DATASETS:
-            known = ", ".join(sorted(_DATASETS))
+        if dataset not in _IMAGES:
+            known = ", ".join(sorted(_IMAGES))
             raise ValueError(f"the checkpoint's data set {dataset!r} is unknown; known: {known}")
-        facts = _DATASETS[dataset]
+        image_size, image_channels = _IMAGES[dataset]
         blocks, out_blocks = values["num_preprocess_blocks"], values["num_postprocess_blocks"]
         if blocks != out_blocks:
             raise ValueError(f"the checkpoint halves {blocks} times but doubles {out_blocks} times")
-        if facts.counted_size is not None:
+        if dataset in _COUNTED:
             likelihood = "bernoulli"
         else:
             likelihood = "normal" if values["num_mixture_dec"] == 1 else "logistic_mixture"
         return ModelConfig(
-            image_size=facts.image_size,
-            image_channels=facts.image_channels,
-            counted_size=facts.counted_size,
+            image_size=image_size,
+            image_channels=image_channels,
+            counted_size=_COUNTED.get(dataset),
             bits=values["num_x_bits"],
             likelihood=likelihood,
             num_mixtures=values["num_mixture_dec"],
@@ -260,18 +242,3 @@ def _mobile(ours: str, theirs: str, shift: int) -> Iterator[NamePair]:
     yield from _norm(f"{ours}.norm_spatial", f"{theirs}.{shift + 2}.conv.1")
     yield f"{ours}.project.weight", [f"{theirs}.{shift + 3}.weight"]
     yield from _norm(f"{ours}.norm_out", f"{theirs}.{shift + 4}.bn")
-
-
-def published_tensor_names(model: NVAE, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Published name to our (part of a) parameter or its gradient, to compare name by name."""
-    ours = dict(model.named_parameters())
-    named: dict[str, Tensor] = {}
-    for target, sources in name_pairs(model):
-        if target not in ours:
-            continue
-        tensor = ours[target].grad if gradients else ours[target].detach()
-        assert tensor is not None, f"{target} has no gradient"
-        # what several published tensors make up is cut as FactorizedSkip is
-        sizes = skip_splits(len(tensor)) if len(sources) > 1 else [len(tensor)]
-        named.update(zip(sources, tensor.split(sizes), strict=True))
-    return named

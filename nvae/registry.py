@@ -7,7 +7,7 @@ held against the names that are known already (:meth:`Registry.check_known`).
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -34,10 +34,23 @@ class Registry(Generic[T]):
         Raises:
             ValueError: no such name, module or class, or one of another kind.
         """
-        if name not in self._known and ":" in name:
-            self._known[name] = self._imported(name)
+        if name not in self._known and ":" in name and not self.plug_in(name):
+            raise ValueError(f"{self.setting}={name} is no {self._base.__name__}")
         self.check_known(name)
         return self._known[name]
+
+    def plug_in(self, name: str) -> bool:
+        """Import ``package.module:Class`` and know it from now on; False if it is of another kind.
+
+        Raises:
+            ValueError: no such module or class.
+        """
+        found = _imported(self.setting, name)
+        kind = issubclass if isinstance(found, type) else isinstance
+        if kind(found, self._base):
+            self._known[name] = found
+            return True
+        return False
 
     def check_known(self, name: object) -> None:
         """Raise a ValueError unless ``name`` is ours or has been imported by name before."""
@@ -55,15 +68,10 @@ class Registry(Generic[T]):
                 return name
         return f"{thing.__module__}:{getattr(thing, '__qualname__', '')}"
 
-    def _imported(self, name: str) -> T:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{self.setting}={name} cannot be imported: {error}") from None
-        is_one = issubclass(found, self._base) if isinstance(found, type) else isinstance(
-            found, self._base
-        )  # fmt: skip
-        if not is_one:
-            raise ValueError(f"{self.setting}={name} is no {self._base.__name__}")
-        return found
+
+def _imported(setting: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{setting}={name} cannot be imported: {error}") from None

@@ -1,4 +1,4 @@
-"""Spectral regularisation and its companion for batch normalisation (paper, section 3.2).
+"""Spectral regularization and its companion for batch normalization (paper, section 3.2).
 
 The KL between a deep posterior and prior is only bounded if the encoder is Lipschitz: the largest
 singular value of every convolution is penalised, and the largest |gamma| of every BN.
@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nvae.models.layers import SpectralConv, SpectralMatrix
-from nvae.models.norm import BatchNorm
+from nvae.models.layers import BatchNorm, SpectralConv, SpectralMatrix
 from nvae.ops.weight_norm import NORM_EPS
 
 Shape = tuple[int, int, bool]
-"""Rows, columns, and whether the matrix is weight-normalised."""
+"""Rows, columns, and whether the matrix is weight-normalized."""
 
 
 class SpectralNorm(nn.Module):
@@ -184,5 +183,5 @@ def spectral_convs(model: nn.Module) -> list[SpectralConv]:
 
 
 def batchnorms(model: nn.Module) -> list[BatchNorm]:
-    """Every batch normalisation, in the model's order."""
+    """Every batch normalization, in the model's order."""
     return [module for module in model.modules() if isinstance(module, BatchNorm)]

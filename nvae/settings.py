@@ -7,7 +7,12 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
+
+_INSTALLED = Path(__file__).with_name("configs")
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+"""The configurations that come with the package: in a wheel inside it, else beside it."""
 
 LARGEST_INTEGER = 2**63 - 1
 """What a 64-bit counter, seed or index can hold."""
@@ -30,13 +35,19 @@ def check_fields(config: Any, prefix: str = "", **bounds: Bounds) -> None:
     Raises:
         ValueError: one line that names the field, its value and what is allowed.
     """
-    for name, kind in _hints(type(config)).items():
-        value = getattr(config, name)
-        if not _fits(value, kind):
-            raise ValueError(f"{prefix}{name}={value!r} is not {describe_type(kind)}")
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if _is_number(number):
-                _check_number(f"{prefix}{name}", number, *bounds.get(name, (None, None)))
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name = field.name
+        check_value(prefix + name, getattr(config, name), hints[name], bounds.get(name))
+
+
+def check_value(name: str, value: Any, kind: Any, bounds: Bounds | None = None) -> None:
+    """Hold one value against a type and bounds; see :func:`check_fields`."""
+    if not _fits(value, kind):
+        raise ValueError(f"{name}={value!r} is not {describe_type(kind)}")
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if _is_number(number):
+            _check_number(name, number, *(bounds or (None, None)))
 
 
 def _check_number(name: str, value: float, least: float | None, most: float | None) -> None:
@@ -82,11 +93,6 @@ def describe_type(kind: Any) -> str:
         return f"a list of {describe_type(typing.get_args(kind)[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, "null" if kind is type(None) else getattr(kind, "__name__", str(kind)))
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nvae.bn_recalibration import (
-    STREAM_RECALIBRATION,
     RecalibrationError,
     RecalibrationSettings,
     cache_path,
@@ -13,7 +12,7 @@ from nvae.bn_recalibration import (
     save_statistics,
 )
 from nvae.models import NVAE, ModelConfig
-from nvae.noise import keys_of, latent_noise
+from nvae.random import STREAM_RECALIBRATION, image_keys, latent_noise
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def _norm_inputs(model, batches):
     model.train()
     for batch in range(batches):
         index = torch.arange(batch * 16, (batch + 1) * 16)
-        keys = keys_of(index, seed=0, stream=STREAM_RECALIBRATION)
+        keys = image_keys(index, seed=0, stream=STREAM_RECALIBRATION)
         model.sample_logits(16, 0.7, latent_noise(keys, model.latent_shapes))
     return name, seen
 

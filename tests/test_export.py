@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae.checkpoint import CheckpointError, load_model, save_model
-from nvae.export.card import model_card
+from nvae.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    load_model,
+    save_model,
+    write_weights,
+)
 from nvae.export.command import main
-from nvae.export.folder import export
+from nvae.export.folder import export, model_card
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
 from nvae.models import NVAE
-from nvae.sampling.inductor import load_machine_code
-from nvae.weights_folder import CONFIG_FILE, WEIGHTS_FILE, write_weights
+from nvae.sampling.compiled import load_machine_code
 from tests.models.small import small_model
 
 pytest.importorskip("safetensors")

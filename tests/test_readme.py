@@ -30,7 +30,8 @@ def test_train_commands_compose(line: str) -> None:
 
     words = shlex.split(line)
     words = words[words.index("train.py") + 1 :]
-    compose_train([word for word in words if "=" in word and not word.startswith("-")])
+    given = [word for word in words if re.match(r"[\w.]+=", word) and not word.startswith("sweep=")]
+    compose_train([word.partition(",")[0] if "-m" in words else word for word in given])
 
 
 def test_make_targets_exist() -> None:
@@ -50,7 +51,7 @@ def test_make_targets_exist() -> None:
 def test_links_and_named_files_exist(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:nvae|tests|benchmarks|configs|docs|docker)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:nvae|tests|benchmarks|configs|docs|docker|examples)/[\w./-]+)`", text)
     for name in links:
         assert (page.parent / name).exists(), name
     for name in named:

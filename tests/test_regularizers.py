@@ -3,8 +3,13 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.flows import Flow
-from nvae.models.layers import FactorizedSkip, PlainConv2d, SpectralConv, WeightNormConv2d
-from nvae.models.norm import BatchNorm
+from nvae.models.layers import (
+    BatchNorm,
+    FactorizedSkip,
+    PlainConv2d,
+    SpectralConv,
+    WeightNormConv2d,
+)
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, spectral_convs
 
 

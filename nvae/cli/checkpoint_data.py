@@ -8,22 +8,24 @@ and everything else come from the configuration here and from what the user type
 import dataclasses
 import os.path
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_checkpoint, load_model
 from nvae.cli.schema import schema_of
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.catalog import is_known, load_config
-from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.data.manifest import MANIFEST_NAME
-from nvae.data.module import ImageDataModule
-from nvae.data.sources import prepared_folder
-from nvae.data.tables import SPLITS
-from nvae.models.hierarchical import Config
-from nvae.models.likelihoods import LIKELIHOODS
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
+from nvae.data.dataset import ImageData
+from nvae.data.places import prepared_folder
+from nvae.data.store import MANIFEST_NAME
+from nvae.models import HierarchicalVAE
+from nvae.models.cells import CELL_FAMILIES
+from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -159,7 +161,7 @@ def _quoted(text: Any) -> str:
     return brief(repr(text), 100)
 
 
-def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
+def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
@@ -167,9 +169,9 @@ def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     """
     config = chosen.config
     _check_fits(config, model)
-    data = ImageDataModule(config)
+    data = ImageData(config)
     if chosen.prepare:
-        data.prepare_data()
+        data.prepare()
     elif config.format in IN_MEMORY_FORMATS:
         _check_memory(config)
     elif not (prepared_folder(config) / MANIFEST_NAME).is_file():
@@ -182,7 +184,7 @@ def open_data(chosen: ChosenData, model: Config) -> ImageDataModule:
     return data
 
 
-def _check_fits(config: DataConfig, model: Config) -> None:
+def _check_fits(config: DataConfig, model: ImageConfig) -> None:
     for name, have, want in (
         ("image_size", config.image_size, model.image_size),
         ("channels", config.channels, model.image_channels),
@@ -215,8 +217,62 @@ _CHANGES_NO_PIXEL = (
 )
 
 
-def pixel_protocol(data: ImageDataModule, split: str) -> dict[str, Any]:
+def pixel_protocol(data: ImageData, split: str) -> dict[str, Any]:
     """What the images of a split depend on: settings, and the stored pixels themselves."""
     settings = dataclasses.asdict(data.config)
     kept = {k: v for k, v in settings.items() if k not in _CHANGES_NO_PIXEL}
-    return {**kept, "sha256": data.table(split).sha256}
+    return {**kept, "sha256": data.split(split).sha256}
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What the commands need to know.
+
+    Attributes:
+        file: holds the weights; what is made of them goes beside it.
+        model: in evaluation mode, on the CPU.
+        weights: ``averaged`` | ``raw`` | ``exported``.
+        run_config: the configuration of the run that wrote it, if it says; nothing in it has been
+            checked.
+    """
+
+    file: Path
+    model: HierarchicalVAE
+    weights: str
+    run_config: dict[str, Any]
+
+
+def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> OpenedCheckpoint:
+    """Open what :func:`load_model` reads.
+
+    Args:
+        path: file or exported folder.
+        weights: ``ema`` or ``raw``.
+        plugins: ``package.module:NAME`` of likelihoods and cell families that the checkpoint may
+            name; what is not among them is not imported.
+
+    Raises:
+        CheckpointError: see there.
+        ValueError: other weights, or a plugin that is none.
+    """
+    for plugin in plugins:
+        _import_plugin(plugin)
+    model = load_model(path, cast(Weights, weights))  # which checks it
+    if is_weights_folder(path):
+        return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
+    checkpoint = load_checkpoint(path)
+    averaged = weights == "ema" and "current_model_state" in checkpoint
+    said = checkpoint.get("run_config")
+    run_config = said if isinstance(said, dict) else {}
+    return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)
+
+
+def _import_plugin(name: str) -> None:
+    try:
+        LIKELIHOODS[name]
+    except ValueError as no_likelihood:
+        try:
+            CELL_FAMILIES[name]
+        except ValueError:
+            reason = str(no_likelihood).partition(": ")[2] or "it is no likelihood or cell family"
+            raise ValueError(f"plugins=[{name}] cannot be used: {reason}") from None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hydra import compose, initialize_config_dir
 
 from nvae.cli.config import TrainConfig, register, train_config
-from nvae.cli.schema import CONFIGS
+from nvae.settings import CONFIGS
 
 
 def compose_train(overrides: Sequence[str] = ()) -> TrainConfig:

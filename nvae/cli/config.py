@@ -18,6 +18,7 @@ from nvae.training.optimizers import OptimizerConfig
 from nvae.training.trainer import TrainerConfig
 
 RESUME = ("auto", "never", "must")
+BEST_METRIC = "valid/negative_elbo"
 LONGEST_NAME = 200
 """Bytes of a run's name; file systems take 255, and `NAME-2` must fit too."""
 
@@ -36,6 +37,8 @@ class TrainConfig:
         checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
             a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
             step's memory exceeds what the device has.
+        optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
+            that of the best validation, in nats; of any other metric the last value.
         callbacks: groups with `_target_`, by names of the user's choice; null switches one off.
         logger: the same.
     """
@@ -47,6 +50,7 @@ class TrainConfig:
     resume: str = "auto"
     compile: bool = False
     checkpoint_cells: bool | str = "auto"
+    optimized_metric: str = BEST_METRIC
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,22 +1,36 @@
-"""From whatever went wrong before work began to one line: what is wrong, what is allowed."""
+"""A command as Hydra's task; what goes wrong becomes one line: what is wrong, what is allowed."""
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Any
 
+import hydra
 import torch
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.schema import CONFIGS, lookup, takes_group, unknown_key
-from nvae.command_line import fail, interruptible
-from nvae.settings import describe_type
+from nvae.cli.schema import lookup, takes_group, unknown_key
+from nvae.command_line import FAILURE, brief, fail, interruptible
+from nvae.settings import CONFIGS, describe_type
+
+LONGEST_JOB_NAME = 120
+"""Characters of the name of a job's folder, a hash apart."""
+
+_EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+
+Work = Callable[[DictConfig], float | None]
 
 
 class UserError(Exception):
@@ -31,55 +45,165 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def run(
-    compose: Callable[[Callable[[DictConfig], None]], None],
-    work: Callable[[DictConfig], None],
-    schema: type,
-) -> None:
-    """Compose configurations with Hydra, then work; the user's errors become one line, exit code 2.
+_BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
 
-    Ctrl-C is one line too, see :func:`interruptible`. The work is done after Hydra has returned: it
-    adds lines of its own to every error, and Lightning, when it starts further processes inside a
-    Hydra job, looks for Hydra's output folder, which we do not keep.
+
+class JobFailedError(Exception):
+    """One job of several went wrong, and has said so."""
+
+
+def run(name: str, work: Work, schema: type) -> None:
+    """Compose `configs/NAME.yaml` with the command line and let Hydra do the work, once or often.
+
+    The user's errors become one line and exit code 2; Ctrl-C is one line too, see
+    :func:`interruptible`.
 
     Args:
-        compose: given a collector, lets ``hydra.main`` call it with every composed configuration
-            (several with ``--multirun``).
-        work: done with each of them, in order.
+        name: of the root configuration.
+        work: done with every composed configuration; returns what a sweep optimizes, if anything.
         schema: root dataclass of the configuration, for saying what is allowed.
     """
     # Hydra would print its own summary and exit; here it raises instead
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    composed: list[DictConfig] = []
+    task = Task(work, schema, sys.argv)
+    sys.path.append(os.getcwd())  # for a class of the user's own; nothing of ours is shadowed
     try:
         with interruptible():
-            _compose(compose, composed)
-            for config in composed:
-                work(config)
-    except (HydraException, OmegaConfBaseException, UserError) as error:
+            sys.argv = [sys.argv[0], *_with_names_of_jobs(sys.argv[1:])]
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    except JobFailedError:
+        raise SystemExit(FAILURE) from None
+    except (HydraException, OmegaConfBaseException) as error:
         raise fail(one_line(error, schema)) from None
     except RecursionError:
-        raise fail("settings, or the content of a file, are nested too deep") from None
+        raise fail(_TOO_DEEP) from None
     except MemoryError:
-        raise fail("this machine's memory is not enough") from None
+        raise fail(_NO_MEMORY) from None
+    except Exception as error:  # whatever Hydra does not foresee is the command line's fault too
+        raise fail(_not_composed(error)) from None
 
 
-def _compose(
-    compose: Callable[[Callable[[DictConfig], None]], None], composed: list[DictConfig]
-) -> None:
-    """Fill ``composed``; whatever Hydra does not foresee is the command line's fault too."""
+def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> None:
+    """:func:`run` for `sample.py` and `evaluate.py`.
+
+    Args:
+        name: of the root configuration.
+        work: what to do; its ValueErrors and OSErrors are the input's fault, and running out of
+            memory is told with what to lower.
+        schema: of the configuration.
+    """
+
+    def checked(config: DictConfig) -> None:
+        try:
+            work(config)
+        except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+            raise UserError(brief(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
+            ) from error
+
+    run(name, checked, schema)
+
+
+class Task:
+    """What Hydra calls with every composed configuration.
+
+    Nothing but ``JobFailedError`` and what ends the process leaves it: to any other exception Hydra
+    adds lines of its own. Launchers pickle it to run a job in another process.
+
+    Args:
+        work: see :func:`run`.
+        schema: see :func:`run`.
+        argv: of the command, which the process of a job has again.
+    """
+
+    def __init__(self, work: Work, schema: type, argv: list[str]) -> None:
+        self._work, self._schema, self._argv = work, schema, argv
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        """Do the work.
+
+        Raises:
+            JobFailedError: in a sweep, which may go on.
+            SystemExit: otherwise.
+        """
+        job = HydraConfig.get()
+        in_sweep = job.mode == RunMode.MULTIRUN
+        sys.argv = self._argv
+        try:
+            return self._work(composed)
+        except (HydraException, OmegaConfBaseException, UserError) as error:
+            line = one_line(error, self._schema)
+        except RecursionError:
+            line = _TOO_DEEP
+        except MemoryError:
+            line = _NO_MEMORY
+        except SystemExit as end:
+            if in_sweep and end.code in (1, FAILURE):  # and not a signal
+                raise JobFailedError from None
+            raise
+        except Exception as error:
+            traceback.print_exception(error)
+            raise (JobFailedError() if in_sweep else SystemExit(1)) from None
+        if not in_sweep:
+            raise fail(line)
+        fail(f"job {job.job.num} ({job.job.override_dirname}): {line}")
+        raise JobFailedError
+
+
+_TOO_DEEP = "settings, or the content of a file, are nested too deep"
+_NO_MEMORY = "this machine's memory is not enough"
+
+
+def config_folders() -> list[str]:
+    """What the command line says about where configurations are, for another command."""
+    given = vars(get_args_parser().parse_args(sys.argv[1:]))
+    options = ("config_path", "config_name", "config_dir")
+    return [f"--{name.replace('_', '-')}={given[name]}" for name in options if given[name]]
+
+
+def _with_names_of_jobs(words: list[str]) -> list[str]:
+    """The command line with Hydra's setting that names a job by what only some jobs have."""
+    overrides = get_args_parser().parse_args(words).overrides
     try:
-        compose(composed.append)
-    except (HydraException, OmegaConfBaseException, RecursionError, MemoryError):
-        raise
-    except Exception as error:
-        groups = {"hydra", *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
-        for argument in sys.argv[1:]:
-            group, equals, value = argument.partition("=")
-            no_name = value == "null" or not re.match(r"[A-Za-z_]", value)
-            if equals and no_name and group in groups:
-                raise UserError(takes_group(group, value)) from error
-        raise UserError(f"the settings cannot be composed: {error}") from error
+        given = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:  # which Hydra will raise again
+        return words
+    keys = {each.key_or_group: each.is_sweep_override() for each in given}
+    if _EXCLUDED in keys:
+        return words
+    shared = [key for key, swept in keys.items() if not swept]
+    setting = f"{_EXCLUDED}=[{','.join(['resume', 'runs_dir', *shared])}]"
+    where = words.index(overrides[0]) if overrides else len(words)  # argparse wants them together
+    return [*words[:where], setting, *words[where:]]
+
+
+def folder_name(overrides: str) -> str:
+    """A job's overrides as the name of its folder, which neither a shell nor Hydra has to quote.
+
+    What had to be changed gets a few digits of a hash, so that no two jobs share a folder.
+    """
+    name = re.sub(r"[^\w.+-]+", "_", overrides, flags=re.ASCII)[:LONGEST_JOB_NAME] or "job"
+    if name in (overrides, "job"):
+        return name
+    return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+# wherever a launcher unpickles a task, this module is imported before the folder is looked for
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def _not_composed(error: Exception) -> str:
+    groups = {"hydra", *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
+    for argument in sys.argv[1:]:
+        group, equals, value = argument.partition("=")
+        no_name = value == "null" or not re.match(r"[A-Za-z_]", value)
+        if equals and no_name and group in groups:
+            return takes_group(group, value)
+    return f"the settings cannot be composed: {error}"
 
 
 def one_line(error: BaseException, schema: type) -> str:
@@ -99,9 +223,16 @@ def _missing_config(error: MissingConfigException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     wanted = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, option = wanted.rpartition("/")
+    if error.options and group == "recipe" and f"recipe={option}" not in sys.argv:
+        return (
+            f"data={option} says nothing of a network and epochs that fit it: give recipe=..., "
+            f"allowed: {', '.join(sorted(error.options))}; or write recipe/{option}.yaml"
+        )
     if error.options:
         close = difflib.get_close_matches(option, error.options, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
+        if group in ("hydra/sweeper", "hydra/launcher"):
+            hint += ", or not installed: pip install 'nvae[sweep]'"
         return f"{group}={option} is unknown{hint}; allowed: {', '.join(sorted(error.options))}"
     return " ".join(lines)
 

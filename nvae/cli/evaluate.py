@@ -1,43 +1,54 @@
-"""`evaluate.py`: the likelihood of a checkpoint, as one JSON file and a table."""
+"""`evaluate.py`: likelihood and sample quality of a checkpoint, as one JSON file and a table."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nvae.cli.checkpoint_data import (
+    OpenedCheckpoint,
     choose_data,
+    open_checkpoint,
     open_data,
     pixel_protocol,
     split_off_data,
     with_data,
 )
-from nvae.cli.command import run_command
-from nvae.cli.device import open_device
-from nvae.cli.evaluate_config import EvaluateConfig
-from nvae.cli.evaluate_metrics import (
-    check_measurable,
-    measure,
-    metrics_protocol,
-    open_extractor,
+from nvae.cli.common import (
+    file_sha256,
+    open_device,
+    progress_bar,
+    recalibrated,
+    short_hash,
+    versions,
 )
-from nvae.cli.evaluate_processes import process_group, share_of
-from nvae.cli.opened import OpenedCheckpoint, open_checkpoint
-from nvae.cli.progress import progress_bar
-from nvae.cli.provenance import file_sha256, short_hash, versions
-from nvae.cli.recalibration import recalibrated
+from nvae.cli.errors import run_command
+from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.schema import build
-from nvae.data.module import ImageDataModule
+from nvae.data.dataset import ImageBatch, ImageData
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
+from nvae.evaluation.distances import NEEDS_FEATURES, check_possible, distances
+from nvae.evaluation.extractors import FeatureExtractor, load_extractor
+from nvae.evaluation.features import (
+    FeatureSet,
+    generated_features,
+    image_features,
+    pool_features,
+    reference_features,
+)
 from nvae.files import read_json, write_json
 from nvae.models import HierarchicalVAE
+from nvae.sampling import CompiledDecoder
 
 SCHEMA = with_data(EvaluateConfig)
 
@@ -54,7 +65,7 @@ def _run(composed: DictConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
-    opened = open_checkpoint(config.checkpoint, config.weights)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
     model = opened.model
     chosen = choose_data(given, opened.run_config)
     with process_group() as (rank, world):
@@ -102,13 +113,13 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
 def _bound(
     config: EvaluateConfig,
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     store: RecordStore,
     rank: int,
     world: int,
 ) -> EvaluationResult:
     device = model.device
-    images = len(range(rank, len(data.table(config.split)), world))
+    images = len(range(rank, len(data.split(config.split)), world))
     draws = config.bounds.draws
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
         result = evaluate(
@@ -122,7 +133,7 @@ def _bound(
             store=store,
             distributed=world > 1,
         )
-    if result.images != len(data.table(config.split)):
+    if result.images != len(data.split(config.split)):
         raise ValueError(
             f"{store.folder} holds results of images that are not in split={config.split}; "
             "delete it and evaluate again"
@@ -151,9 +162,7 @@ def _statistics(
         yield
 
 
-def _protocol(
-    config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageDataModule
-) -> dict[str, Any]:
+def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData) -> dict[str, Any]:
     """Everything that the likelihood depends on."""
     recalibration = {
         "batches": config.recalibrate_bn,
@@ -204,3 +213,156 @@ def _device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     return device
+
+
+def open_extractor(config: EvaluateConfig, device: Any) -> FeatureExtractor | None:
+    """The feature extractor, before any work is done; None where no metric is asked for."""
+    if not config.metrics:
+        return None
+    weights = None if config.inception_weights is None else Path(config.inception_weights)
+    return load_extractor(
+        config.feature_extractor, weights=weights, sha256=config.inception_sha256, device=device
+    )
+
+
+def metrics_protocol(config: EvaluateConfig, extractor: FeatureExtractor) -> dict[str, Any]:
+    """What the metrics depend on, besides model and data."""
+    return {
+        "metrics": list(config.metrics),
+        "extractor": extractor.name,
+        "generated": config.generated,
+        "seeds": f"0-{config.generated - 1}",
+        "temperature": config.temperature,
+        "pixel_temperature": config.pixel_temperature,
+        "reference_split": config.reference_split,
+        **asdict(config.distances),
+    }
+
+
+def check_measurable(
+    config: EvaluateConfig,
+    data: ImageData,
+    extractor: FeatureExtractor,
+    device: torch.device,
+    world: int,
+) -> None:
+    """Find now what :func:`measure` would only find after hours of likelihood and samples.
+
+    Args:
+        config: names the metrics.
+        data: open.
+        extractor: tried on two black images.
+        device: of the images.
+        world: number of processes.
+
+    Raises:
+        ValueError: too few images for a metric or for the processes, features of the wrong shape,
+            or no class logits where a metric needs them.
+    """
+    real = len(data.split(config.reference_split))
+    for name, images in (("reference_split", real), ("generated", config.generated)):
+        if images < world:
+            raise ValueError(f"{name}: {images} images cannot be shared by {world} processes")
+    size = data.config.image_size
+    probe = torch.zeros(2, data.config.channels, size, size, device=device)
+    found = image_features([probe], extractor, keep_logits=True)
+    check_possible(
+        config.metrics, real, config.generated,
+        logits=found.logits is not None, settings=config.distances,
+    )  # fmt: skip
+
+
+def measure(
+    config: EvaluateConfig,
+    model: HierarchicalVAE,
+    data: ImageData,
+    extractor: FeatureExtractor,
+    rank: int,
+    world: int,
+) -> dict[str, Any] | None:
+    """The metrics by name, and how many images they compare; None on all ranks but the first.
+
+    Every rank takes its share of the features, data images' and samples'.
+    """
+    keep = bool(NEEDS_FEATURES & set(config.metrics))
+    device = model.device
+    real = _reference(config, data, extractor, device, rank, world, keep=keep)
+    decode = None
+    if config.compile:
+        if rank == 0:
+            print("compiling, a minute or more", flush=True)
+        decode = CompiledDecoder(model, config.sample_batch_size)
+    share = len(range(rank, config.generated, world))
+    with progress_bar("samples", share, shown=rank == 0) as advance:
+        generated = generated_features(
+            model, extractor, range(config.generated), temperature=config.temperature,
+            pixel_temperature=config.pixels, batch_size=config.sample_batch_size, decode=decode,
+            keep=keep, keep_logits="is" in config.metrics, progress=advance,
+            distributed=world > 1,
+        )  # fmt: skip
+    if rank != 0:
+        return None
+    found: dict[str, Any] = dict(distances(config.metrics, real, generated, config.distances))
+    return {**found, "generated": generated.moments.count, "real": real.moments.count}
+
+
+def _reference(
+    config: EvaluateConfig,
+    data: ImageData,
+    extractor: FeatureExtractor,
+    device: torch.device,
+    rank: int,
+    world: int,
+    *,
+    keep: bool,
+) -> FeatureSet:
+    split = config.reference_split
+    images = len(data.split(split))
+    protocol = {
+        "data": pixel_protocol(data, split),
+        "split": split,
+        "images": images,
+        "extractor": extractor.name,
+    }
+
+    def compute() -> FeatureSet:
+        batches = (batch.x for batch in share_of(data.batches(split, device), rank, world))
+        share = len(range(rank, images, world))
+        with progress_bar("data images", share, shown=rank == 0) as advance:
+            found = image_features(batches, extractor, keep=keep, progress=advance)
+        return pool_features(found, images) if world > 1 else found
+
+    return reference_features(
+        Path(config.reference_cache), protocol, compute, keep=keep, distributed=world > 1
+    )
+
+
+_PATIENCE = timedelta(days=7)
+"""A process that is done waits for the slowest, which may be hours behind on another GPU: torch's
+half an hour would end both. One that fails still ends all at once: `torchrun` sees to that."""
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Rank and number of processes; more than one where `torchrun` started us."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    # only records and features travel, from the CPU
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
+    """Every ``world``-th image of a split; no batch is empty."""
+    if world == 1:
+        yield from batches
+        return
+    for batch in batches:
+        mine = batch.index % world == rank
+        if mine.any():
+            yield ImageBatch(batch.x[mine], batch.index[mine])

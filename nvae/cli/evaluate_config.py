@@ -5,11 +5,10 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.cli.sample_config import check_temperature, pixel_setting
-from nvae.data.tables import SPLITS
+from nvae.data.config import SPLITS
 from nvae.evaluation import BoundSettings
-from nvae.metrics import DistanceSettings
-from nvae.metrics.distances import check_metrics
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.evaluation.distances import DistanceSettings, check_metrics
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 from nvae.settings import Bounds, check_choice, check_fields
 
 _BOUNDS: dict[str, Bounds] = {
@@ -30,6 +29,8 @@ class EvaluateConfig:
     Attributes:
         checkpoint: a file of this project or in the published format, or an exported folder.
         split: ``train`` | ``valid`` | ``test``: images whose likelihood is taken.
+        plugins: your own likelihoods and cell families that the checkpoint names, each
+            ``package.module:NAME``; nothing else that it names is imported.
         weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
         importance_samples: values of K of the importance-weighted bound; [] for the ELBO alone.
         elbo_samples: draws that the ELBO is averaged over.
@@ -62,6 +63,7 @@ class EvaluateConfig:
 
     checkpoint: str
     split: str = "test"
+    plugins: list[str] = field(default_factory=list)
     weights: str = "ema"
     importance_samples: list[int] = field(default_factory=lambda: [1000])
     elbo_samples: int = 1

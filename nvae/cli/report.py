@@ -1,5 +1,7 @@
 """What a finished run says about itself: sample and reconstruction grids, test likelihood."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +13,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nvae.checkpoint import CheckpointError, load_model
-from nvae.cli.device import open_device
-from nvae.cli.next_command import command, root_to_give, setting, tensorboard
+from nvae.cli.common import open_device
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.module import ImageDataModule
+from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
+from nvae.data.dataset import ImageData
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.files import write_json
-from nvae.images import save_grids_side_by_side, save_rows
 from nvae.models import HierarchicalVAE
+from nvae.pictures import save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint
@@ -74,7 +76,7 @@ def write_report(
             console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
         with _plain_float32("cuda" if accelerator == "gpu" else "cpu") as device:
             model = load_model(checkpoint).to(device)
-            images = ImageDataModule(data)
+            images = ImageData(data)
             images.setup()
             _write_parts(console, config, model, images, checkpoint, folder)
         console.print(f"""
@@ -89,7 +91,7 @@ def _write_parts(
     console: Console,
     config: ReportConfig,
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     checkpoint: Path,
     folder: RunFolder,
 ) -> None:
@@ -163,11 +165,11 @@ def reported_checkpoint(folder: Path) -> Path:
 
 
 def test_likelihood(
-    model: HierarchicalVAE, data: ImageDataModule, config: ReportConfig, file: Path
+    model: HierarchicalVAE, data: ImageData, config: ReportConfig, file: Path
 ) -> EvaluationResult:
     """Evaluate the test images with a progress bar, and write the result to ``file``."""
     with Progress(transient=True) as progress:
-        images = len(data.table("test"))
+        images = len(data.split("test"))
         task = progress.add_task("evaluating", total=images * config.importance_samples)
         result = evaluate(
             model,
@@ -194,7 +196,7 @@ def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> Non
 
 def reconstruction_grid(
     model: HierarchicalVAE,
-    data: ImageDataModule,
+    data: ImageData,
     config: ReportConfig,
     file: Path,
     columns: int = 16,
@@ -217,3 +219,43 @@ def likelihood_lines(result: EvaluationResult) -> list[str]:
         for bound in result.importance_weighted
     ]
     return lines
+
+
+_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
+"""What Hydra takes without quotes; spaces inside are fine."""
+
+
+def setting(key: str, value: object) -> str:
+    """``key=value`` for Hydra; lists of numbers keep their brackets."""
+    text = str(value)
+    if isinstance(value, list):
+        return f"{key}=[{','.join(f'{entry:g}' for entry in value)}]"
+    if _PLAIN.fullmatch(text):
+        return f"{key}={text}"
+    # backslashes stand for themselves, except before a quote
+    quoted = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), text)
+    return f'{key}="{quoted}"'
+
+
+def command(script: str, **settings: object) -> str:
+    """``python SCRIPT key=value ...`` to paste; None leaves a setting out, ``__`` is a dot."""
+    given = {key.replace("__", "."): each for key, each in settings.items() if each is not None}
+    return shell("python", script, *(setting(key, each) for key, each in given.items()))
+
+
+def tensorboard(folder: Path) -> str:
+    """To look at a run's curves."""
+    return shell("tensorboard", "--logdir", folder)
+
+
+def root_to_give(data: DataConfig) -> str | None:
+    """The folder of the images, where it is not the one that `configs/data` says.
+
+    From a checkpoint comes a data set's name alone, so commands that read its images ask.
+    """
+    if data.format in IN_MEMORY_FORMATS:
+        return None
+    is_the_usual = is_known(data.name) and os.path.abspath(
+        load_config(data.name).root
+    ) == os.path.abspath(data.root)
+    return None if is_the_usual else data.root

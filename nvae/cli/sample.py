@@ -1,11 +1,14 @@
 """`sample.py`: pictures from a checkpoint."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
@@ -13,41 +16,47 @@ from torch import Tensor
 
 from nvae.cli.checkpoint_data import (
     choose_data,
+    open_checkpoint,
     open_data,
     pixel_protocol,
     split_off_data,
     with_data,
 )
-from nvae.cli.command import run_command
-from nvae.cli.device import open_device
-from nvae.cli.opened import open_checkpoint
-from nvae.cli.progress import progress_bar
-from nvae.cli.provenance import file_sha256, short_hash, versions
-from nvae.cli.recalibration import recalibrated
-from nvae.cli.sample_config import SampleConfig
-from nvae.cli.sample_output import SampleFolder
-from nvae.cli.schema import build
-from nvae.data.loader import RawBatch
-from nvae.data.module import ImageDataModule
-from nvae.models import HierarchicalVAE
-from nvae.sampling import CompiledDecoder, sample_images
-from nvae.sampling.latents import Latents, encode, interpolate, prior_latents
-from nvae.sampling.nearest import nearest_images
-from nvae.sampling.sheets import (
-    Decoder,
-    column_seeds,
-    interpolation_sheet,
-    nearest_sheet,
-    partial_sheet,
-    reconstruction_sheet,
-    spread,
-    traversal_sheet,
+from nvae.cli.common import (
+    file_sha256,
+    open_device,
+    progress_bar,
+    recalibrated,
+    short_hash,
+    versions,
 )
+from nvae.cli.errors import run_command
+from nvae.cli.sample_config import SampleConfig
+from nvae.cli.schema import build
+from nvae.data.dataset import ImageData
+from nvae.data.loader import RawBatch
+from nvae.files import read_json, replacing, write_json
+from nvae.models import HierarchicalVAE
+from nvae.pictures import save_animation, save_grids_side_by_side, save_image, save_rows
+from nvae.sampling import CompiledDecoder, sample_images
+from nvae.sampling.grids import (
+    Grid,
+    column_seeds,
+    interpolation_grid,
+    nearest_grid,
+    nearest_images,
+    partial_grid,
+    reconstruction_grid,
+    spread,
+    traversal_grid,
+)
+from nvae.sampling.latents import Latents, decode, encode, interpolate, prior_latents
 
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
+MANIFEST = "manifest.json"
 _CHANGES_NO_PICTURE = (
-    "checkpoint", "batch_size", "compile", "device", "output", "overwrite",
+    "checkpoint", "plugins", "batch_size", "compile", "device", "output", "overwrite",
 )  # fmt: skip
 
 
@@ -61,7 +70,7 @@ def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
     config = build(SampleConfig, own)
     device = open_device(config.device, tf32=config.tf32)
-    opened = open_checkpoint(config.checkpoint, config.weights)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
     model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
@@ -79,7 +88,7 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, weights: Path, data: ImageDataModule | None) -> dict[str, Any]:
+def _request(config: SampleConfig, weights: Path, data: ImageData | None) -> dict[str, Any]:
     """Everything that the pictures depend on."""
     split = "train" if config.mode == "nearest" else config.split
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
@@ -95,6 +104,103 @@ def _folder(config: SampleConfig, weights: Path, request: dict[str, Any]) -> Pat
         return Path(config.output)
     name = f"{weights.stem}-{config.mode}-{short_hash(request)}"
     return weights.parent / "samples" / name
+
+
+class SampleFolder:
+    """Where pictures go; whether it can be written is found out before they are drawn.
+
+    Args:
+        path: made when the first file is written.
+        request: everything that the pictures depend on.
+        overwrite: accept a folder that holds something else.
+
+    Raises:
+        ValueError: the folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any], *, overwrite: bool) -> None:
+        self.path, self.request = path, request
+        self.files: list[str] = []
+        try:
+            usable = overwrite or self._is_ours()
+            if usable:
+                _try_writing(path)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written: {error.strerror or error}; give output=FOLDER"
+            ) from error
+        if not usable:
+            raise ValueError(
+                f"{path} is there already and holds something else; give another output or "
+                "overwrite=true"
+            )
+
+    def _is_ours(self) -> bool:
+        if not self.path.exists():
+            return True
+        if not self.path.is_dir():
+            return False
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            return not any(self.path.iterdir())
+        try:
+            found = read_json(manifest)
+        except ValueError:
+            return False
+        return isinstance(found, dict) and found.get("request") == self.request
+
+    def _file(self, name: str) -> Path:
+        if not self.files:  # an interrupted request finds its own folder again
+            write_json(self.path / MANIFEST, {"request": self.request, "complete": False})
+        self.files.append(name)
+        return self.path / name
+
+    def grids(self, name: str, grids: list[Tensor], labels: list[str], columns: int | None) -> None:
+        """Grids of ``(N, C, H, W)``, from left to right."""
+        save_grids_side_by_side(self._file(name), grids, labels, columns)
+
+    def sheet(self, name: str, sheet: Grid) -> None:
+        """Labelled rows."""
+        save_rows(self._file(name), sheet.rows, sheet.row_labels, sheet.column_labels)
+
+    def animation(self, name: str, frames: Tensor) -> None:
+        """Frames ``(N, C, H, W)``, in the format that the name ends in."""
+        save_animation(self._file(name), frames)
+
+    def image(self, name: str, image: Tensor) -> None:
+        """One ``(C, H, W)`` image, at its own size."""
+        save_image(self._file(name), image)
+
+    def arrays(self, name: str, **arrays: Tensor) -> None:
+        """Several arrays as they are."""
+        with replacing(self._file(name)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **{key: value.numpy() for key, value in arrays.items()})  # type: ignore[arg-type]
+
+    def manifest(self, facts: dict[str, Any]) -> None:
+        """Write the manifest, last: now the folder is complete."""
+        files = sorted(self.files)
+        write_json(
+            self.path / MANIFEST,
+            {"request": self.request, "complete": True, **facts, "files": files},
+        )
+
+
+def _try_writing(folder: Path) -> None:
+    """Raise an OSError unless files can be made in ``folder``; what is made for that goes again.
+
+    Other settings may still turn out to be wrong, and then nothing shall be left behind.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: list[Path] = []
+    try:
+        for each in reversed(missing):
+            each.mkdir()
+            made.append(each)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for each in reversed(made):
+            each.rmdir()
 
 
 class _Sampler:
@@ -113,14 +219,16 @@ class _Sampler:
         config: SampleConfig,
         weights: Path,
         model: HierarchicalVAE,
-        data: ImageDataModule | None,
+        data: ImageData | None,
         folder: SampleFolder,
     ) -> None:
         self.config, self.weights, self.model = config, weights, model
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model)
-        self.decoder = Decoder(config.pixels, config.batch_size)
+        self.decoder = partial(
+            decode, pixel_temperature=config.pixels, batch_size=config.batch_size
+        )
         self._kept: CompiledDecoder | None = None
 
     def draw(self) -> None:
@@ -179,11 +287,11 @@ class _Sampler:
     def _draw_nearest(self) -> None:
         assert self.data is not None
         samples = self._prior(*self.temperatures[0])
-        with progress_bar("training images", len(self.data.table("train"))) as advance:
+        with progress_bar("training images", len(self.data.split("train"))) as advance:
             found = nearest_images(
                 samples, _counted(self.data.batches("train"), advance), self.config.neighbours
             )
-        sheet = nearest_sheet(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
+        sheet = nearest_grid(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
         self.folder.sheet("nearest.png", sheet)
         self.folder.arrays("nearest.npz", index=found.index, distance=found.distance)
         self._keep(sheet.images)
@@ -191,14 +299,14 @@ class _Sampler:
     def _draw_reconstruct(self) -> None:
         x = self._images()
         numbers = torch.tensor(self.config.image_list)
-        sheet = reconstruction_sheet(self.model, x, numbers, self.config.batch_size)
+        sheet = reconstruction_grid(self.model, x, numbers, self.config.batch_size)
         self.folder.sheet("reconstructions.png", sheet)
         self._keep(sheet.images)
 
     def _draw_interpolate(self) -> None:
         with self._statistics(self.temperatures[0][1]):
             latents, names = self._starts()
-            sheet = interpolation_sheet(self.model, latents, names, self.config.steps, self.decoder)
+            sheet = interpolation_grid(self.model, latents, names, self.config.steps, self.decoder)
             self.folder.sheet("interpolation.png", sheet)
             self._keep(sheet.images)
             if self.config.frames:
@@ -217,7 +325,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = partial_sheet(
+                    sheet = partial_grid(
                         self.model, latents[i : i + 1], keep, seeds[i], self.decoder, temperature
                     )
                     self.folder.sheet(f"partial-{name.replace(' ', '')}.png", sheet)
@@ -236,7 +344,7 @@ class _Sampler:
             latents, names = self._starts()
             with progress_bar("images", len(names)) as advance:
                 for i, name in enumerate(names):
-                    sheet = traversal_sheet(
+                    sheet = traversal_grid(
                         self.model, latents[i : i + 1], groups, self.config.steps,
                         self._numbers[i], self.decoder,
                     )  # fmt: skip
@@ -262,13 +370,13 @@ class _Sampler:
     def _images(self) -> Tensor:
         """The data images asked for, ``(N, C, H, W)``, on the model's device."""
         assert self.data is not None
-        table, wanted = self.data.table(self.config.split), torch.tensor(self.config.image_list)
-        if wanted.max() >= len(table):
+        split, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
+        if wanted.max() >= len(split):
             raise ValueError(
-                f"images names {int(wanted.max())}; split={self.config.split} has {len(table)} "
-                f"images, allowed: 0 to {len(table) - 1}"
+                f"images names {int(wanted.max())}; split={self.config.split} has {len(split)} "
+                f"images, allowed: 0 to {len(split) - 1}"
             )
-        pixels = table.gather(wanted, epoch=None, seed=0)
+        pixels = split.gather(wanted, epoch=None, seed=0)
         batch = RawBatch(pixels, wanted, self.config.split, None)
         return self.data.to_input(batch).x.to(self.model.device)
 

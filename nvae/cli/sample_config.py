@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from nvae.animation import check_format
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import HierarchicalVAE
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
-from nvae.sampling.prior import scale_temperatures
+from nvae.pictures import check_format
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
 
 MODES = ("prior", "reconstruct", "interpolate", "partial", "traverse", "nearest")
@@ -44,6 +43,8 @@ class SampleConfig:
         mode: ``prior`` (grids over temperatures) | ``reconstruct`` | ``interpolate`` | ``partial``
             (keep the coarsest groups, draw the rest) | ``traverse`` (move one group) |
             ``nearest`` (the training images nearest to each sample).
+        plugins: your own likelihoods and cell families that the checkpoint names, each
+            ``package.module:NAME``; nothing else that it names is imported.
         weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
         seeds: one an image: ``0-63``, ``7`` or ``[0,5,9-12]``; null: 0-63 for mode prior, else 0-7.
         temperature: factor on the priors' sigma; a list gives one grid each (mode prior).
@@ -81,6 +82,7 @@ class SampleConfig:
 
     checkpoint: str
     mode: str = "prior"
+    plugins: list[str] = field(default_factory=list)
     weights: str = "ema"
     seeds: Any = None
     temperature: Any = 1.0

@@ -8,15 +8,13 @@ import dataclasses
 import difflib
 import math
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-T = TypeVar("T")
+from nvae.settings import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-"""What Hydra composes from."""
+T = TypeVar("T")
 
 
 def schema_of(cls: type) -> type:

@@ -1,29 +1,32 @@
 """`train.py`: from a composed configuration to a trained model and a report."""
 
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from nvae.checkpoint import CheckpointError
-from nvae.cli.compose import CONFIGS
-from nvae.cli.config import TrainConfig, register, train_config
-from nvae.cli.errors import UserError, is_out_of_memory, run
-from nvae.cli.report import write_report
+from nvae.cli.config import BEST_METRIC, TrainConfig, register, train_config
+from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
+from nvae.cli.report import setting, write_report
 from nvae.cli.targets import (
     averages_on_device,
     build_callbacks,
@@ -35,13 +38,19 @@ from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
-from nvae.training.checkpointing import step_checkpoints
+from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
 from nvae.training.recompute import should_recompute
-from nvae.training.run_folder import Claim, RunFolder, describe_start, open_run
+from nvae.training.run_folder import (
+    Claim,
+    RunFolder,
+    describe_start,
+    is_started_by_launcher,
+    open_run,
+)
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
 from nvae.training.trainer import build_trainer
 
@@ -61,30 +70,107 @@ def checked() -> Iterator[None]:
 def main() -> None:
     """The command."""
     register()
-
-    def compose(collect: Callable[[DictConfig], None]) -> None:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(collect)()
-
-    run(compose, train, TrainConfig)
+    run("train", train, TrainConfig)
 
 
-def train(composed: DictConfig) -> None:
-    """Run `train.py` on what Hydra composed."""
+def train(composed: DictConfig) -> float | None:
+    """Run `train.py` on what Hydra composed.
+
+    Returns:
+        In a sweep, in the first process: what ``optimized_metric`` names.
+    """
     _quieten()
+    job = HydraConfig.get()
+    in_sweep = job.mode == RunMode.MULTIRUN
+    try:
+        with checked():
+            config = train_config(composed)
+            if in_sweep:
+                config = replace(config, runs_dir=job.sweep.dir, name=job.sweep.subdir)
+    except Exception:
+        if in_sweep:
+            Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
+        raise
+    path = Path(config.runs_dir) / config.name
+    if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
+        _train_apart(config, job.overrides.task)
+    else:
+        _train_here(path, config)
+    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
+
+
+def _train_apart(config: TrainConfig, overrides: list[str]) -> None:
+    """Train one job of a sweep in a process of its own, which starts those of the other ranks.
+
+    They repeat its command line, and no process group is left over for the next job. A signal goes
+    on to it, and its exit code is ours.
+    """
+    words = [
+        *config_folders(), *overrides, setting("runs_dir", config.runs_dir),
+        setting("name", config.name), "hydra.mode=RUN",
+    ]  # fmt: skip
+    with subprocess.Popen([sys.executable, os.path.abspath(sys.argv[0]), *words]) as process:
+
+        def hand_on(number: int, _frame: object) -> None:
+            if number != signal.SIGINT:  # which the terminal sends to both
+                process.send_signal(number)
+
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {each: signal.signal(each, hand_on) for each in signals}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _train_here(path: Path, config: TrainConfig) -> None:
+    threads = torch.get_num_threads()
     with checked():
-        config = train_config(composed)
         check_installed(config.logger)
         if config.trainer.resolved_accelerator() == "cpu":
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
-        claim = Claim(
-            Path(config.runs_dir) / config.name,
-            beside=config.resume == "never",
-            processes=config.trainer.world_size,
+        claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
+    try:
+        with claim:
+            _train_in(claim.path, config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def final_metric(path: Path, name: str) -> float:
+    """What a run has reached, finished now or before.
+
+    Args:
+        path: of the run.
+        name: ``valid/negative_elbo``: of the best validation, in nats; any other metric: the last
+            value in `metrics.jsonl`.
+
+    Raises:
+        UserError: the run has logged no such metric.
+    """
+    if name == BEST_METRIC:
+        newest = newest_checkpoint(path / "checkpoints")
+        best = None if newest is None else newest.content["callbacks"]["Checkpoints"]["best"]
+        if best is None:
+            raise UserError(f"{path}: no validation gave a number")
+        return float(best)
+    found, names = None, set[str]()
+    with checked(), (path / "metrics.jsonl").open() as file:
+        for line in file:
+            metrics = json.loads(line)
+            names |= metrics.keys()
+            found = metrics.get(name, found)
+    if found is None:
+        names -= {"step", "time"}
+        raise UserError(
+            f"optimized_metric={name} was not logged; allowed: {', '.join(sorted(names))}"
         )
-    with claim:
-        _train_in(claim.path, config)
+    return float(found)
 
 
 def _train_in(path: Path, config: TrainConfig) -> None:

@@ -1,46 +1,57 @@
-"""The typed description of a data set: what `configs/data/*.yaml` holds."""
+"""The configuration of a data set, and those that `configs/data` describes by name."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 
-from nvae.settings import LARGEST_INTEGER, check_fields
+from nvae.command_line import brief, shell
+from nvae.files import read_yaml
+from nvae.settings import CONFIGS, LARGEST_INTEGER, check_fields
+
+TRAIN, VALID, TEST = "train", "valid", "test"
+SPLITS = (TRAIN, VALID, TEST)
 
 IN_MEMORY_FORMATS = ("digits", "random")
 """Made in memory at start: nothing on disk, nothing to prepare."""
 
-SOURCE_FORMATS = (
-    "auto",
-    "idx",
-    "stacked_idx",
-    "cifar",
-    "omniglot",
-    "celeba",
-    "npz",
-    "folder",
-    "tfrecord",
-    "lmdb",
-    "lsun",
-)
-"""Kinds of source files that `nvae.data.prepare` turns into the local form; `auto` looks what is
-there: an LMDB, TFRecords, npz batches, or pictures."""
+READERS = {
+    "idx": "nvae.data.readers.arrays:Idx",
+    "stacked_idx": "nvae.data.readers.arrays:StackedIdx",
+    "cifar": "nvae.data.readers.arrays:Cifar",
+    "omniglot": "nvae.data.readers.arrays:Omniglot",
+    "npz": "nvae.data.readers.arrays:Npz",
+    "celeba": "nvae.data.readers.pictures:CelebA",
+    "folder": "nvae.data.readers.pictures:Folder",
+    "tfrecord": "nvae.data.readers.tfrecord:TFRecord",
+    "lmdb": "nvae.data.readers.lmdb:ReferenceLmdb",
+    "lsun": "nvae.data.readers.lmdb:Lsun",
+}
+"""The reader of each format of source files, imported when a source is read. A format may also be
+such a `package.module:Class` itself; see :func:`nvae.data.readers.read_source`."""
 
-TORCHVISION_SETS = ("MNIST", "FashionMNIST", "CIFAR10", "CelebA")
-"""Data sets whose files torchvision can fetch."""
+SOURCE_FORMATS = ("auto", *READERS)
+"""`auto` looks what is there: an LMDB, TFRecords, npz batches, or pictures."""
 
-LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
-BINARIZE = ("none", "dynamic", "static")
 CROPS = ("none", "center", "random")
 RESIZES = ("nearest", "box", "bilinear", "bicubic", "lanczos")
-ON_DEVICE = ("auto", "always", "never")
-
-
+LARGEST_SIDE = 65_536
+"""Pixels along one side of any picture."""
 MOST_IMAGES = 100_000_000
-"""Of a split: what orders are drawn of, and still fits in memory as such."""
+"""In a split: the order of so many can still be drawn in memory."""
 
+_CHOICES = {
+    "format": (*IN_MEMORY_FORMATS, *SOURCE_FORMATS),
+    "likelihood": ("bernoulli", "logistic_mixture", "normal"),
+    "binarize": ("none", "dynamic", "static"),
+    "crop": CROPS,
+    "resize": RESIZES,
+    "on_device": ("auto", "always", "never"),
+    "torchvision": ("MNIST", "FashionMNIST", "CIFAR10", "CelebA", None),
+}
 _BOUNDS: dict[str, tuple[int, int]] = {
     "image_size": (1, 4096),
     "counted_size": (1, 4096),
     "pad": (0, 2048),
-    "crop_box": (0, 65_536),
+    "crop_box": (0, LARGEST_SIDE),
     "batch_size": (1, 65_536),
     "eval_batch_size": (1, 65_536),
     "num_workers": (0, 256),
@@ -54,9 +65,11 @@ _BOUNDS: dict[str, tuple[int, int]] = {
 }
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"data.{name} is {value!r}; allowed: {', '.join(allowed)}")
+class DataError(ValueError):
+    """Source files or a prepared data set are missing or bad; the message is one clear line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
 
 
 @dataclass
@@ -68,8 +81,8 @@ class DataConfig:
 
     Attributes:
         name: label in logs and manifests.
-        format: kind of the source files (`SOURCE_FORMATS`), or made in memory
-            (`IN_MEMORY_FORMATS`).
+        format: kind of the source files (`SOURCE_FORMATS`, or `package.module:Class` for a reader
+            of your own), or made in memory (`IN_MEMORY_FORMATS`).
         root: folder of the data set; the prepared form lies in a folder inside, named after its
             shape. A folder that is a prepared form is taken as such. Where the pictures lie in
             `root` itself (or it is an archive of them), nothing is written there: see `cache`.
@@ -77,16 +90,16 @@ class DataConfig:
         cache: where the prepared forms of folders go that hold nothing but the user's pictures;
             null means `nvae/data` in `$XDG_CACHE_HOME` or `~/.cache`.
         image_size: side of the model's input, padding included.
-        channels: 1 (grey) or 3 (colour).
-        bits: grey levels of the input are 2^bits (spec, section 1); 1 where binarised.
-        likelihood: the default pixel distribution.
+        channels: 1 (gray) or 3 (color).
+        bits: gray levels of the input are 2^bits; 1 where binarized.
+        likelihood: the pixel distribution that suits the set.
         counted_size: the likelihood counts the central window of this side; null counts all.
         binarize: `dynamic` draws a fresh Bernoulli each time a training image is read (evaluation
             is drawn once, from `eval_seed`); `static` draws once for training too.
         pad: zeros added on each side, so the prepared images have side image_size - 2 * pad.
         flip: horizontal flip with probability 1/2, in training only.
         crop: after `crop_box`, how a picture that is not square becomes square: `center`,
-            `random` (in training, along the longer side; evaluation takes the centre), or `none`
+            `random` (in training, along the longer side; evaluation takes the center), or `none`
             (the picture is squeezed).
         crop_box: (left, top, right, bottom) in pixels of the source image; null takes all.
         resize: filter used when source and prepared sizes differ.
@@ -106,7 +119,7 @@ class DataConfig:
             images, and the other way round; null takes what the source has.
         split_seed: seed of the drawn splits.
         seed: seed of order and augmentation.
-        eval_seed: seed of the fixed binarisation, apart from `seed` so that a test NLL is one
+        eval_seed: seed of the fixed binarization, apart from `seed` so that a test NLL is one
             number for all training seeds.
         licence: what the set's owner allows, in a line.
         citation: whom to cite.
@@ -149,25 +162,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.", **_BOUNDS)
-        _one_of("format", self.format, IN_MEMORY_FORMATS + SOURCE_FORMATS)
-        _one_of("likelihood", self.likelihood, LIKELIHOODS)
-        _one_of("binarize", self.binarize, BINARIZE)
-        _one_of("crop", self.crop, CROPS)
-        _one_of("resize", self.resize, RESIZES)
-        _one_of("on_device", self.on_device, ON_DEVICE)
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            # A reader or a likelihood from elsewhere is looked up where it is used.
+            is_foreign = name in ("format", "likelihood") and ":" in value
+            if value not in allowed and not is_foreign:
+                names = ", ".join(each for each in allowed if each)
+                raise ValueError(f"data.{name} is {value!r}; allowed: {names}")
         if self.on_device == "always" and self.crop == "random":
             raise ValueError(
                 "data.on_device=always needs images of one size, which data.crop=random does not "
                 "make; allowed with it: auto, never"
             )
-        if self.torchvision is not None:
-            _one_of("torchvision", self.torchvision, TORCHVISION_SETS)
         self._check_pixels()
         self._check_geometry()
 
     def _check_pixels(self) -> None:
         if self.channels not in (1, 3):
-            raise ValueError(f"data.channels is {self.channels}; allowed: 1 (grey), 3 (colour)")
+            raise ValueError(f"data.channels is {self.channels}; allowed: 1 (gray), 3 (color)")
         if not 1 <= self.bits <= 8:
             raise ValueError(f"data.bits is {self.bits}; allowed: 1 to 8")
         if self.binarize != "none" and self.bits != 1:
@@ -206,3 +218,63 @@ class DataConfig:
     def stored_size(self) -> int:
         """Side of the prepared images: the model's input without its zero border."""
         return self.image_size - 2 * self.pad
+
+
+CONFIG_FOLDER = CONFIGS / "data"
+FOLDER = "folder"
+"""The data set of the user's own pictures."""
+
+OPTIONS = (
+    *("root", "source", "cache", "format", "image_size", "channels", "crop", "crop_box", "resize"),
+    *("train_size", "valid_size", "test_size"),
+)
+"""Settings that the preparing command takes; `--size` is `image_size`."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a name is that of a file in `configs/data`."""
+    is_name = re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)
+    return bool(is_name) and (CONFIG_FOLDER / f"{name}.yaml").is_file()
+
+
+def config_names() -> list[str]:
+    """Data sets that have a file in `configs/data` and need preparation.
+
+    Raises:
+        DataError: One of the files is bad.
+    """
+    names = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml") if is_known(path.stem))
+    return [name for name in names if load_config(name).format not in IN_MEMORY_FORMATS]
+
+
+def load_config(name: str) -> DataConfig:
+    """`configs/data/NAME.yaml` as a `DataConfig`.
+
+    Raises:
+        DataError: No such name, or a file that does not fit `DataConfig`.
+    """
+    path = CONFIG_FOLDER / f"{name}.yaml"
+    if not is_known(name):
+        raise DataError(f"there is no data set {name!r} in {CONFIG_FOLDER}")
+    try:
+        values = read_yaml(path, 1 << 20)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no settings")
+        if unknown := {str(key) for key in values} - {f.name for f in fields(DataConfig)}:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return DataConfig(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is not valid: {error}") from error
+
+
+def prepare_command(config: DataConfig) -> str:
+    """The command that prepares a data set, to be typed as it is."""
+    name = config.name if is_known(config.name) else FOLDER
+    usual = load_config(name) if is_known(name) else None
+    words: list[object] = ["python", "-m", "nvae.data.prepare", name]
+    for setting in OPTIONS:
+        value = getattr(config, setting)
+        if value is not None and value != getattr(usual, setting, None):
+            words.append("--" + setting.removeprefix("image_").replace("_", "-"))
+            words += value if isinstance(value, list | tuple) else [value]
+    return shell(*words)

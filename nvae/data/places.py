@@ -1,15 +1,20 @@
-"""Where the files of a data set lie: its source, and its prepared form."""
+"""Where the files of a data set lie: its source, how it is fetched, and its prepared form."""
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
-from nvae.data.config import DataConfig
-from nvae.data.listing import is_unchanged
-from nvae.data.manifest import MANIFEST_NAME, DataError, read_manifest
-from nvae.data.store_writer import own_files
+from nvae.data.config import DataConfig, DataError
+from nvae.data.readers.pictures import ARCHIVE_SUFFIXES, is_picture
+from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
 
-_LONGEST_NAME = 100
+_PREPARED = re.compile(r"nvae-\d+x\d+x\d(-[a-z]+)?")
+_NO_SOURCE = ("lock.mdb",)
+"""Files that other programs may change when they read a source."""
 
 
 def can_be_fetched(config: DataConfig) -> bool:
@@ -27,9 +32,9 @@ def source_folder(config: DataConfig) -> Path:
     return Path(config.root) if is_plain_folder and not can_be_fetched(config) else inside
 
 
-def target_folder(config: DataConfig) -> Path:
-    """Where a preparation writes: `root` itself if it is a prepared form, else a folder inside,
-    or the cache where `root` is nothing but the user's pictures.
+def prepared_folder(config: DataConfig) -> Path:
+    """Where the prepared form is or will be: `root` itself if it is one, else a folder inside, or
+    the cache where `root` is nothing but the user's pictures.
 
     Raises:
         DataError: There is no home for a cache.
@@ -37,31 +42,12 @@ def target_folder(config: DataConfig) -> Path:
     root = Path(config.root)
     if _is_prepared(root):
         return root
-    return (_cache_folder(config) if _is_source(root, config) else root) / _shape_name(config)
-
-
-def prepared_folder(config: DataConfig) -> Path:
-    """Where the prepared form is or will be: as `target_folder`, or where earlier versions put
-    it, among the user's pictures, unless it was made from these and they changed since."""
-    target = target_folder(config)
-    root = Path(config.root)
-    inside = root / _shape_name(config)
-    if target in (root, inside) or (target / MANIFEST_NAME).exists():
-        return target
-    try:
-        manifest = read_manifest(inside)
-        kept = is_unchanged(root, manifest.format, manifest.source_digest) or (
-            not _same(Path(manifest.source), root) and Path(manifest.source).name == "source"
-        )
-    except DataError:
-        kept = False
-    return inside if kept else target
-
-
-def is_among_pictures(folder: Path, config: DataConfig) -> bool:
-    """Whether a prepared form lies in the user's folder, where nothing may be written."""
-    root = Path(config.root)
-    return folder != root and folder.parent == root and _is_source(root, config)
+    size = config.stored_size
+    suffix = "" if config.crop == "center" else f"-{config.crop}"
+    name = f"nvae-{size}x{size}x{config.channels}{suffix}"
+    if not _same(source_folder(config), root) or _source_is_gone(root / name):
+        return root / name
+    return _cache_folder(config) / name
 
 
 def is_current(config: DataConfig) -> bool:
@@ -81,13 +67,7 @@ def is_current(config: DataConfig) -> bool:
     manifest = read_manifest(folder)
     if config.source is None and not _same(Path(manifest.source), source):
         return True
-    return is_unchanged(source, manifest.format, manifest.source_digest)
-
-
-def _shape_name(config: DataConfig) -> str:
-    size = config.stored_size
-    suffix = "" if config.crop == "center" else f"-{config.crop}"
-    return f"nvae-{size}x{size}x{config.channels}{suffix}"
+    return manifest.source_digest == listing_digest(source, manifest.format)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -101,8 +81,13 @@ def _is_prepared(folder: Path) -> bool:
     return True
 
 
-def _is_source(root: Path, config: DataConfig) -> bool:
-    return _same(source_folder(config), root)
+def _source_is_gone(folder: Path) -> bool:
+    """Whether a prepared form was made from the folder `source` beside it, which is not there."""
+    try:
+        source = Path(read_manifest(folder).source)
+    except DataError:
+        return False
+    return source.name == "source" and not os.path.exists(source)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -113,17 +98,106 @@ def _cache_folder(config: DataConfig) -> Path:
     """The cache's folder for one source, named after it and its place."""
     place = os.path.realpath(config.root)
     digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:12]
-    return _cache(config) / f"{os.path.basename(place)[:_LONGEST_NAME]}-{digest}"
-
-
-def _cache(config: DataConfig) -> Path:
+    name = f"{os.path.basename(place)[:100]}-{digest}"
     if config.cache is not None:
-        return Path(config.cache)
-    given = os.environ.get("XDG_CACHE_HOME")
+        return Path(config.cache) / name
     try:
-        base = Path(given) if given else Path("~/.cache").expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     except RuntimeError:
         raise DataError(
             "there is no home folder for the prepared form: set data.cache=FOLDER"
         ) from None
-    return base / "nvae" / "data"
+    return Path(base, "nvae", "data", name)
+
+
+def listing_digest(source: Path, kind: str) -> str:
+    """A digest of the names, sizes and times of a source's files.
+
+    Pictures exchanged under the same names and sizes have other times. In a folder of pictures
+    only pictures and archives count. Hidden files and prepared forms never do.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_files(source)):
+        is_wanted = is_picture(name) or name.lower().endswith(ARCHIVE_SUFFIXES)
+        if kind == "folder" and not is_wanted:
+            continue
+        try:
+            status = os.stat(path)
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:  # a dangling link, or one that leads round in a circle
+            line = f"{name}\0none\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return f"times:{digest.hexdigest()}"  # of names, sizes and times
+
+
+# Strings and not Path objects: a data set may have millions of files.
+def _files(source: Path) -> Iterator[tuple[str, str]]:
+    """(path below the source with slashes, path) of all files that are not hidden."""
+    if not source.is_dir():
+        yield source.name, str(source)
+        return
+    for place, folders, files in os.walk(source):
+        if MANIFEST_NAME in files and _PREPARED.fullmatch(os.path.basename(place)):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = "" if place == str(source) else f"{os.path.relpath(place, source)}/"
+        for name in files:
+            if not name.startswith(".") and name not in _NO_SOURCE:
+                yield f"{below}{name}", os.path.join(place, name)
+
+
+def by_hand(config: DataConfig, folder: Path) -> str:
+    """What to put where, in one line."""
+    files = ", ".join(config.files) or "the source files"
+    where = f" (from {config.homepage})" if config.homepage else ""
+    return f"put {files}{where} into {folder.absolute()}"
+
+
+def download(config: DataConfig, folder: Path) -> None:
+    """Fetch the source files of a data set into `folder`, checked against known checksums.
+
+    Raises:
+        DataError: No public address, no network, or a wrong checksum; the message says which
+            files to put where by hand.
+    """
+    if not config.torchvision and not config.urls:
+        raise DataError(f"{config.name} cannot be downloaded: {by_hand(config, folder)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    from torchvision.datasets.utils import download_url  # takes seconds
+
+    try:
+        if config.torchvision:
+            _from_torchvision(config.torchvision, folder)
+        for url in config.urls:
+            name = url.rpartition("/")[2]
+            # Without a known checksum a half-fetched file would pass for a whole one.
+            download_url(url, str(folder), f"{name}.partial")
+            (folder / f"{name}.partial").replace(folder / name)
+    # torchvision reports a wrong checksum, a missing gdown and a full quota as RuntimeError.
+    except (URLError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{config.name} could not be downloaded ({reason}): {by_hand(config, folder)}"
+        ) from error
+
+
+def _from_torchvision(name: str, folder: Path) -> None:
+    from torchvision import datasets
+    from torchvision.datasets import utils
+
+    data_set: Any = getattr(datasets, name)
+    if hasattr(data_set, "resources"):  # MNIST and its kin: several files, each on several mirrors
+        for file, md5 in data_set.resources:
+            for last, mirror in enumerate(data_set.mirrors, 1 - len(data_set.mirrors)):
+                try:
+                    utils.download_url(f"{mirror}{file}", str(folder), file, md5)
+                    break
+                except (URLError, OSError):
+                    if last == 0:
+                        raise
+    elif hasattr(data_set, "tgz_md5"):
+        utils.download_url(data_set.url, str(folder), data_set.filename, data_set.tgz_md5)
+    else:
+        for identity, md5, file in data_set.file_list:
+            utils.download_file_from_google_drive(identity, str(folder), file, md5)

@@ -12,11 +12,22 @@ from nvae.command_line import Parser, brief, interruptible
 with interruptible():  # the imports below take seconds
     from rich.progress import Progress as ProgressBar
 
-    from nvae.data.catalog import FOLDER, OPTIONS, config_names, is_known, load_config
-    from nvae.data.config import CROPS, RESIZES, SOURCE_FORMATS, DataConfig
-    from nvae.data.manifest import DataError, Manifest
+    from nvae.data.config import (
+        CROPS,
+        FOLDER,
+        OPTIONS,
+        RESIZES,
+        SOURCE_FORMATS,
+        DataConfig,
+        DataError,
+        config_names,
+        is_known,
+        load_config,
+    )
+    from nvae.data.conversion import prepare
+    from nvae.data.dataset import open_splits
     from nvae.data.places import prepared_folder
-    from nvae.data.sources import open_tables, prepare
+    from nvae.data.store import Manifest
 
 MOST_WORKERS = 256
 
@@ -26,37 +37,30 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m nvae.data.prepare",
         description="Turn source files into the compact local form that training reads.",
     )
-    parser.add_argument(
-        "data", metavar="NAME|FOLDER", help=f"one of {', '.join(config_names())}; or a folder"
-    )
-    parser.add_argument("--source", type=Path, help="where the source files are")
-    parser.add_argument("--root", type=Path, help="where the prepared form goes (data.root)")
-    parser.add_argument(
-        "--cache", type=Path, help="where it goes for a folder without --root (data.cache)"
-    )
-    parser.add_argument("--format", choices=SOURCE_FORMATS, help="kind of source files")
-    parser.add_argument("--size", type=int, help="side of the model's input (data.image_size)")
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour")
-    parser.add_argument("--crop", choices=CROPS, help="how pictures become square")
-    parser.add_argument(
-        "--crop-box",
-        type=int,
-        nargs=4,
-        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="cut this out first",
-    )
-    parser.add_argument("--resize", choices=RESIZES, help="filter")
-    parser.add_argument("--train-size", type=int, help="training images")
-    parser.add_argument("--valid-size", type=int, help="validation images")
-    parser.add_argument("--test-size", type=int, help="test images")
-    parser.add_argument(
+    names, formats = ", ".join(config_names()), ", ".join(SOURCE_FORMATS)
+    box = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    add = parser.add_argument
+    add("data", metavar="NAME|FOLDER", help=f"one of {names}; or a folder")
+    add("--source", help="where the source files are")
+    add("--root", help="where the prepared form goes (data.root)")
+    add("--cache", help="where it goes for a folder without --root (data.cache)")
+    add("--format", help=f"kind of source files: {formats}, or package.module:function")
+    add("--size", type=int, dest="image_size", help="side of the model's input (data.image_size)")
+    add("--channels", type=int, choices=(1, 3), help="1 gray, 3 color")
+    add("--crop", choices=CROPS, help="how pictures become square")
+    add("--crop-box", type=int, nargs=4, metavar=box, help="cut this out first")
+    add("--resize", choices=RESIZES, help="filter")
+    add("--train-size", type=int, help="training images")
+    add("--valid-size", type=int, help="validation images")
+    add("--test-size", type=int, help="test images")
+    add(
         "--on-corrupt",
         choices=("stop", "skip"),
         default="stop",
         help="an unreadable image is an error, or left out and counted (default: stop)",
     )
-    parser.add_argument("--no-download", action="store_true", help="use only files that are there")
-    parser.add_argument("--workers", type=int, help="decoding threads")
+    add("--no-download", action="store_true", help="use only files that are there")
+    add("--workers", type=int, help="decoding threads")
     return parser
 
 
@@ -82,10 +86,8 @@ def config_from_arguments(arguments: argparse.Namespace) -> DataConfig:
             f"{brief(arguments.data, 100)} is neither a folder nor a data set; known: "
             f"{', '.join(names)}"
         )
-    for name, option in OPTIONS.items():
-        value = getattr(arguments, option.strip("-").replace("-", "_"))
-        if value is not None:
-            values[name] = str(value) if isinstance(value, Path) else value
+    given_options = {name: getattr(arguments, name) for name in OPTIONS}
+    values |= {name: value for name, value in given_options.items() if value is not None}
     if arguments.no_download:
         values["download"] = False
     return replace(config, **values)
@@ -106,26 +108,9 @@ def _report(config: DataConfig, manifest: Manifest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 on success, 1 after one line on what is wrong."""
-    with interruptible():
-        return _run(argv)
-
-
-def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = _parser().parse_args(argv)
-        if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
-            raise DataError(f"--workers is {arguments.workers}; allowed: 1 to {MOST_WORKERS}")
-        config = config_from_arguments(arguments)
-        with ProgressBar(disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(config.name, total=None)
-            manifest = prepare(
-                config,
-                skip_bad=arguments.on_corrupt == "skip",
-                workers=arguments.workers,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        open_tables(config)
-        _report(config, manifest)
+        with interruptible():
+            _run(_parser().parse_args(argv))
     except MemoryError:
         print("error: there is not enough memory for these files", file=sys.stderr)
         return 1
@@ -133,6 +118,22 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"error: {brief(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.workers is not None and not 1 <= arguments.workers <= MOST_WORKERS:
+        raise DataError(f"--workers is {arguments.workers}; allowed: 1 to {MOST_WORKERS}")
+    config = config_from_arguments(arguments)
+    with ProgressBar(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(config.name, total=None)
+        manifest = prepare(
+            config,
+            skip_bad=arguments.on_corrupt == "skip",
+            workers=arguments.workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    open_splits(config)
+    _report(config, manifest)
 
 
 if __name__ == "__main__":

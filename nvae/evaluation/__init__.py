@@ -1,14 +1,17 @@
-"""Likelihood evaluation: ELBO with its parts and the importance-weighted bound."""
+"""Evaluation: likelihood of a data split, and the quality of samples.
 
-from nvae.evaluation.bound import BoundSettings, Progress
-from nvae.evaluation.evaluate import EvalBatch, evaluate
+The likelihood's names are here; quality is in :mod:`~nvae.evaluation.extractors` (images to
+features), :mod:`~nvae.evaluation.features` (features of samples and of data) and
+:mod:`~nvae.evaluation.distances` (FID and its relatives).
+"""
+
+from nvae.evaluation.likelihood import BoundSettings, Progress, evaluate
 from nvae.evaluation.records import RecordStore
 from nvae.evaluation.result import Estimate, EvaluationResult, ImportanceWeighted
 
 __all__ = [
     "BoundSettings",
     "Estimate",
-    "EvalBatch",
     "EvaluationResult",
     "ImportanceWeighted",
     "Progress",

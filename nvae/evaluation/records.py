@@ -1,4 +1,4 @@
-"""What evaluation knows about every single image.
+"""The likelihood of every single image, in memory and on disk.
 
 Numbers are kept by image and added up at the end, in float64 and in the order of the index. That
 is what makes a result independent of batches, workers and devices, and a killed run resumable.
@@ -7,30 +7,27 @@ is what makes a result independent of batches, workers and devices, and a killed
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nvae.arrays import read_arrays
-from nvae.files import replacing
+from nvae.files import check_array, read_kept_arrays, write_arrays
 
-_FORMAT = 1
 _SAVE_EVERY_SECONDS = 15.0
-_DIMENSIONS = {
-    "index": 1, "reconstruction": 1, "kl_per_channel": 3, "log_evidence": 2, "effective_samples": 2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """Per-image results; N images, G groups, L channels a group, Q values of K.
+    """Results of N images; G groups, L channels of the widest group, Q values of K.
 
     Attributes:
         index: ``(N,)`` int64, index in the split.
         reconstruction: -log p(x | z), ``(N,)`` float64, nats.
-        kl_per_channel: KL of every latent channel, ``(N, G, L)`` float64, nats.
+        kl_per_channel: KL of every latent channel, ``(N, G, L)`` float64, nats; 0 beyond the
+            channels of a narrower group.
         log_evidence: importance-weighted bound on log p(x) for every K, ``(N, Q)``, nats.
         effective_samples: (sum w)^2 / sum w^2 for every K, ``(N, Q)``.
     """
@@ -53,13 +50,12 @@ def concatenate(parts: Sequence[ImageRecords]) -> ImageRecords:
     """
     if not parts:
         raise ValueError("no images to evaluate: the data gave no batch")
-    _, first = np.unique(np.concatenate([part.index for part in parts]), return_index=True)
-    return ImageRecords(
-        *(
-            np.concatenate([getattr(part, field.name) for part in parts])[first]
-            for field in fields(ImageRecords)
-        )
-    )
+    arrays = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(ImageRecords)
+    }
+    _, first = np.unique(arrays["index"], return_index=True)
+    return ImageRecords(**{name: array[first] for name, array in arrays.items()})
 
 
 def pool_ranks(records: ImageRecords | None) -> ImageRecords:
@@ -69,22 +65,17 @@ def pool_ranks(records: ImageRecords | None) -> ImageRecords:
     return concatenate([part for part in parts if part is not None])
 
 
-class _OtherSettingsError(ValueError):
-    pass
-
-
 def _check(records: ImageRecords) -> None:
     """Raise a ValueError unless types, shapes and numbers are those of records."""
-    images = len(records.index) if records.index.ndim == 1 else -1
-    for name, dimensions in _DIMENSIONS.items():
-        array = getattr(records, name)
-        wanted = np.int64 if name == "index" else np.float64
-        if array.dtype != wanted or array.ndim != dimensions or len(array) != images:
-            raise ValueError(f"{name} has shape {array.shape} of {array.dtype}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} holds numbers that are not finite")
-    if records.log_evidence.shape != records.effective_samples.shape:
+    if records.kl_per_channel.ndim != 3 or records.log_evidence.ndim != 2:
         raise ValueError("its arrays do not fit each other")
+    images, groups, channels = records.kl_per_channel.shape
+    bounds = images, records.log_evidence.shape[1]
+    check_array("index", records.index, np.int64, (images,))
+    check_array("reconstruction", records.reconstruction, np.float64, (images,))
+    check_array("kl_per_channel", records.kl_per_channel, np.float64, (images, groups, channels))
+    check_array("log_evidence", records.log_evidence, np.float64, bounds)
+    check_array("effective_samples", records.effective_samples, np.float64, bounds)
     if (records.index < 0).any():
         raise ValueError("index holds numbers below 0")
 
@@ -93,10 +84,10 @@ class RecordStore:
     """Finished images on disk, so that a killed evaluation goes on where it stopped.
 
     Args:
-        folder: one file for every process; whatever is there counts as done, so a run may go on
-            with another number of processes.
+        folder: holds one file for every process; whatever is there counts as done, so a run may go
+            on with another number of processes.
         protocol: what the numbers depend on; a file made under another one is refused.
-        rank: of this process, which writes only its own file.
+        rank: this process's, which writes only its own file.
 
     Raises:
         ValueError: a file belongs to another protocol or cannot be read.
@@ -113,18 +104,16 @@ class RecordStore:
 
     def _read(self, path: Path) -> ImageRecords:
         try:
-            found = read_arrays(path)
-            if str(found["format"]) != str(_FORMAT) or str(found["protocol"]) != self._protocol:
-                raise _OtherSettingsError(
-                    f"{path} was begun with other settings; delete it or choose another output"
-                )
-            records = ImageRecords(*(found[field.name] for field in fields(ImageRecords)))
-            _check(records)
-        except _OtherSettingsError:
-            raise
-        except (OSError, KeyError, ValueError) as error:
+            found = read_kept_arrays(path, self._protocol)
+            if found is not None:
+                records = ImageRecords(**found)
+                _check(records)
+                return records
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete it") from None
-        return records
+        raise ValueError(
+            f"{path} was begun with other settings; delete it or choose another output"
+        )
 
     def check_shapes(self, groups: int, channels: int, bounds: int) -> None:
         """Raise a ValueError unless what is there has these numbers of groups, channels and K."""
@@ -155,18 +144,10 @@ class RecordStore:
         if not self._own:
             return
         self._own = [concatenate(self._own)]
+        write = partial(write_arrays, self._path, vars(self._own[0]), self._protocol, compress=True)
         try:
-            self._write(self._own[0])
+            write()
         except FileNotFoundError:
             # another evaluation of the same likelihood finished and removed the folder just now
-            self._write(self._own[0])
+            write()
         self._saved_at = time.monotonic()
-
-    def _write(self, records: ImageRecords) -> None:
-        with replacing(self._path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                format=np.int64(_FORMAT),
-                protocol=np.array(self._protocol),
-                **{field.name: getattr(records, field.name) for field in fields(ImageRecords)},
-            )

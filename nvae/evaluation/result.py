@@ -1,13 +1,13 @@
-"""From numbers of single images to the numbers of a table."""
+"""The result of a likelihood evaluation: means over images, for JSON and for a terminal."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvae.evaluation.bound import BoundSettings
 from nvae.evaluation.records import ImageRecords
 from nvae.models import HierarchicalVAE
 from nvae.objective import LN2
@@ -25,13 +25,13 @@ class Estimate:
 
     @classmethod
     def over_images(cls, values: NDArray[np.float64]) -> "Estimate":
-        """Of ``(N,)`` values; the error of a single image is infinite."""
+        """The mean of values ``(N,)``; the error of a single one is infinite."""
         n = len(values)
         error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
         return cls(float(values.mean()), error)
 
     def scaled(self, factor: float) -> "Estimate":
-        """In other units."""
+        """Both numbers in other units."""
         return Estimate(self.mean * factor, self.standard_error * factor)
 
 
@@ -66,7 +66,7 @@ class EvaluationResult:
         negative_elbo_bits_per_dim: -ELBO in bits/dim.
         kl_per_group: mean KL of every group, nats an image.
         active_units: active latent channels of every group (see ``ACTIVE_UNIT_NATS``).
-        latent_channels: channels that each group has.
+        latent_channels: latent channels of every group.
         importance_weighted: one entry for every K, ascending.
     """
 
@@ -78,7 +78,7 @@ class EvaluationResult:
     negative_elbo_bits_per_dim: Estimate
     kl_per_group: tuple[float, ...]
     active_units: tuple[int, ...]
-    latent_channels: int
+    latent_channels: tuple[int, ...]
     importance_weighted: tuple[ImportanceWeighted, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class EvaluationResult:
             lines.append(f"{text}   effective samples {bound.effective_samples:.1f}")
         lines += ["", f"{'group (coarsest first)':24}{'KL nats':>12}{'active units':>15}"]
         lines += [
-            f"{group:<24}{kl:>12.3f}{f'{active} of {self.latent_channels}':>15}"
-            for group, (kl, active) in enumerate(
-                zip(self.kl_per_group, self.active_units, strict=True)
+            f"{group:<24}{kl:>12.3f}{f'{active} of {channels}':>15}"
+            for group, (kl, active, channels) in enumerate(
+                zip(self.kl_per_group, self.active_units, self.latent_channels, strict=True)
             )
         ]
         return "\n".join(lines)
@@ -113,20 +113,20 @@ def _line(name: str, nats: Estimate, bits: Estimate | None = None) -> str:
 
 
 def summarize(
-    records: ImageRecords, model: HierarchicalVAE, settings: BoundSettings
+    records: ImageRecords, model: HierarchicalVAE, importance_samples: Sequence[int]
 ) -> EvaluationResult:
     """Means over images, in float64.
 
     Args:
         records: sorted by index.
         model: gives the dimensions.
-        settings: gives the values of K, in the order of the records' columns.
+        importance_samples: values of K, in the order of the records' columns.
     """
     kl = records.kl_per_channel.sum((1, 2))
     per_dimension = 1 / (LN2 * model.config.counted_pixels)
     negative_elbo = Estimate.over_images(records.reconstruction + kl)
     bounds = []
-    for column, samples in enumerate(settings.importance_samples):
+    for column, samples in enumerate(importance_samples):
         nll = Estimate.over_images(-records.log_evidence[:, column])
         bounds.append(
             ImportanceWeighted(
@@ -146,6 +146,6 @@ def summarize(
         negative_elbo_bits_per_dim=negative_elbo.scaled(per_dimension),
         kl_per_group=tuple(channels.sum(1).tolist()),
         active_units=tuple((channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
-        latent_channels=model.latent_channels,
+        latent_channels=tuple(shape[0] for shape in model.latent_shapes),
         importance_weighted=tuple(bounds),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from nvae.command_line import Parser, brief, fail, interruptible
 from nvae.export.folder import export
 from nvae.export.sampler import LARGEST_BATCH
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
 
 def _pixel_temperature(text: str) -> PixelTemperature:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model
-from nvae.export.card import model_card
+from nvae.checkpoint import Weights, load_checkpoint, load_model, write_weights
+from nvae.command_line import brief
 from nvae.export.sampler import (
     TOLERANCE,
     Sampler,
@@ -23,9 +24,10 @@ from nvae.export.sampler import (
     largest_difference,
 )
 from nvae.files import write_json
-from nvae.sampling.inductor import load_machine_code
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
-from nvae.weights_folder import write_weights
+from nvae.models import MODELS, NVAE, HierarchicalVAE
+from nvae.models.likelihoods import LIKELIHOODS
+from nvae.sampling.compiled import load_machine_code
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
 PROGRAM_FILE = "sampler.pt2"
 COMPILED_FILE = "sampler_compiled.pt2"
@@ -47,7 +49,8 @@ def export(
         checkpoint: anything that :func:`load_model` reads.
         folder: must not hold anything yet.
         weights: averaged or raw.
-        pixel_temperature: of the sampler program: ``"mean"``, or the factor on the pixel noise.
+        pixel_temperature: what the sampler gives: ``"mean"``, or a draw with this factor on the
+            pixel noise.
         with_sampler: write the program.
         compiled_batch: also compile the sampler for this machine and this many images at a time.
 
@@ -65,8 +68,9 @@ def export(
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
     model = load_model(checkpoint, weights)
-    said = load_checkpoint(checkpoint).get("run_config") if checkpoint.is_file() else None
-    run_config = said if isinstance(said, dict) else None
+    run_config = None
+    if checkpoint.is_file():  # an exported folder says nothing of its training
+        run_config = load_checkpoint(checkpoint, ["run_config"]).get("run_config")
     with _whole_folder(folder) as building:
         write_weights(model, building)
         (building / "README.md").write_text(model_card(model, run_config), encoding="utf-8")
@@ -136,3 +140,94 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None) -> str:
+    """What the weights are, what they were trained on and how to use them, as Markdown.
+
+    Args:
+        model: with its weights.
+        run_config: of the run that trained it, where that is known; it may be anybody's.
+    """
+    paper = " after [Vahdat & Kautz, NeurIPS 2020](https://arxiv.org/abs/2007.03898)"
+    is_nvae = isinstance(model, NVAE)
+    parts = [
+        _FRONT_MATTER,
+        f"# Deep hierarchical VAE ({'NVAE' if is_nvae else type(model).__name__})\n",
+        f"A deep hierarchical variational autoencoder{paper if is_nvae else ''}, trained with the "
+        "`nvae` package.\n",
+        _table(_network_facts(model)),
+        "`config.json` has every setting of the network.\n",
+        "## Training\n",
+        _table(facts)
+        if (facts := _training_facts(run_config or {}))
+        else "The checkpoint does not say what it was trained on.\n",
+        _USE,
+    ]
+    if not is_nvae:
+        name = MODELS.name_of(type(model))
+        parts.append(f"Name the model's class first: `nvae.models.MODELS[{name!r}]`.\n")
+    return "\n".join(parts)
+
+
+def _network_facts(model: HierarchicalVAE) -> dict[str, str]:
+    config = model.config
+    color = {1: "gray", 3: "color"}.get(config.image_channels, f"{config.image_channels}-channel")
+    widths = dict.fromkeys(shape[0] for shape in reversed(model.latent_shapes))
+    return {
+        "images": f"{config.image_size} x {config.image_size}, {color}, {config.bits} bits",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "latent groups, fine to coarse": ", ".join(map(str, model.groups_per_scale[::-1])),
+        "latent channels of a group": ", ".join(map(str, widths)),
+        "likelihood": LIKELIHOODS[config.likelihood].title,
+    }
+
+
+def _training_facts(run: dict[str, Any]) -> dict[str, str]:
+    data, trainer = (
+        value if isinstance(value := run.get(name), dict) else {} for name in ("data", "trainer")
+    )
+    facts = {
+        "run": run.get("name"),
+        "data set": data.get("name"),
+        "its license": data.get("license", data.get("licence")),
+        "its source": data.get("citation") or data.get("homepage"),
+        "training images": data.get("train_size"),
+        "epochs": trainer.get("max_epochs", trainer.get("epochs")),
+        "batch": data.get("batch_size"),
+        "seed": run.get("seed"),
+    }
+    return {name: _cell(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _cell(value: Any) -> str:
+    """Text of a configuration, which may be anybody's: no markup, and it must not end the table."""
+    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", brief(value, 300)).replace("<", "&lt;")
+
+
+def _table(facts: dict[str, str]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows, ""])
+
+
+_FRONT_MATTER = """---
+library_name: nvae
+pipeline_tag: unconditional-image-generation
+tags:
+- nvae
+- variational-autoencoder
+---
+"""
+
+_USE = """## Use
+
+```python
+from nvae.checkpoint import load_model
+
+model = load_model("FOLDER")  # this folder
+images = model.sample(16, temperature=0.7)  # (16, C, H, W) in [0, 1]
+```
+
+`nvae.hub.HubNVAE.from_pretrained` reads it too. `sampler.pt2`, where present, needs torch alone;
+`sampler.json` says what it takes.
+"""

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from nvae.models import HierarchicalVAE
-from nvae.sampling.decoder import PriorDecoder
-from nvae.sampling.inductor import for_inductor, machine_code
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature
+from nvae.sampling.compiled import PriorDecoder, for_inductor, machine_code
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
 TOLERANCE = 1e-5
 MOST_FLIPPED = 1e-4
-"""Share of drawn pixels that may differ: rounding can turn a coin that lands on its edge."""
+"""Share of drawn pixels that may differ: rounding can tip a random number across its threshold."""
 
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 LARGEST_BATCH = 1 << 16
@@ -28,12 +27,7 @@ LARGEST_BATCH = 1 << 16
 
 @dataclass(frozen=True)
 class PixelInput:
-    """One tensor of pixel noise.
-
-    Attributes:
-        distribution: ``uniform`` in (0, 1], or standard ``normal``.
-        shape: ``(C', H, W)`` for one image.
-    """
+    """One tensor of pixel noise: uniform in (0, 1] or standard normal, ``(C', H, W)`` an image."""
 
     distribution: Literal["uniform", "normal"]
     shape: tuple[int, ...]
@@ -72,11 +66,10 @@ class _Given:
 
 
 class Sampler(nn.Module):
-    """The half of a model that makes images, as a function of noise.
+    """A copy of the half of a model that makes images, as a function of noise.
 
-    Args:
-        model: copied without its encoder.
-        pixel_temperature: ``"mean"`` for the likelihood's mean, or the factor on the pixel noise.
+    With ``pixel_temperature="mean"`` it gives the likelihood's mean, else a draw with this factor
+    on the pixel noise.
     """
 
     def __init__(
@@ -132,13 +125,19 @@ def export_sampler(sampler: Sampler) -> ExportedProgram:
     """Trace the sampler for batches of any size.
 
     The result's ``module()`` takes what :meth:`Sampler.forward` takes.
+
+    Raises:
+        ValueError: the model cannot be traced, or only for one batch size.
     """
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     arguments = sampler.example(_EXAMPLE_BATCH)
     noise, _, pixel_noise = arguments
     shapes = ([{0: batch}] * len(noise), None, [{0: batch}] * len(pixel_noise))
-    with torch.no_grad():
-        program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
+    except (RuntimeError, ValueError) as error:  # a model from elsewhere
+        raise ValueError(f"the model cannot be traced for batches of any size: {error}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of the machine that exported
     return program
@@ -159,14 +158,10 @@ def compile_sampler(sampler: Sampler, batch: int) -> bytes:
 def largest_difference(
     sampler: Sampler, run: Callable[..., Tensor], batches: Sequence[int] = (1, 3)
 ) -> float:
-    """Largest difference of a pixel between a program and the eager sampler.
+    """Largest difference of a pixel between ``run`` and the eager sampler, at some batch sizes.
 
-    With drawn pixels, of all but the share ``MOST_FLIPPED``.
-
-    Args:
-        sampler: eager.
-        run: takes what :meth:`Sampler.forward` takes.
-        batches: batch sizes to compare at.
+    With drawn pixels, of all but the share ``MOST_FLIPPED``. ``run`` takes what
+    :meth:`Sampler.forward` takes.
 
     Raises:
         FloatingPointError: a picture is not made of finite numbers.

@@ -1,10 +1,37 @@
 """Hierarchical VAEs: what every model is, and the models."""
 
+from collections.abc import Iterable
+
+from nvae.models.cells import CELL_FAMILIES
 from nvae.models.config import ModelConfig
 from nvae.models.hierarchical import HierarchicalVAE, Output, Temperature
+from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.models.nvae import NVAE
 from nvae.registry import Registry
 
-__all__ = ["MODELS", "NVAE", "HierarchicalVAE", "ModelConfig", "Output", "Temperature"]
+__all__ = [
+    "MODELS",
+    "NVAE",
+    "HierarchicalVAE",
+    "ImageConfig",
+    "ModelConfig",
+    "Output",
+    "Temperature",
+    "use_plugins",
+]
 
 MODELS: Registry[type[HierarchicalVAE]] = Registry("model", HierarchicalVAE, {"nvae": NVAE})
+
+
+def use_plugins(names: Iterable[str]) -> None:
+    """Let files name models, likelihoods and cell families that are not ours.
+
+    Args:
+        names: each ``package.module:Class``, imported here.
+
+    Raises:
+        ValueError: one cannot be imported, or is nothing that a file may name.
+    """
+    for name in names:
+        if not any(registry.plug_in(name) for registry in (MODELS, LIKELIHOODS, CELL_FAMILIES)):
+            raise ValueError(f"plugins={name} is no model, likelihood or cell family")

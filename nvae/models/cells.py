@@ -8,13 +8,16 @@ and around them; names and contents are the published ones (appendix A; `mconv_e
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.folding import Derived, fold_after, fold_around
+from nvae.models.folding import Derived, fixed_conv
 from nvae.models.layers import (
+    EPS,
+    BatchNorm,
     DataInitConv2d,
     FactorizedSkip,
     PlainConv2d,
@@ -22,11 +25,25 @@ from nvae.models.layers import (
     UpsampleSkip,
     WeightNormConv2d,
 )
-from nvae.models.norm import EPS, BatchNorm
 from nvae.ops import bn_swish_depthwise
 from nvae.registry import Registry
 
 RESIDUAL_SCALE = 0.1
+
+
+class OpSpec(Protocol):
+    """One operation of a cell's branch, before its channels are known."""
+
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """The operation, ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``.
+
+        Args:
+            in_channels: C_in.
+            out_channels: C_out.
+            stride: 2 halves the resolution, 1 keeps it.
+            upsample: double the resolution.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,14 +52,18 @@ class ActConvSpec:
 
     Attributes:
         activation: ``swish`` or ``elu``.
-        batchnorm: normalise before the activation; without it the convolution is
-            initialised from its first batch.
+        batchnorm: normalize before the activation; without it the convolution is
+            initialized from its first batch.
         dilation: 2 gives the 5x5 receptive field of the published ``res_bnswish5``.
     """
 
     activation: str = "swish"
     batchnorm: bool = True
     dilation: int = 1
+
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """See :class:`OpSpec`."""
+        return ActConv(self, in_channels, out_channels, stride, upsample)
 
 
 @dataclass(frozen=True)
@@ -59,13 +80,14 @@ class MobileConvSpec:
     kernel_size: int = 5
     groups: int = 0
 
-
-OpSpec = ActConvSpec | MobileConvSpec
+    def build(self, in_channels: int, out_channels: int, stride: int, upsample: bool) -> nn.Module:
+        """See :class:`OpSpec`."""
+        return MobileConv(self, in_channels, out_channels, stride, upsample)
 
 
 @dataclass(frozen=True)
 class CellFamily:
-    """The operations of one cell's branch, for each place in the network."""
+    """The operations of one cell's branch, in order, for each place in the network."""
 
     encoder: tuple[OpSpec, ...]
     decoder: tuple[OpSpec, ...]
@@ -82,7 +104,7 @@ class ActConv(nn.Module):
     """[BN], activation, [nearest x2], 3x3 convolution."""
 
     def __init__(
-        self, spec: ActConvSpec, in_channels: int, out_channels: int, *, stride: int, upsample: bool
+        self, spec: ActConvSpec, in_channels: int, out_channels: int, stride: int, upsample: bool
     ) -> None:
         super().__init__()
         self.upsample = upsample
@@ -104,9 +126,8 @@ class MobileConv(nn.Module):
     """
 
     def __init__(
-        self, spec: MobileConvSpec, in_channels: int, out_channels: int, *, stride: int,
-        upsample: bool,
-    ) -> None:  # fmt: skip
+        self, spec: MobileConvSpec, in_channels: int, out_channels: int, stride: int, upsample: bool
+    ) -> None:
         super().__init__()
         hidden = round(spec.expansion * in_channels)
         self.upsample = upsample
@@ -146,17 +167,34 @@ class MobileConv(nn.Module):
         return y, sums
 
     def folded(self) -> nn.Module:
-        """The same without the normalisations, which the weights take over."""
+        """The same without the normalizations, which the weights take over."""
         layers: list[nn.Module] = [
-            fold_around(self.norm_in, self.expand, self.norm_expand),
+            _fold_around(self.norm_in, self.expand, self.norm_expand),
             nn.SiLU(inplace=True),
-            fold_after(self.spatial, self.norm_spatial),
+            _fold_after(self.spatial, self.norm_spatial),
             nn.SiLU(inplace=True),
-            fold_after(self.project, self.norm_out),
+            _fold_after(self.project, self.norm_out),
         ]
         if self.upsample:
             layers.insert(2, nn.Upsample(scale_factor=2, mode="nearest"))
         return nn.Sequential(*layers)
+
+
+def _fold_after(conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
+    """A convolution without bias followed by ``after``, as one convolution."""
+    scale, shift = after.affine()
+    return fixed_conv(
+        conv.weight * scale.view(-1, 1, 1, 1), shift, stride=conv.stride[0],
+        padding=int(conv.padding[0]), dilation=conv.dilation[0], groups=conv.groups,
+    )  # fmt: skip
+
+
+def _fold_around(before: BatchNorm, conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
+    """``before``, a 1x1 convolution, ``after``; 1x1, since padding would see the shift."""
+    in_scale, in_shift = before.affine()
+    scale, shift = after.affine()
+    weight = conv.weight * in_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
+    return fixed_conv(weight, scale * (conv.weight.flatten(1) @ in_shift) + shift)
 
 
 class Cell(nn.Module):
@@ -190,16 +228,9 @@ class Cell(nn.Module):
         branch: list[nn.Module] = []
         for index, spec in enumerate(ops):
             first = index == 0
-            op = MobileConv if isinstance(spec, MobileConvSpec) else ActConv
-            branch.append(
-                op(
-                    spec,  # type: ignore[arg-type]
-                    in_channels if first else out_channels,
-                    out_channels,
-                    stride=2 if downsample and first else 1,
-                    upsample=upsample and first,
-                )
-            )
+            channels = in_channels if first else out_channels
+            stride = 2 if downsample and first else 1
+            branch.append(spec.build(channels, out_channels, stride, upsample and first))
         self.branch = nn.Sequential(*branch)
         self.attention = SqueezeExcitation(out_channels) if squeeze_excitation else None
 

@@ -1,50 +1,23 @@
 """What a network is, as plain numbers, and the skeleton of scales and groups that they imply."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from nvae.models.cells import CELL_FAMILIES, MobileConvSpec
-from nvae.models.likelihoods import LIKELIHOODS
-from nvae.settings import Bounds, check_fields
-
-_BOUNDS: dict[str, Bounds] = {
-    "image_size": (1, 4096),
-    "image_channels": (1, 1024),
-    "counted_size": (1, 4096),
-    "bits": (1, 8),
-    "num_mixtures": (1, 1000),
-    "num_scales": (1, 12),
-    "groups_per_scale": (1, 1000),
-    "min_groups_per_scale": (1, 1000),
-    "latent_channels": (1, 1024),
-    "encoder_channels": (1, 4096),
-    "decoder_channels": (1, 4096),
-    "preprocess_blocks": (0, 12),
-    "preprocess_cells": (1, 100),
-    "postprocess_cells": (1, 100),
-    "encoder_cells_per_group": (1, 100),
-    "decoder_cells_per_group": (1, 100),
-    "num_flows": (0, 100),
-}
-"""Far beyond any network in use: what lies outside is a slip or an attack."""
+from nvae.models.likelihoods import ImageConfig
+from nvae.settings import Bounds
 
 MOST_CELLS = 20_000
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ImageConfig):
     """Architecture and likelihood of an :class:`~nvae.models.nvae.NVAE`.
 
-    Scale 0 is the finest latent scale; widths double at every halving of the resolution.
+    The images' settings are those of :class:`ImageConfig`. Scale 0 is the finest latent scale;
+    widths double at every halving of the resolution.
 
     Attributes:
-        image_size: side of the square input in pixels (after padding).
-        image_channels: 1 for grey, 3 for colour.
-        counted_size: side of the central window that the likelihood counts; None: the whole image.
-            MNIST padded from 28 to 32 counts 28.
-        bits: bits of a pixel value, 1 to 8; the discretised likelihood has ``2**bits`` bins.
-        likelihood: ``bernoulli`` | ``logistic_mixture`` | ``normal``, or ``package.module:Class``.
-        num_mixtures: components of the logistic mixture.
         num_scales: number of latent scales, S.
         groups_per_scale: latent groups of the finest scale.
         adaptive_groups: halve the number of groups at every coarser scale.
@@ -66,12 +39,6 @@ class ModelConfig:
         ValueError: one line that says which combination is impossible and what is allowed.
     """
 
-    image_size: int = 32
-    image_channels: int = 1
-    counted_size: int | None = None
-    bits: int = 8
-    likelihood: str = "bernoulli"
-    num_mixtures: int = 10
     num_scales: int = 2
     groups_per_scale: int = 10
     adaptive_groups: bool = True
@@ -90,8 +57,7 @@ class ModelConfig:
     num_flows: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.", **_BOUNDS)
-        LIKELIHOODS[self.likelihood].check(self)
+        super().__post_init__()
         halvings = self.preprocess_blocks + self.num_scales - 1
         if self.image_size % 2**halvings:
             raise ValueError(
@@ -99,13 +65,6 @@ class ModelConfig:
                 f"(preprocess_blocks={self.preprocess_blocks}, num_scales={self.num_scales}); "
                 f"it must be a multiple of {2**halvings}"
             )
-        if self.counted_size is not None:
-            border = self.image_size - self.counted_size
-            if self.counted_size < 1 or border < 0 or border % 2:
-                raise ValueError(
-                    f"model.counted_size={self.counted_size} is no central window of "
-                    f"image_size={self.image_size}; the difference must be even and not negative"
-                )
         cells = self.encoder_cells_per_group + self.decoder_cells_per_group
         if self.num_scales * self.groups_per_scale * cells > MOST_CELLS:
             raise ValueError(
@@ -130,30 +89,24 @@ class ModelConfig:
                         f"divide, use a multiple of {op.groups}"
                     )
 
-    @property
-    def counted_pixels(self) -> int:
-        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
-        side = self.image_size if self.counted_size is None else self.counted_size
-        return self.image_channels * side * side
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint or JSON."""
-        return asdict(self)
+    @classmethod
+    def bounds(cls) -> dict[str, Bounds]:
+        """Least and greatest value of the numbers."""
+        return super().bounds() | {
+            "num_scales": (1, 12), "groups_per_scale": (1, 1000), "min_groups_per_scale": (1, 1000),
+            "latent_channels": (1, 1024), "encoder_channels": (1, 4096),
+            "decoder_channels": (1, 4096), "preprocess_blocks": (0, 12),
+            "preprocess_cells": (1, 100), "postprocess_cells": (1, 100),
+            "encoder_cells_per_group": (1, 100), "decoder_cells_per_group": (1, 100),
+            "num_flows": (0, 100),
+        }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of :meth:`to_dict`, for values that a file holds: nothing is imported for them.
-
-        Raises:
-            ValueError: an unknown key or an impossible value, named in one line.
-        """
-        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
-        if unknown:
-            raise ValueError(f"unknown model setting(s): {', '.join(unknown)}")
-        for name, registry in (("likelihood", LIKELIHOODS), ("cell_family", CELL_FAMILIES)):
-            if name in values:
-                registry.check_known(values[name])
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """See the base class."""
+        if "cell_family" in values:
+            CELL_FAMILIES.check_known(values["cell_family"])
+        return super().from_dict(values)
 
 
 @dataclass(frozen=True)

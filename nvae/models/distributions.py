@@ -49,13 +49,13 @@ class Normal:
         return cls(soft_clamp(mean), sigma)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Reparameterised draw from standard normal ``noise`` of the same shape."""
+        """Reparameterized draw from standard normal ``noise`` of the same shape."""
         return torch.addcmul(self.mean, self.sigma, noise)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every element of ``z``, in nats; same shape as ``z``."""
-        normalised = (z - self.mean) / self.sigma
-        return -0.5 * normalised * normalised - _HALF_LOG_2PI - self.sigma.log()
+        normalized = (z - self.mean) / self.sigma
+        return -0.5 * normalized * normalized - _HALF_LOG_2PI - self.sigma.log()
 
     def kl(self, prior: "Normal") -> Tensor:
         """KL(self || prior) of every element in closed form, in nats (paper, equation 2)."""

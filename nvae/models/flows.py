@@ -37,7 +37,7 @@ def autoregressive_mask(
 ) -> Tensor:  # fmt: skip
     """Mask of a causal convolution's weight, ``(out, in or 1, K, K)``.
 
-    Rows above the centre and the centre row's left are open, the centre pixel takes the channel
+    Rows above the center and the center row's left are open, the center pixel takes the channel
     mask, the rest is closed. ``mirrored`` turns the two spatial axes round, for the reverse order.
     """
     middle = (kernel_size - 1) // 2

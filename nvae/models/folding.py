@@ -1,8 +1,8 @@
-"""Normalisations folded into convolutions, for evaluation without gradients.
+"""Normalizations folded into convolutions, for evaluation without gradients.
 
 With running statistics a BN is an affine map per channel, so a mobile convolution needs none of
-its four: the maps go into the neighbouring weights. A weight-normalised convolution becomes a plain
-one with the normalised weight. What is folded is kept while nothing that it came from changes.
+its four: the maps go into the neighboring weights. A weight-normalized convolution becomes a plain
+one with the normalized weight. What is folded is kept while nothing that it came from changes.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,8 +10,6 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-
-from nvae.models.norm import EPS, BatchNorm
 
 T = TypeVar("T")
 
@@ -56,34 +54,11 @@ def fixed_conv(
     return conv
 
 
-def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift, ``(C,)`` each, that the normalisation applies in evaluation."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + EPS)
-    return scale, norm.bias - norm.running_mean * scale
-
-
-def fold_after(conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
-    """A convolution without bias followed by ``after``, as one convolution."""
-    scale, shift = affine(after)
-    return fixed_conv(
-        conv.weight * scale.view(-1, 1, 1, 1), shift, stride=conv.stride[0],
-        padding=int(conv.padding[0]), dilation=conv.dilation[0], groups=conv.groups,
-    )  # fmt: skip
-
-
-def fold_around(before: BatchNorm, conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:
-    """``before``, a 1x1 convolution, ``after``; 1x1, since padding would see the shift."""
-    in_scale, in_shift = affine(before)
-    scale, shift = affine(after)
-    weight = conv.weight * in_scale.view(1, -1, 1, 1) * scale.view(-1, 1, 1, 1)
-    return fixed_conv(weight, scale * (conv.weight.flatten(1) @ in_shift) + shift)
-
-
 class Derived(Generic[T]):
     """Holds what was derived last, together with the versions of what it was derived from.
 
     Never stored in a checkpoint; made anew when a source was written to or replaced. Fused
-    optimisers write without counting a version, so a training pass forgets the value; that also
+    optimizers write without counting a version, so a training pass forgets the value; that also
     frees its memory. Whoever writes through `.data` has to call :func:`forget`.
     """
 

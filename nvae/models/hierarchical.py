@@ -11,12 +11,14 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.distributions import Normal
@@ -92,6 +94,13 @@ class Output:
         return tuple(group.kl.sum((2, 3)) for group in self.groups)
 
     @cached_property
+    def kl_by_channel(self) -> Tensor:
+        """:attr:`kl_per_channel` in one, ``(B, G, L)``; 0 beyond a narrower group's channels."""
+        widest = max(kl.shape[1] for kl in self.kl_per_channel)
+        padded = [F.pad(kl, (0, widest - kl.shape[1])) for kl in self.kl_per_channel]
+        return torch.stack(padded, dim=1)
+
+    @cached_property
     def kl_per_group(self) -> Tensor:
         """KL of every group, ``(B, G)``, in nats."""
         return torch.stack([kl.sum(1) for kl in self.kl_per_channel], dim=1)
@@ -107,24 +116,6 @@ class Output:
         return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
 
 
-class Config(ImageConfig, Protocol):
-    """The configuration of a model: a frozen dataclass that checks itself."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint or JSON."""
-        ...
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`; a ValueError names what is unknown or impossible."""
-        ...
-
-    @property
-    def counted_pixels(self) -> int:
-        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
-        ...
-
-
 class HierarchicalVAE(nn.Module, ABC):
     """Base class of all models.
 
@@ -133,13 +124,13 @@ class HierarchicalVAE(nn.Module, ABC):
     in the configuration.
 
     Attributes:
-        config_class: of the configuration.
+        config_class: of the configuration, a frozen dataclass derived from :class:`ImageConfig`.
         config: the configuration.
         latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
     """
 
-    config_class: ClassVar[type[Config]]
-    config: Config
+    config_class: ClassVar[type[ImageConfig]]
+    config: ImageConfig
     latent_shapes: tuple[Shape, ...]
 
     @classmethod
@@ -190,6 +181,17 @@ class HierarchicalVAE(nn.Module, ABC):
         """A copy in evaluation mode that can only sample, without gradients."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside the block, every module's own mode again afterwards."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
     @property
     def num_groups(self) -> int:
         """Latent groups, G."""
@@ -220,7 +222,7 @@ class HierarchicalVAE(nn.Module, ABC):
         """Encode ``x`` and decode a posterior sample.
 
         Args:
-            x: images in [0, 1], ``(B, C, H, W)``; bits and binarisation already applied.
+            x: images in [0, 1], ``(B, C, H, W)``; bits and binarization already applied.
             noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
                 drawn here when absent.
 

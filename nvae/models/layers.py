@@ -1,7 +1,7 @@
-"""The bricks of a residual cell: normalised convolutions, batch normalisation, attention.
+"""The bricks of a residual cell: normalized convolutions, batch normalization, attention.
 
-A convolution here knows the matrices that spectral regularisation looks at
-(:meth:`SpectralConv.spectral_matrices`), so that the regulariser needs no list of special cases.
+A convolution here knows the matrices that spectral regularization looks at
+(:meth:`SpectralConv.spectral_matrices`), so that the regularizer needs no list of special cases.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
-from nvae.ops import depthwise_conv2d
+from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
+EPS = 1e-5
+MOMENTUM = 0.05
 NORM_INIT_EPS = 1e-2
 
 
@@ -27,7 +29,7 @@ class SpectralMatrix:
 
     Attributes:
         weight: ``(out, in / groups * kh * kw)``, a differentiable view of the parameter.
-        log_gain: ``(out,)``, g of the weight normalisation, or None for a plain convolution.
+        log_gain: ``(out,)``, g of the weight normalization, or None for a plain convolution.
     """
 
     weight: Tensor
@@ -35,7 +37,7 @@ class SpectralMatrix:
 
 
 class SpectralConv(nn.Module):
-    """Base of every convolution that spectral regularisation counts."""
+    """Base of every convolution that spectral regularization counts."""
 
     weight: Tensor
 
@@ -55,7 +57,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 class PlainConv2d(nn.Conv2d, SpectralConv):
-    """Convolution without weight normalisation, "same" padding, no bias (mobile cells)."""
+    """Convolution without weight normalization, "same" padding, no bias (mobile cells)."""
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class WeightNormConv2d(SpectralConv):
         super().__init__()
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = dilation * (kernel_size // 2)
-        # torch's own initialisation of weight and bias, which the published model keeps
+        # torch's own initialization of weight and bias, which the published model keeps
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=bias)
         self.weight = conv.weight
         self.bias = conv.bias
@@ -140,7 +142,7 @@ class WeightNormConv2d(SpectralConv):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def folded(self) -> nn.Module:
-        """A plain convolution with the normalised weight."""
+        """A plain convolution with the normalized weight."""
         return fixed_conv(
             self._normalize(), self.bias, stride=self.stride, padding=self.padding,
             dilation=self.dilation, groups=self.groups,
@@ -152,9 +154,9 @@ class WeightNormConv2d(SpectralConv):
 
 
 class DataInitConv2d(WeightNormConv2d):
-    """Weight-normalised convolution whose first batch sets gain and bias.
+    """Weight-normalized convolution whose first batch sets gain and bias.
 
-    Without batch normalisation in front, the output would start at an arbitrary scale: at the
+    Without batch normalization in front, the output would start at an arbitrary scale: at the
     first training batch its mean is removed and its standard deviation set to 1/5, per channel
     (Salimans & Kingma 2016, section 3). All ranks use the same, averaged statistics.
     """
@@ -167,7 +169,7 @@ class DataInitConv2d(WeightNormConv2d):
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the parent; the first call in training mode initialises."""
+        """As the parent; the first call in training mode initializes."""
         # the flag is read from the device once, not at every step
         if self.training and not self._checked:
             if not self.initialized:
@@ -191,6 +193,80 @@ class DataInitConv2d(WeightNormConv2d):
         self.log_gain.copy_(-spread.log())
         self.bias.copy_(-mean / spread)
         self.initialized.fill_(True)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization followed by Swish, ELU or nothing.
+
+    Args:
+        channels: C.
+        activation: ``none`` | ``swish`` | ``elu``.
+        repeats: how often every input pixel stands for the published model's. Nearest
+            upsampling repeats each pixel four times; it commutes with everything pointwise, so it
+            is done later here, and only the unbiased running variance, which knows the number of
+            pixels, has to be told.
+
+    Attributes:
+        group: process group whose ranks share batch statistics in training; None: this rank's
+            own.
+        frozen: normalize with the batch but leave the running statistics alone; set while
+            gradient checkpointing computes a cell for the second time.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    group: dist.ProcessGroup | None = None
+    frozen: bool = False
+
+    def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
+        super().__init__()
+        self.activation = activation
+        self.repeats = repeats
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same shape.
+
+        Args:
+            x: the raw features.
+            sums: ``(2, C)``, their sum and sum of squares where the op that made them knows.
+        """
+        running = self.running()
+        if self.activation == "swish":
+            x, statistics = bn_swish(
+                x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group
+            )
+        else:
+            x, statistics = batch_norm(
+                x, self.weight, self.bias, running=running, eps=EPS, group=self.group
+            )
+        self.track(statistics)
+        return F.elu(x) if self.activation == "elu" else x
+
+    def running(self) -> Statistics | None:
+        """The running statistics in evaluation; None in training, where the batch's are used."""
+        return None if self.training else Statistics(self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def track(self, statistics: Statistics) -> None:
+        """Move the running statistics towards a training batch's."""
+        if not self.training or self.frozen:
+            return
+        n = self.repeats * statistics.elements
+        self.running_mean.lerp_(statistics.mean.to(self.running_mean), MOMENTUM)
+        unbiased = statistics.var * (n / (n - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
+        self.num_batches_tracked += 1
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, ``(C,)`` each, that the normalization applies in evaluation."""
+        scale = self.weight * torch.rsqrt(self.running_var + EPS)
+        return scale, self.bias - self.running_mean * scale
 
 
 def skip_splits(out_channels: int) -> list[int]:
@@ -228,7 +304,7 @@ class FactorizedSkip(WeightNormConv2d):
         return F.conv2d(F.silu(x), self.normalized_weight() * self.taps, self.bias, stride=2)
 
     def folded(self) -> nn.Module:
-        """The same with the normalised weight."""
+        """The same with the normalized weight."""
         return nn.Sequential(
             nn.SiLU(), fixed_conv(self._normalize() * self.taps, self.bias, stride=2)
         )

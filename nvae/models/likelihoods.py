@@ -7,7 +7,8 @@ everything is computed in float32 at least.
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,58 +16,99 @@ from torch import Tensor
 
 from nvae.models.distributions import Normal, at_least_float32
 from nvae.registry import Registry
+from nvae.settings import Bounds, check_fields
 
 LOG_SCALE_FLOOR = -7.0
 TINY_MASS = 1e-5
 
 
 class PixelRandomness(Protocol):
-    """Random numbers from elsewhere than a generator: one stream an image, say."""
+    """Random numbers from elsewhere than a generator: one stream an image, say.
+
+    Both methods give numbers of ``like``'s shape, type and device.
+    """
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Uniform in (0, 1], of ``like``'s shape, type and device."""
+        """Uniform in (0, 1]."""
         ...
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, of ``like``'s shape, type and device."""
+        """Standard normal."""
         ...
 
 
 Randomness = torch.Generator | PixelRandomness | None
 
 
-class ImageConfig(Protocol):
-    """What the configuration of every model says of its images and their likelihood."""
+@dataclass(frozen=True)
+class ImageConfig:
+    """What the configuration of every model says of its images; models derive theirs from it.
+
+    Attributes:
+        image_size: side of the square input in pixels (after padding).
+        image_channels: 1 for gray, 3 for color.
+        counted_size: side of the central window that the likelihood counts; None: the whole image.
+            MNIST padded from 28 to 32 counts 28.
+        bits: bits of a pixel value, 1 to 8; the discretized likelihood has ``2**bits`` bins.
+        likelihood: a name in :data:`LIKELIHOODS`, or ``package.module:Class``.
+        num_mixtures: components of the logistic mixture, M.
+
+    Raises:
+        ValueError: one line that says which value or combination is impossible.
+    """
+
+    image_size: int = 32
+    image_channels: int = 1
+    counted_size: int | None = None
+    bits: int = 8
+    likelihood: str = "bernoulli"
+    num_mixtures: int = 10
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.", **self.bounds())
+        LIKELIHOODS[self.likelihood].check(self)
+        if self.counted_size is not None:
+            border = self.image_size - self.counted_size
+            if border < 0 or border % 2:
+                raise ValueError(
+                    f"model.counted_size={self.counted_size} is no central window of "
+                    f"image_size={self.image_size}; the difference must be even and not negative"
+                )
+
+    @classmethod
+    def bounds(cls) -> dict[str, Bounds]:
+        """Least and greatest value of the numbers.
+
+        Far beyond any network in use: what lies outside is a slip or an attack.
+        """
+        return {
+            "image_size": (1, 4096), "image_channels": (1, 1024), "counted_size": (1, 4096),
+            "bits": (1, 8), "num_mixtures": (1, 1000),
+        }  # fmt: skip
 
     @property
-    def image_size(self) -> int:
-        """H and W."""
-        ...
+    def counted_pixels(self) -> int:
+        """Dimensions that bits/dim divides by: C * H * W of the counted window."""
+        side = self.image_size if self.counted_size is None else self.counted_size
+        return self.image_channels * side * side
 
-    @property
-    def likelihood(self) -> str:
-        """``bernoulli`` | ``logistic_mixture`` | ``normal``."""
-        ...
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for a checkpoint or JSON."""
+        return asdict(self)
 
-    @property
-    def image_channels(self) -> int:
-        """C."""
-        ...
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`, for values that a file holds: nothing is imported for them.
 
-    @property
-    def bits(self) -> int:
-        """Bits of a pixel value."""
-        ...
-
-    @property
-    def num_mixtures(self) -> int:
-        """Components of the logistic mixture, M."""
-        ...
-
-    @property
-    def counted_size(self) -> int | None:
-        """Side of the central window that counts; None: all."""
-        ...
+        Raises:
+            ValueError: an unknown key or an impossible value, named in one line.
+        """
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
+        if unknown:
+            raise ValueError(f"unknown model setting(s): {', '.join(unknown)}")
+        if "likelihood" in values:
+            LIKELIHOODS.check_known(values["likelihood"])
+        return cls(**values)
 
 
 class PixelDistribution(ABC):
@@ -95,7 +137,7 @@ class PixelDistribution(ABC):
 
     @classmethod
     def check_data(cls, config: ImageConfig, bits: int) -> None:
-        """Raise a ValueError where images of ``2**bits`` grey levels are not for this model."""
+        """Raise a ValueError where images of ``2**bits`` gray levels are not for this model."""
         del config, bits
 
     @property
@@ -121,21 +163,23 @@ def sum_counted(log_prob: Tensor, counted_size: int | None) -> Tensor:
     return log_prob.flatten(1).sum(1)
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError for a pixel temperature below 0."""
     if not temperature >= 0:
         raise ValueError(f"pixel temperature is {temperature}; it must be 0 or more")
 
 
-def _uniform(like: Tensor, generator: Randomness) -> Tensor:
-    """Uniform in the open interval (0, 1): float32 can draw exact zeros."""
+def draw_uniform(like: Tensor, generator: Randomness) -> Tensor:
+    """Uniform in the open interval (0, 1), of ``like``'s shape, type and device."""
     if generator is None or isinstance(generator, torch.Generator):
         u = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
     else:
         u = generator.uniform(like)
-    return u.clamp(1e-7, 1 - 1e-7)
+    return u.clamp(1e-7, 1 - 1e-7)  # float32 can draw exact zeros
 
 
-def _normal(like: Tensor, generator: Randomness) -> Tensor:
+def draw_normal(like: Tensor, generator: Randomness) -> Tensor:
+    """Standard normal, of ``like``'s shape, type and device."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
     return generator.normal(like)
@@ -177,14 +221,14 @@ class Bernoulli(PixelDistribution):
 
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw 0/1 pixels; temperature divides the log-odds."""
-        _check_temperature(temperature)
-        u = _uniform(self.logits, generator)
+        check_temperature(temperature)
+        u = draw_uniform(self.logits, generator)
         # x = 1 where logit > t * logistic noise, which is P = sigmoid(logit / t)
         return (self.logits > temperature * torch.logit(u)).to(self.logits.dtype)
 
 
 class NormalPixels(PixelDistribution):
-    """Independent Normals over 2x - 1, not discretised; logits are means and log-sigmas.
+    """Independent Normals over 2x - 1, not discretized; logits are means and log-sigmas.
 
     The density is that of 2x - 1, as published: per dimension log 2 nats below that of x.
     """
@@ -212,9 +256,9 @@ class NormalPixels(PixelDistribution):
 
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw; temperature multiplies sigma."""
-        _check_temperature(temperature)
+        check_temperature(temperature)
         mean = self.normal.mean
-        noise = _normal(mean, generator)
+        noise = draw_normal(mean, generator)
         return self._to_image(mean + temperature * self.normal.sigma * noise)
 
     @staticmethod
@@ -223,14 +267,14 @@ class NormalPixels(PixelDistribution):
 
 
 class LogisticMixture(PixelDistribution):
-    """Mixture of discretised logistics (PixelCNN++, Salimans et al. 2017, section 2).
+    """Mixture of discretized logistics (PixelCNN++, Salimans et al. 2017, section 2).
 
-    Per pixel, M components share one mixture weight across the colour channels; green's mean
+    Per pixel, M components share one mixture weight across the color channels; green's mean
     moves with red, blue's with red and green. The pixel's value is the logistic's mass on its
     bin of width 2 / (2^bits - 1) in [-1, 1].
 
-    Logits are M mixture logits, then for each channel M means, M log-scales and, for colour, M
-    coefficients: ``10 M`` channels for colour, ``3 M`` for grey.
+    Logits are M mixture logits, then for each channel M means, M log-scales and, for color, M
+    coefficients: ``10 M`` channels for color, ``3 M`` for gray.
 
     As published, a value above 0.99 takes the whole upper tail. With 8 bits that includes 254 as
     well as 255; with fewer bits only the last bin, and the masses sum to 1.
@@ -242,29 +286,20 @@ class LogisticMixture(PixelDistribution):
         self.levels = 2**config.bits - 1
         self.counted_size = config.counted_size
         channels, mixtures = config.image_channels, config.num_mixtures
-        per_channel = self._parameters_per_channel(config)
-        batch, _, height, width = logits.shape
         self.mixture_logits = logits[:, :mixtures]  # (B, M, H, W)
-        parameters = logits[:, mixtures:].view(
-            batch, channels, per_channel, mixtures, height, width
-        )
+        parameters = logits[:, mixtures:].unflatten(1, (channels, -1, mixtures))
         self.means = parameters[:, :, 0]  # (B, C, M, H, W)
         self.log_scales = parameters[:, :, 1].clamp(min=LOG_SCALE_FLOOR)
         self.coefficients = torch.tanh(parameters[:, :, 2]) if channels == 3 else None
 
-    @staticmethod
-    def _parameters_per_channel(config: ImageConfig) -> int:
-        return 3 if config.image_channels == 3 else 2
-
     @classmethod
     def logit_channels(cls, config: ImageConfig) -> int:
         """Of every component: its weight, and the parameters of every channel."""
-        per_channel = cls._parameters_per_channel(config)
-        return config.num_mixtures * (1 + config.image_channels * per_channel)
+        return config.num_mixtures * (10 if config.image_channels == 3 else 3)
 
     @classmethod
     def check(cls, config: ImageConfig) -> None:
-        """Grey and colour only."""
+        """Grey and color only."""
         if config.image_channels not in (1, 3):
             raise ValueError(
                 f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "
@@ -287,19 +322,19 @@ class LogisticMixture(PixelDistribution):
         means = (self.means * weights).sum(2)
         if self.coefficients is None:
             return _logistic_to_image(means)
-        return self._chain_colours(means, (self.coefficients * weights).sum(2))
+        return self._chain_colors(means, (self.coefficients * weights).sum(2))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(B,)`` nats; ``x`` on the grid k / (2^bits - 1)."""
         x = (2 * x.to(self.means.dtype) - 1).unsqueeze(2)  # (B, C, 1, H, W)
-        centred = x - self._conditional_means(x)
+        centered = x - self._conditional_means(x)
         inverse_scale = torch.exp(-self.log_scales)
         half_bin = inverse_scale / self.levels
-        middle = inverse_scale * centred
+        middle = inverse_scale * centered
         upper, lower = middle + half_bin, middle - half_bin
 
         mass = torch.sigmoid(upper) - torch.sigmoid(lower)
-        # where the mass underflows: density at the centre times the bin's width
+        # where the mass underflows: density at the center times the bin's width
         density = middle - self.log_scales - 2 * F.softplus(middle) - math.log(self.levels / 2)
         inner = torch.where(mass > TINY_MASS, mass.clamp(min=1e-10).log(), density)
         log_prob = torch.where(
@@ -316,16 +351,16 @@ class LogisticMixture(PixelDistribution):
         Temperature divides the mixture logits and multiplies the scales; at 0 the likeliest
         component's means remain. Values are continuous in [0, 1].
         """
-        _check_temperature(temperature)
-        gumbel = -torch.log(-torch.log(_uniform(self.mixture_logits, generator)))
+        check_temperature(temperature)
+        gumbel = -torch.log(-torch.log(draw_uniform(self.mixture_logits, generator)))
         chosen = (self.mixture_logits + temperature * gumbel).argmax(1)[:, None, None]
         index = chosen.expand(-1, self.means.shape[1], -1, -1, -1)
         means = self.means.gather(2, index).squeeze(2)
         scales = self.log_scales.gather(2, index).squeeze(2).exp()
-        values = means + temperature * scales * torch.logit(_uniform(means, generator))
+        values = means + temperature * scales * torch.logit(draw_uniform(means, generator))
         if self.coefficients is None:
             return _logistic_to_image(values)
-        return self._chain_colours(values, self.coefficients.gather(2, index).squeeze(2))
+        return self._chain_colors(values, self.coefficients.gather(2, index).squeeze(2))
 
     def _conditional_means(self, x: Tensor) -> Tensor:
         if self.coefficients is None:
@@ -338,7 +373,7 @@ class LogisticMixture(PixelDistribution):
         )
 
     @staticmethod
-    def _chain_colours(values: Tensor, coefficients: Tensor) -> Tensor:
+    def _chain_colors(values: Tensor, coefficients: Tensor) -> Tensor:
         """Clip red, then move green by red, then blue by both; all ``(B, 3, H, W)``."""
         c0, c1, c2 = coefficients.unbind(1)
         red = values[:, 0].clamp(-1, 1)

@@ -89,8 +89,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 #pragma unroll
             for (int i = 0; i < VIO; ++i) {
 #if HAS_BN
-                const float centred = x[i] - mean[i];
-                const float v = fmaf(centred, scale[i], shift[i]);
+                const float centered = x[i] - mean[i];
+                const float v = fmaf(centered, scale[i], shift[i]);
                 const float s = sigmoid(v);
 #endif
 #if MODE == MODE_APPLY
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
                 const float g = dy[i] * fmaf(v * s, 1.f - s, s);  // Swish' = s + v s (1 - s)
                 out[i] = g * scale[i];
                 sum[i] += g;
-                moment[i] = fmaf(g, centred, moment[i]);
+                moment[i] = fmaf(g, centered, moment[i]);
 #elif MODE == MODE_SUMS
                 sum[i] += x[i];
                 moment[i] = fmaf(x[i], x[i], moment[i]);

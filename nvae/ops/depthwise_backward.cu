@@ -144,7 +144,7 @@ __device__ __forceinline__ void stage_tile(const Args& a, float* tile, const flo
     }
 }
 
-// from points at the patch's first value of dy (its top left neighbour). Row r of dy meets output
+// from points at the patch's first value of dy (its top left neighbor). Row r of dy meets output
 // row o at tap ky = o + K - 1 - r, and likewise across.
 __device__ __forceinline__ void correlate(const float* from, const float* weights,
                                           const float (&w)[REGISTER_WEIGHTS ? K * K : 1],
@@ -282,12 +282,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
                     if (!WHOLE_TILES && (h + o >= H || w_ + q >= W)) continue;
                     elem* to = a.dx + at + static_cast<long long>(o * W + q) * C;
 #if FUSED
-                    const float centred = x[o][q] - mean;
-                    const float v = fmaf(centred, scale, shift);
+                    const float centered = x[o][q] - mean;
+                    const float v = fmaf(centered, scale, shift);
                     const float s = sigmoid(v);
                     const float g = da[o][q] * fmaf(v * s, 1.f - s, s);  // Swish' = s + v s (1 - s)
                     sum += g;
-                    moment = fmaf(g, centred, moment);
+                    moment = fmaf(g, centered, moment);
                     store_one(to, g * scale);
 #else
                     store_one(to, da[o][q]);

@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from nvae.ops.launcher import CudaLauncher, Launch, Launcher
+from nvae.ops.cuda import CudaLauncher, Launch, Launcher
 from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
 
 CUDA = CudaLauncher()
@@ -38,13 +38,13 @@ def depthwise_forward(
         x: ``(B, C, H, W)``.
         weight: ``(C, 1, K, K)``.
         stride: 1 or 2.
-        bn: what to normalise with, or None.
+        bn: what to normalize with, or None.
         want_sums: whether to sum.
         launcher: where to run.
     """
-    x, weight, shape = _nhwc(x), _vector(weight), _shape(x, weight, stride)
+    x, weight, shape = nhwc(x), _vector(weight), _shape(x, weight, stride)
     tiling = forward_tiling(shape, launcher.limits(x.device))
-    y = _like(x, shape.b, shape.c, *shape.out)
+    y = like(x, shape.b, shape.c, *shape.out)
     rows = tiling.grid[3]
     partial = _floats(x, rows, 2, shape.c) if want_sums else None
     vectors = _bn(bn)
@@ -54,7 +54,7 @@ def depthwise_forward(
         {"FUSED": int(bn is not None), "SUMS": int(want_sums)}, 1, launcher,
     )  # fmt: skip
     if partial is None:
-        return y, _doubles(x, 0)
+        return y, doubles(x, 0)
     return y, _sum_rows(partial, torch.float64, launcher).view(2, shape.c)
 
 
@@ -71,7 +71,7 @@ def depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`depthwise_forward`: dx, dw ``(C, 1, K, K)`` and the BN sums ``(2, C)``.
 
-    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalised
+    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalized
     activation; empty without ``bn``. dx holds nothing through mean and rstd. What is not needed is
     empty.
 
@@ -86,12 +86,12 @@ def depthwise_backward(
         need_dw: whether to compute dw.
         launcher: where to run.
     """
-    x, dy, weight = _nhwc(x), _nhwc(dy.to(x.dtype)), _vector(weight)
+    x, dy, weight = nhwc(x), nhwc(dy.to(x.dtype)), _vector(weight)
     shape = _shape(x, weight, stride)
     tiling = backward_tiling(shape, launcher.limits(x.device))
     rows = tiling.grid[3]
     y, dsums = through_sums if through_sums is not None else (None, None)
-    y = None if y is None else _nhwc(y)
+    y = None if y is None else nhwc(y)
     dsums = None if dsums is None else dsums.double().contiguous()
     dx = torch.empty_like(x) if need_dx else None
     partial_weight = _floats(x, rows, shape.c, shape.k**2) if need_dw else None
@@ -120,11 +120,11 @@ def depthwise_backward(
         if partial_weight is not None:
             launch(None, partial_weight, shape.k)
     return (
-        _like(x, 0, 1, 1, 1) if dx is None else dx,
+        like(x, 0, 1, 1, 1) if dx is None else dx,
         _floats(x, 0)
         if partial_weight is None
         else _sum_rows(partial_weight, torch.float32, launcher).view(weight.shape),
-        _doubles(x, 0)
+        doubles(x, 0)
         if partial_sums is None
         else _sum_rows(partial_sums, torch.float64, launcher).view(2, shape.c),
     )
@@ -132,7 +132,7 @@ def depthwise_backward(
 
 def bn_swish_forward(x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA) -> Tensor:
     """Swish(BN(x))."""
-    x = _nhwc(x)
+    x = nhwc(x)
     y = torch.empty_like(x)
     _launch_bn("MODE_APPLY", x, None, bn, None, y, launcher)
     return y
@@ -142,7 +142,7 @@ def bn_swish_backward(
     dy: Tensor, x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA
 ) -> tuple[Tensor, Tensor]:
     """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
-    x, dy = _nhwc(x), _nhwc(dy.to(x.dtype))
+    x, dy = nhwc(x), nhwc(dy.to(x.dtype))
     dx = torch.empty_like(x)
     sums = _launch_bn("MODE_BACKWARD", x, dy, bn, None, dx, launcher)
     assert sums is not None
@@ -151,14 +151,14 @@ def bn_swish_backward(
 
 def channel_sums(x: Tensor, launcher: Launcher = CUDA) -> Tensor:
     """Sum and sum of squares of every channel, ``(2, C)`` float64."""
-    sums = _launch_bn("MODE_SUMS", _nhwc(x), None, None, None, None, launcher)
+    sums = _launch_bn("MODE_SUMS", nhwc(x), None, None, None, None, launcher)
     assert sums is not None
     return sums
 
 
 def fold(dx: Tensor, x: Tensor, dsums: Tensor, launcher: Launcher = CUDA) -> Tensor:
     """dx + dS1 + 2 dS2 x."""
-    x, dx = _nhwc(x), _nhwc(dx.to(x.dtype))
+    x, dx = nhwc(x), nhwc(dx.to(x.dtype))
     out = torch.empty_like(x)
     _launch_bn("MODE_FOLD", x, dx, None, dsums.double().contiguous(), out, launcher)
     return out
@@ -168,7 +168,7 @@ def moments(
     sums: Tensor, elements: Tensor | None, n: float, eps: float, launcher: Launcher = CUDA
 ) -> Tensor:
     """Sums ``(2, C)`` to ``(3, C)``: mean, rstd, biased variance; float64."""
-    out = _doubles(sums, 3, sums.shape[1])
+    out = doubles(sums, 3, sums.shape[1])
     _launch_vectors("MODE_MOMENTS", sums, elements, None, None, None, out, None, n, eps, launcher)
     return out
 
@@ -195,7 +195,7 @@ def bn_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Sums of g and g (x - mean) to (dgamma, dbeta) ``(2, C)`` float and (dmean, drstd) float64."""
     c = sums.shape[1]
-    params, out = _floats(sums, 2, c), _doubles(sums, 2, c)
+    params, out = _floats(sums, 2, c), doubles(sums, 2, c)
     _launch_vectors(
         "MODE_BN_GRADS", sums, None, None, rstd, _vector(gamma), out, params, 0.0, 0.0, launcher
     )
@@ -316,7 +316,8 @@ def _shape(x: Tensor, weight: Tensor, stride: int) -> Shape:
     return Shape(b, c, h, w, weight.shape[-1], stride)
 
 
-def _nhwc(x: Tensor) -> Tensor:
+def nhwc(x: Tensor) -> Tensor:
+    """x in channels_last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -333,7 +334,8 @@ def _bn(bn: BatchNormVectors | None) -> list[Tensor | None]:
     ]  # fmt: skip
 
 
-def _like(x: Tensor, *shape: int) -> Tensor:
+def like(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
+    """Uninitialized, channels_last, of x's type and device."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -341,7 +343,8 @@ def _floats(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _doubles(x: Tensor, *shape: int) -> Tensor:
+def doubles(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
+    """Uninitialized float64 on x's device."""
     return torch.empty(shape, dtype=torch.float64, device=x.device)
 
 

@@ -1,4 +1,4 @@
-"""The ops as PyTorch knows them: ``torch.ops.nvae``.
+"""The ops as PyTorch knows them (``torch.ops.nvae``), and which calls they take.
 
 Each has a kernel (CUDA), a formula (CPU, and CUDA where the kernel does not compile) and a fake
 (shapes, for tracing). They have no autograd of their own: the functions in front of them do.
@@ -6,16 +6,95 @@ Each has a kernel (CUDA), a formula (CPU, and CUDA where the kernel does not com
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from nvae.ops import formulas, kernels
-from nvae.ops.compiler import CompileError
+from nvae.ops import kernels, reference
+from nvae.ops.cuda import CompileError, compile_kernel
+from nvae.ops.kernels import DTYPES, doubles, like, nhwc
+from nvae.ops.tiling import MAX_KERNEL
 
+Impl = Literal["auto", "reference", "cuda"]
+IMPLS: tuple[str, ...] = get_args(Impl)
+OLDEST_ARCH = 80
+OPS = torch.ops.nvae
 LIBRARY = torch.library.Library("nvae", "DEF")
 _warned: set[str] = set()
+
+
+def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
+    """Whether the CUDA kernels take this call.
+
+    Args:
+        impl: ``auto`` asks for a CUDA tensor that is channels_last already, of a type and size the
+            kernels know; ``cuda`` converts the layout.
+        x: ``(B, C, H, W)``, the op's input.
+        kernel_size: K of the convolution.
+
+    Raises:
+        ValueError: an unknown ``impl``, or ``cuda`` where no kernel applies.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "reference":
+        return False
+    reason = _not_applicable(x, kernel_size)
+    if reason is None:
+        reason = _unavailable(x.device.index, impl == "auto")
+    if impl == "cuda":
+        if reason is not None:
+            raise ValueError(f"impl='cuda' does not apply: {reason}")
+        return True
+    return reason is None and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """x as a convolution under autocast would take it."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
+    if x.device.type != "cuda" or torch.version.cuda is None:
+        return f"the kernels need an NVIDIA GPU, the input is on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"no kernel for {x.dtype}"
+    if kernel_size > MAX_KERNEL:
+        return f"kernel size {kernel_size} is above {MAX_KERNEL}"
+    if x.numel() == 0:
+        return "the input is empty"
+    return None
+
+
+def _unavailable(device: int, warn: bool) -> str | None:
+    """Why a device has no kernels, or None. torch.compile runs it while tracing."""
+    reason = _try(*torch.cuda.get_device_capability(device))
+    if reason is not None and warn:
+        warn_once("unavailable", f"CUDA kernels are off: {reason}")
+    return reason
+
+
+# what torch.compiler.assume_constant_result does, without its import of a second and a half
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _try(major: int, minor: int) -> str | None:
+    """Compile the smallest kernel, once a process."""
+    arch = 10 * major + minor
+    if arch < OLDEST_ARCH:
+        return f"compute capability {major}.{minor} is below {OLDEST_ARCH / 10}"
+    try:
+        macros = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
+        compile_kernel("vectors", macros, arch)
+    except CompileError as error:
+        return str(error)
+    return None
 
 
 def warn_once(key: str, message: str) -> None:
@@ -50,6 +129,7 @@ def _define(
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
+    schema = schema.replace("BN", "Tensor gamma, Tensor beta, Tensor mean, Tensor rstd")
     name = f"nvae::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel_or_formula(name, kernel, plain), "CUDA")
@@ -57,92 +137,72 @@ def _define(
     torch.library.register_fake(name, fake, lib=LIBRARY)
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _like(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _out(x: Tensor, stride: int) -> Tensor:
     b, c, h, w = x.shape
-    return _like(x, b, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
-
-
-def _doubles(x: Tensor, *shape: int | torch.SymInt) -> Tensor:
-    return x.new_empty(shape, dtype=torch.float64)
-
-
-def _parameter(like: Tensor, gradient: Tensor) -> Tensor:
-    """Kernels return float32 gradients; autograd wants the parameter's type."""
-    return gradient.to(like.dtype)
+    return like(x, b, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
 
 
 _define(
     "channel_sums(Tensor x) -> Tensor",
     kernels.channel_sums,
-    formulas.channel_sums,
-    lambda x: _doubles(x, 2, x.shape[1]),
+    reference.channel_sums,
+    lambda x: doubles(x, 2, x.shape[1]),
 )
 _define(
     "fold(Tensor dx, Tensor x, Tensor dsums) -> Tensor",
     kernels.fold,
-    lambda dx, x, dsums: _nhwc(formulas.fold(dx, x, dsums)),
-    lambda dx, x, dsums: _like(x, *x.shape),
+    lambda dx, x, dsums: nhwc(reference.fold(dx, x, dsums)),
+    lambda dx, x, dsums: like(x, *x.shape),
 )
 _define(
     "moments(Tensor sums, Tensor? elements, float n, float eps) -> Tensor",
     kernels.moments,
-    formulas.moments,
-    lambda sums, elements, n, eps: _doubles(sums, 3, sums.shape[1]),
+    reference.moments,
+    lambda sums, elements, n, eps: doubles(sums, 3, sums.shape[1]),
 )
 _define(
     "moments_backward(Tensor sums, Tensor? elements, float n, float eps, Tensor dmean, "
     "Tensor drstd) -> Tensor",
     kernels.moments_backward,
-    formulas.moments_backward,
-    lambda sums, *_: _doubles(sums, 2, sums.shape[1]),
+    reference.moments_backward,
+    lambda sums, *_: doubles(sums, 2, sums.shape[1]),
 )
 _define(
-    "bn_swish(Tensor x, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd) -> Tensor",
+    "bn_swish(Tensor x, BN) -> Tensor",
     lambda x, *bn: kernels.bn_swish_forward(x, bn),
-    lambda x, *bn: _nhwc(formulas.bn_swish(x, *bn)),
-    lambda x, *bn: _like(x, *x.shape),
+    lambda x, *bn: nhwc(reference.bn_swish(x, *bn)),
+    lambda x, *bn: like(x, *x.shape),
 )
 
 
-def _bn_swish_backward_kernel(
-    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, sums = kernels.bn_swish_backward(dy, x, (gamma, beta, mean, rstd))
+def _bn_swish_backward_kernel(dy: Tensor, x: Tensor, *bn: Tensor) -> tuple[Tensor, ...]:
+    gamma, _, _, rstd = bn
+    dx, sums = kernels.bn_swish_backward(dy, x, bn)  # type: ignore[arg-type]
     params, moments = kernels.bn_gradients(sums, gamma, rstd)
-    return dx, _parameter(gamma, params), moments
+    return dx, params.to(gamma.dtype), moments  # kernels return float32
 
 
-def _bn_swish_backward_formula(
-    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, sums = formulas.bn_swish_backward(dy, x, gamma, beta, mean, rstd)
-    params, moments = formulas.bn_gradients(sums, gamma, rstd)
-    return _nhwc(dx), params, moments
+def _bn_swish_backward_formula(dy: Tensor, x: Tensor, *bn: Tensor) -> tuple[Tensor, ...]:
+    gamma, _, _, rstd = bn
+    dx, sums = reference.bn_swish_backward(dy, x, *bn)
+    return nhwc(dx), *reference.bn_gradients(sums, gamma, rstd)
+
+
+def _bn_swish_backward_fake(dy: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    c = x.shape[1]
+    return like(x, *x.shape), gamma.new_empty(2, c), doubles(x, 2, c)
 
 
 _define(
-    "bn_swish_backward(Tensor dy, Tensor x, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bn_swish_backward(Tensor dy, Tensor x, BN) -> (Tensor, Tensor, Tensor)",
     _bn_swish_backward_kernel,
     _bn_swish_backward_formula,
-    lambda dy, x, gamma, *_: (
-        _like(x, *x.shape),
-        gamma.new_empty(2, x.shape[1]),
-        _doubles(x, 2, x.shape[1]),
-    ),
+    _bn_swish_backward_fake,
 )
 _define(
     "depthwise(Tensor x, Tensor weight, int stride) -> Tensor",
     lambda x, weight, stride: kernels.depthwise_forward(x, weight, stride)[0],
-    lambda x, weight, stride: _nhwc(formulas.depthwise(x, weight, stride)),
+    lambda x, weight, stride: nhwc(reference.depthwise(x, weight, stride)),
     lambda x, weight, stride: _out(x, stride),
 )
 
@@ -151,18 +211,18 @@ def _depthwise_backward_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     dx, dw, _ = kernels.depthwise_backward(dy, x, weight, stride, need_dx=need_dx, need_dw=need_dw)
-    return dx, _parameter(weight, dw)
+    return dx, dw.to(weight.dtype)
 
 
 def _depthwise_backward_formula(*args: Any) -> tuple[Tensor, Tensor]:
-    dx, dw = formulas.depthwise_backward(*args)
-    return _nhwc(dx), dw.contiguous()
+    dx, dw = reference.depthwise_backward(*args)
+    return nhwc(dx), dw.contiguous()
 
 
 def _depthwise_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = _like(x, *x.shape) if need_dx else _like(x, 0, 1, 1, 1)
+    dx = like(x, *x.shape) if need_dx else like(x, 0, 1, 1, 1)
     return dx, weight.new_empty(weight.shape if need_dw else 0)
 
 
@@ -175,32 +235,25 @@ _define(
 )
 
 
-def _fused_kernel(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    stride: int, want_sums: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    bn = (gamma, beta, mean, rstd)
-    return kernels.depthwise_forward(x, weight, stride, bn, want_sums)
+def _fused_kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *bn, weight, stride, want_sums = args
+    return kernels.depthwise_forward(x, weight, stride, tuple(bn), want_sums)
 
 
-def _fused_formula(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    stride: int, want_sums: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = formulas.depthwise(formulas.bn_swish(x, gamma, beta, mean, rstd), weight, stride)
-    return _nhwc(y), formulas.channel_sums(y) if want_sums else _doubles(x, 0)
+def _fused_formula(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *bn, weight, stride, want_sums = args
+    y = reference.depthwise(reference.bn_swish(x, *bn), weight, stride)
+    return nhwc(y), reference.channel_sums(y) if want_sums else doubles(x, 0)
 
 
-def _fused_fake(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-    stride: int, want_sums: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _out(x, stride), _doubles(x, 2, x.shape[1]) if want_sums else _doubles(x, 0)
+def _fused_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, stride, want_sums = args
+    return _out(x, stride), doubles(x, 2, x.shape[1]) if want_sums else doubles(x, 0)
 
 
 _define(
-    "bn_swish_depthwise(Tensor x, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd, "
-    "Tensor weight, int stride, bool want_sums) -> (Tensor, Tensor)",
+    "bn_swish_depthwise(Tensor x, BN, Tensor weight, int stride, bool want_sums) "
+    "-> (Tensor, Tensor)",
     _fused_kernel,
     _fused_formula,
     _fused_fake,
@@ -208,38 +261,37 @@ _define(
 
 
 def _fused_backward_kernel(
-    dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, gamma: Tensor, beta: Tensor,
-    mean: Tensor, rstd: Tensor, weight: Tensor, stride: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dw, sums = kernels.depthwise_backward(
-        dy, x, weight, stride, (gamma, beta, mean, rstd), None if dsums is None else (y, dsums)
-    )
+    dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *bn, weight, stride = args
+    gamma, _, _, rstd = bn
+    through_sums = None if dsums is None else (y, dsums)
+    dx, dw, sums = kernels.depthwise_backward(dy, x, weight, stride, tuple(bn), through_sums)
     params, moments = kernels.bn_gradients(sums, gamma, rstd)
-    return dx, _parameter(gamma, params), moments, _parameter(weight, dw)
+    return dx, params.to(gamma.dtype), moments, dw.to(weight.dtype)
 
 
 def _fused_backward_formula(
-    dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, gamma: Tensor, beta: Tensor,
-    mean: Tensor, rstd: Tensor, weight: Tensor, stride: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dy = dy if dsums is None else formulas.fold(dy, y, dsums)
-    activation = formulas.bn_swish(x, gamma, beta, mean, rstd)
-    da, dw = formulas.depthwise_backward(dy, activation, weight, stride, True, True)
-    dx, sums = formulas.bn_swish_backward(da, x, gamma, beta, mean, rstd)
-    params, moments = formulas.bn_gradients(sums, gamma, rstd)
-    return _nhwc(dx), params, moments, dw.contiguous()
+    dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *bn, weight, stride = args
+    dy = dy if dsums is None else reference.fold(dy, y, dsums)
+    activation = reference.bn_swish(x, *bn)
+    da, dw = reference.depthwise_backward(dy, activation, weight, stride, True, True)
+    return *_bn_swish_backward_formula(da, x, *bn), dw.contiguous()
+
+
+def _fused_backward_fake(
+    dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *bn, weight, _ = args
+    return *_bn_swish_backward_fake(dy, x, *bn), weight.new_empty(weight.shape)
 
 
 _define(
-    "bn_swish_depthwise_backward(Tensor dy, Tensor y, Tensor? dsums, Tensor x, Tensor gamma, "
-    "Tensor beta, Tensor mean, Tensor rstd, Tensor weight, int stride) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_swish_depthwise_backward(Tensor dy, Tensor y, Tensor? dsums, Tensor x, BN, "
+    "Tensor weight, int stride) -> (Tensor, Tensor, Tensor, Tensor)",
     _fused_backward_kernel,
     _fused_backward_formula,
-    lambda dy, y, dsums, x, gamma, beta, mean, rstd, weight, stride: (
-        _like(x, *x.shape),
-        gamma.new_empty(2, x.shape[1]),
-        _doubles(x, 2, x.shape[1]),
-        weight.new_empty(weight.shape),
-    ),
+    _fused_backward_fake,
 )

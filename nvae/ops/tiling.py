@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from nvae.ops.launcher import DeviceLimits
+from nvae.ops.cuda import DeviceLimits
 
 MAX_KERNEL = 11
 RESERVED_SHARED = 1024  # what the system takes of every block's shared memory

@@ -1,4 +1,4 @@
-"""Weight normalisation, w_hat = exp(g) w / (||w|| + eps), the norm per output channel.
+"""Weight normalization, w_hat = exp(g) w / (||w|| + eps), the norm per output channel.
 
 Salimans & Kingma 2016, with the gain as a logarithm. Autograd through the plain formula walks
 over the weights a dozen times in backward; its closed form needs three.
@@ -12,7 +12,7 @@ NORM_EPS = 1e-5
 
 
 def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
-    """Normalise every row.
+    """Normalize every row.
 
     Args:
         weight: ``(out, ...)``.

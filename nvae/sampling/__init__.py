@@ -13,8 +13,7 @@ from nvae.sampling.latents import (
     slerp,
     traverse,
 )
-from nvae.sampling.pixels import PixelTemperature
-from nvae.sampling.prior import Decode, sample_images, scale_temperatures
+from nvae.sampling.prior import Decode, PixelTemperature, sample_images, scale_temperatures
 
 __all__ = [
     "CompiledDecoder",

@@ -1,25 +1,67 @@
-"""The top-down walk compiled: machine code on the CPU, a CUDA graph on a GPU."""
+"""The decoding half of a model, plain and compiled: machine code on CPU, a CUDA graph on a GPU."""
 
-from collections.abc import Sequence
+import copy
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.sampling.decoder import PriorDecoder
-from nvae.sampling.inductor import for_inductor, load_machine_code, machine_code
+from nvae.models.folding import fold
+from nvae.models.layers import SqueezeExcitation
+
+
+class CompilerError(ValueError):
+    """The compiler is missing or failed; the message is one line."""
+
+
+class PriorDecoder(nn.Module):
+    """A copy of the model without its encoder, with normalizations folded into fixed weights.
+
+    A pure function of its inputs, so that it can be traced, compiled and replayed. Later changes of
+    the model's weights or statistics do not reach it.
+    """
+
+    def __init__(self, model: HierarchicalVAE) -> None:
+        super().__init__()
+        self.model = model.without_encoder()
+        with torch.no_grad():
+            fold(self.model)
+
+    def forward(self, noise: Sequence[Tensor], temperature: Tensor) -> Tensor:
+        """Logits ``(B, K, H, W)``.
+
+        Args:
+            noise: standard normal, one ``(B, L, h, w)`` a group, coarsest first.
+            temperature: ``(G,)``, factor on every group's sigma, >= 0.
+        """
+        # sigma * (t * eps) is (t * sigma) * eps; the model's own temperatures are numbers
+        scaled = [eps * t for eps, t in zip(noise, temperature.unbind(), strict=True)]
+        state, _ = self.model.top_down(scaled)
+        return self.model.decode_state(state)
+
+    def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+        """Arguments of :meth:`forward` for ``batch`` images."""
+        device = self.model.device
+        noise = self.model.draw_noise(batch, torch.Generator(device).manual_seed(seed))
+        return noise, torch.linspace(0.5, 1.0, len(noise), device=device)
 
 
 class CompiledDecoder:
     """Logits of draws from the prior, compiled for one batch size.
 
-    Fewer images are filled up and cut off again, so nothing is compiled twice. On the CPU the code
-    is made here, ahead of time; on a GPU by `torch.compile` at the first call, and replayed as a
-    CUDA graph from then on.
+    Smaller batches are filled up and cut off again, so nothing is compiled twice. On the CPU the
+    code is made here, ahead of time; on a GPU by `torch.compile` at the first call, and replayed
+    as a CUDA graph from then on. Later changes of the model's weights do not reach it.
 
     Args:
-        model: as it is now, on its device; later changes of its weights do not reach this.
+        model: on its device.
         batch_size: most images in a call.
 
     Raises:
@@ -53,3 +95,117 @@ class CompiledDecoder:
         temperatures = torch.tensor(self._group_temperatures(temperature))
         logits: Tensor = self._run(full, temperatures.to(full[0]))
         return logits[:batch]
+
+
+def machine_code(module: nn.Module, arguments: tuple[Any, ...]) -> bytes:
+    """Compile ``module`` ahead of time for arguments of these shapes (AOTInductor).
+
+    On the CPU this has no Python left in a call: for small batches a third faster than what
+    `torch.compile` makes. The weights become part of the code.
+
+    Returns:
+        A package for :func:`load_machine_code`; as a file it ends in ``.pt2``. It fits the kind of
+        processor and the torch version that made it.
+
+    Raises:
+        CompilerError: the C++ compiler is missing or failed.
+    """
+    package = io.BytesIO()
+    with torch.no_grad(), _compiling():
+        program = torch.export.export(module, arguments)
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=package, inductor_configs={"freezing": True}
+        )
+    return package.getvalue()
+
+
+def load_machine_code(package: Path | bytes) -> Callable[..., Tensor]:
+    """What :func:`machine_code` made, or its file, as a function of the module's arguments.
+
+    It is code and runs: load no file from strangers.
+    """
+    source = io.BytesIO(package) if isinstance(package, bytes) else str(package)
+    return torch._inductor.aoti_load_package(source)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Turn what the compiler raises into a :class:`CompilerError`; no warning about absent CUDA."""
+    # imported here: it takes a second, and plain sampling needs none of it
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (InductorError, CppCompileError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CompilerError(
+            "the sampler could not be compiled; a C++ compiler (g++ or clang++) is needed: "
+            f"{lines[0] if lines else type(error).__name__}"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def for_inductor(decoder: PriorDecoder) -> PriorDecoder:
+    """A copy that compiles to faster code; the same numbers but for rounding."""
+    fast = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+    if fast.model.device.type == "cpu":
+        _rewrite_for_cpu(fast)
+    return fast
+
+
+def _rewrite_for_cpu(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, SqueezeExcitation):
+            setattr(module, name, _SummedGate(child))
+        elif type(child) is nn.Conv2d and _is_pointwise(child):  # a subclass may do more
+            setattr(module, name, _PointwiseLinear(child))
+        else:
+            _rewrite_for_cpu(child)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) and not any(
+        conv.padding
+    )
+
+
+class _SummedGate(SqueezeExcitation):
+    """Squeeze-and-excitation whose two small products are sums.
+
+    A library call for a ``(B, 128)`` by ``(128, 8)`` product costs 20 us, twice in every cell;
+    the sum melts into the mean before it.
+    """
+
+    def __init__(self, original: SqueezeExcitation) -> None:
+        nn.Module.__init__(self)
+        self.reduce, self.expand = original.reduce, original.expand
+
+    def gate(self, x: Tensor) -> Tensor:
+        """What :meth:`SqueezeExcitation.gate` gives, but for rounding."""
+        hidden = F.relu(_sum_linear(x.mean((2, 3)), self.reduce))
+        return torch.sigmoid(_sum_linear(hidden, self.expand))[:, :, None, None]
+
+
+def _sum_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return (x[:, None, :] * layer.weight).sum(-1) + layer.bias
+
+
+class _PointwiseLinear(nn.Module):
+    """A 1x1 convolution as a linear layer over channels_last pixels.
+
+    With its weight packed ahead of time, oneDNN's product is faster than its convolution on
+    small maps.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.flatten(1).contiguous(), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H, W)``."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)

@@ -8,18 +8,16 @@ space where every group is standard normal, so paths are drawn there.
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.models.latent_group import GroupSample
-from nvae.modes import eval_mode
-from nvae.noise import STREAM_POSTERIOR, STREAM_TRAVERSE, keys_of, latent_noise
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
-from nvae.sampling.prior import seed_noise
+from nvae.models.hierarchical import GroupSample
+from nvae.random import STREAM_POSTERIOR, STREAM_TRAVERSE, image_keys, latent_noise
+from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, render, seed_noise
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ class Latents:
 
     def __getitem__(self, rows: slice) -> "Latents":
         """Some of the images."""
-        return Latents(tuple(z[rows] for z in self.z), tuple(e[rows] for e in self.noise))
+        return self._each(lambda group: group[rows])
 
     def repeat(self, times: int) -> "Latents":
         """Every image ``times`` times in a row, ``(B * times, ...)``."""
-        return Latents(
-            tuple(z.repeat_interleave(times, dim=0) for z in self.z),
-            tuple(e.repeat_interleave(times, dim=0) for e in self.noise),
-        )
+        return self._each(lambda group: group.repeat_interleave(times, dim=0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Latents":
+        return Latents(tuple(map(change, self.z)), tuple(map(change, self.noise)))
 
 
 def concatenate(parts: Sequence[Latents]) -> Latents:
@@ -63,25 +61,27 @@ def encode(
 ) -> Latents:
     """Latents of images.
 
+    Like all functions here it takes a model in any mode and leaves it as it was.
+
     Args:
-        model: any mode; run in eval mode and left as it was.
+        model: encodes them.
         x: ``(B, C, H, W)`` in [0, 1], on the model's device.
         seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
             posterior's mean at every group.
         batch_size: images in one pass.
 
     Raises:
-        ValueError: if ``x`` has the wrong shape.
+        ValueError: ``x`` has the wrong shape, or leaves [0, 1].
     """
     model.check_images(x)
     parts = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(x), batch_size):
             images = x[rows]
             if seeds is None:
                 noise = [x.new_zeros(shape) for shape in model.noise_shapes(len(images))]
             else:
-                keys = keys_of(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
+                keys = image_keys(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
                 noise = latent_noise(keys, model.latent_shapes, x.dtype)
             _, groups = model.top_down(noise, encoder_maps=model.encode(images))
             parts.append(_latents(groups))
@@ -102,17 +102,17 @@ def from_noise(
     *,
     batch_size: int = 64,
 ) -> Latents:
-    """Walk down the prior.
+    """Latents of coordinates under the prior.
 
     Args:
-        model: any mode.
+        model: the latents' own.
         noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
         temperature: factor on the priors' sigma.
         z: latents that are given, for some groups; the others come from ``noise``.
         batch_size: images in one pass.
     """
     parts = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(noise[0]), batch_size):
             eps = [e[rows] for e in noise]
             given = None if z is None else [None if group is None else group[rows] for group in z]
@@ -139,7 +139,7 @@ def _latents(groups: Sequence[GroupSample]) -> Latents:
 def decode(
     model: HierarchicalVAE,
     latents: Latents,
-    likelihood: PixelTemperature = "mean",
+    pixel_temperature: PixelTemperature = "mean",
     *,
     seeds: Tensor | None = None,
     batch_size: int = 64,
@@ -147,25 +147,25 @@ def decode(
     """Images of latents.
 
     Args:
-        model: any mode.
-        latents: of B images.
-        likelihood: ``"mean"``, or a pixel temperature >= 0 to draw pixels at; 0 takes the mode.
+        model: the latents' own.
+        latents: B of them.
+        pixel_temperature: factor on the pixel noise, or ``"mean"``; 0 takes the mode.
         seeds: ``(B,)`` int64, of the pixel noise; None counts from 0.
         batch_size: images in one pass.
 
     Returns:
         ``(B, C, H, W)`` in [0, 1], on the CPU.
     """
-    check_pixel_temperature(likelihood)
+    check_pixel_temperature(pixel_temperature)
     if seeds is None:
         seeds = torch.arange(len(latents))
     images = []
-    with eval_mode(model):
+    with model.evaluating():
         for rows in _slices(len(latents), batch_size):
             part = latents[rows]
             state, _ = model.top_down(part.noise, latents=part.z)
             logits = model.decode_state(state)
-            images.append(render(model, logits, seeds[rows], likelihood).cpu())
+            images.append(render(model, logits, seeds[rows], pixel_temperature).cpu())
     return torch.cat(images)
 
 
@@ -173,7 +173,7 @@ def interpolate(model: HierarchicalVAE, start: Latents, end: Latents, steps: int
     """Paths from one image to another, spherical in the prior's noise.
 
     Args:
-        model: any mode.
+        model: the latents' own.
         start: B latents.
         end: B latents.
         steps: points on every path, both ends included; at least 2.
@@ -206,10 +206,8 @@ def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
     The direction moves along the great circle, the length linearly: noise of a high dimension
     lies in a thin shell, which a straight line would leave.
 
-    Args:
-        start: ``(B, ...)``.
-        end: same shape.
-        position: 0 gives ``start``, 1 gives ``end``; beyond them the circle goes on.
+    ``start`` and ``end`` are ``(B, ...)``. ``position`` 0 gives ``start``, 1 gives ``end``; beyond
+    them the circle goes on.
 
     Raises:
         ValueError: ``position`` is not finite.
@@ -238,14 +236,9 @@ def resample_finer(
     seeds: Tensor,
     temperature: Temperature = 1.0,
 ) -> Latents:
-    """Keep the ``keep`` coarsest groups and draw the others from the prior.
+    """Keep the ``keep`` coarsest groups, 0 to G, and draw the others from the prior.
 
-    Args:
-        model: any mode.
-        latents: of B images.
-        keep: 0 to G.
-        seeds: ``(B,)`` int64, of the groups that are drawn.
-        temperature: of the groups that are drawn.
+    ``seeds`` ``(B,)``, int64, and ``temperature`` are of the groups that are drawn.
 
     Raises:
         ValueError: ``keep`` is not a number of groups.
@@ -267,8 +260,8 @@ def traverse(
     first one's opposite.
 
     Args:
-        model: any mode.
-        latents: of B images.
+        model: the latents' own.
+        latents: B of them.
         group: 0 (coarsest) to G - 1.
         steps: points on the half circle; at least 2.
         seeds: ``(B,)`` int64, of the directions.
@@ -286,7 +279,7 @@ def traverse(
     start = latents.noise[group]
     if start[0].numel() < 2:
         raise ValueError(f"group {group} is a single number; there is no circle to turn on")
-    keys = keys_of(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
+    keys = image_keys(seeds.to(start.device), seed=group, stream=STREAM_TRAVERSE)
     aside = latent_noise(keys, [tuple(start.shape[1:])], start.dtype)[0]
     e, d = start.flatten(1), aside.flatten(1)
     length = e.norm(dim=1, keepdim=True)

@@ -1,18 +1,32 @@
 """Images from the prior, each a function of its own seed."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.modes import eval_mode
-from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
-from nvae.sampling.pixels import PixelTemperature, check_pixel_temperature, render
+from nvae.random import STREAM_PIXELS, STREAM_PRIOR, PixelNoise, image_keys, latent_noise
+
+PixelTemperature = float | Literal["mean"]
+"""Factor on the pixel noise, >= 0; 0 takes the likelihood's mode, ``"mean"`` its mean."""
 
 Decode = Callable[[Sequence[Tensor], Temperature], Tensor]
 """Noise of every group and temperature to logits ``(B, K, H, W)``."""
+
+
+def check_pixel_temperature(pixel_temperature: PixelTemperature) -> None:
+    """Raise a ValueError unless it is ``"mean"`` or a finite number >= 0."""
+    if pixel_temperature == "mean":
+        return
+    is_number = isinstance(pixel_temperature, numbers.Real)
+    if not is_number or not 0 <= float(pixel_temperature) < math.inf:
+        raise ValueError(
+            f"pixel_temperature is {pixel_temperature!r}; allowed: mean, or a number >= 0"
+        )
 
 
 def scale_temperatures(model: HierarchicalVAE, per_scale: Sequence[float]) -> list[float]:
@@ -36,7 +50,7 @@ def scale_temperatures(model: HierarchicalVAE, per_scale: Sequence[float]) -> li
 
 def seed_noise(model: HierarchicalVAE, seeds: Tensor) -> list[Tensor]:
     """The prior's noise for every seed ``(B,)``: one ``(B, L, h, w)`` a group, coarsest first."""
-    keys = keys_of(seeds.to(model.device), seed=0, stream=STREAM_PRIOR)
+    keys = image_keys(seeds.to(model.device), seed=0, stream=STREAM_PRIOR)
     return latent_noise(keys, model.latent_shapes, model.dtype)
 
 
@@ -58,8 +72,7 @@ def sample_images(
         seeds: one an image, each in [-2^63, 2^63); an image depends on its seed only, whatever
             else is drawn.
         temperature: factor on the priors' sigma, >= 0; one number or one a group, coarsest first.
-        pixel_temperature: factor on the pixel noise, >= 0; 0 takes the likelihood's mode, "mean"
-            its mean.
+        pixel_temperature: factor on the pixel noise, or ``"mean"``.
         batch_size: images in one pass.
         decode: noise and temperature to logits; None: ``model`` itself. A
             :class:`CompiledDecoder` is faster where many batches are drawn.
@@ -79,7 +92,7 @@ def sample_images(
     if not len(all_seeds):
         raise ValueError("no seeds: give at least one")
     images = []
-    with eval_mode(model):
+    with model.evaluating():
         for batch in all_seeds.split(batch_size):
             noise = seed_noise(model, batch)
             if decode is None:
@@ -90,3 +103,27 @@ def sample_images(
             if progress is not None:
                 progress(len(batch))
     return torch.cat(images)
+
+
+def render(
+    model: HierarchicalVAE, logits: Tensor, seeds: Tensor, pixel_temperature: PixelTemperature
+) -> Tensor:
+    """Images in [0, 1], ``(B, C, H, W)``, of logits ``(B, K, H, W)``.
+
+    An image's pixel noise depends on its seed only; ``seeds`` are ``(B,)`` int64.
+
+    Raises:
+        FloatingPointError: logits are not finite; the message names the seed.
+    """
+    finite = torch.isfinite(logits).flatten(1).all(1)
+    if not finite.all():  # a draw from them would look like a picture
+        seed = int(seeds[int(finite.logical_not().nonzero()[0])])
+        raise FloatingPointError(
+            f"the picture of seed {seed} is not made of finite numbers; the temperature may be too "
+            "high for this model"
+        )
+    likelihood = model.likelihood(logits)
+    if pixel_temperature == "mean":
+        return likelihood.mean
+    keys = image_keys(seeds.to(logits.device), seed=0, stream=STREAM_PIXELS)
+    return likelihood.sample(float(pixel_temperature), PixelNoise(keys))

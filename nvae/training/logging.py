@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nvae.command_line import brief
 from nvae.files import replacing
-from nvae.images import save_rows
+from nvae.pictures import save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
 from nvae.training.module import NVAELightning

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
-from nvae.data.module import ImageBatch, ImageDataModule
+from nvae.data.dataset import ImageBatch
+from nvae.data.module import ImageDataModule
 from nvae.models import HierarchicalVAE
 from nvae.models.likelihoods import LIKELIHOODS
-from nvae.objective import Loss, Objective, ObjectiveConfig
+from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
 from nvae.training.optimizers import (
     OptimizerConfig,
@@ -117,7 +118,7 @@ class NVAELightning(pl.LightningModule):
         if not isinstance(optimizer, OptimizerConfig):
             optimizer = OptimizerConfig(**optimizer or {})
         self.model = model.to(memory_format=torch.channels_last)
-        self.loss = Objective(model, objective)
+        self.loss = build_objective(model, objective)
         self.optimizer_config = optimizer
         self.seed = seed
         self.run_config = run_config

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
-from nvae.models.norm import BatchNorm
+from nvae.models.layers import BatchNorm
 from nvae.training.memory import estimate_memory
 
 USABLE_MEMORY = 0.8

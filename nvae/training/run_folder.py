@@ -354,6 +354,16 @@ class Claim:
             self._lock.release()
 
 
+def _launcher() -> type[ClusterEnvironment] | None:
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
+    return next((kind for kind in kinds if kind.detect()), None)
+
+
+def is_started_by_launcher() -> bool:
+    """Whether torchrun or SLURM starts all processes of the run."""
+    return _launcher() is not None
+
+
 def shared_path(choose: Callable[[], Path]) -> Path:
     """What ``choose`` gives in the first process, on every one; all of them have to call this.
 
@@ -366,9 +376,9 @@ def shared_path(choose: Callable[[], Path]) -> Path:
     """
     if dist.is_available() and dist.is_initialized():
         return _told_in_group(choose)
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):  # in Lightning's order
-        if kind.detect():
-            return _told_through_store(kind(), choose)
+    launcher = _launcher()
+    if launcher is not None:
+        return _told_through_store(launcher(), choose)
     if os.environ.get("LOCAL_RANK", "0") != "0" and _HANDED_DOWN in os.environ:
         return Path(os.environ[_HANDED_DOWN])
     here = choose()

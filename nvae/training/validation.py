@@ -6,8 +6,8 @@ from torch import Tensor
 
 from nvae.evaluation.result import ACTIVE_UNIT_NATS
 from nvae.models import HierarchicalVAE, Output
-from nvae.noise import STREAM_POSTERIOR, keys_of, latent_noise
 from nvae.objective import bits_per_dim
+from nvae.random import STREAM_POSTERIOR, image_keys, latent_noise
 
 
 def group_metrics(prefix: str, values: list[float]) -> dict[str, float]:
@@ -35,7 +35,7 @@ class ValidationSums:
 
     def noise(self, model: HierarchicalVAE, index: Tensor) -> list[Tensor]:
         """Posterior noise of the images ``index`` ``(B,)``, one tensor a group."""
-        keys = keys_of(index, seed=self.seed, stream=STREAM_POSTERIOR)
+        keys = image_keys(index, seed=self.seed, stream=STREAM_POSTERIOR)
         return latent_noise(keys, model.latent_shapes, model.dtype)
 
     def add(self, output: Output, log_likelihood: Tensor) -> None:

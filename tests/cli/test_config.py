@@ -1,17 +1,22 @@
 """Every shipped configuration composes; every mistake is one line before any work."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.config import TrainConfig, register, train_config
+from nvae.cli.config import TrainConfig, fit_warmup, register, train_config
 from nvae.cli.errors import one_line
+from nvae.cli.schema import schema_of
+from nvae.models import NVAE, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +39,87 @@ def test_every_choice_composes(group: str) -> None:
                 composed(f"{group}={choice}")
         else:
             composed(f"{group}={choice}")
+
+
+@pytest.mark.parametrize("name", _choices("data"))
+def test_every_data_set_has_a_network_and_a_schedule(name: str) -> None:
+    """Alone, and not those of the digits."""
+    c = composed(f"data={name}")
+    assert c.name == name
+    with torch.device("meta"):
+        NVAE(c.model)
+    if name != "digits":
+        assert c.trainer.cpu_threads is None
+        assert (c.model.encoder_channels, c.trainer.max_epochs) != (20, 60)
+
+
+@pytest.mark.parametrize("name", _choices("model"))
+def test_sizes_say_how_many_parameters_they_have(name: str) -> None:
+    text = (ROOT / "configs" / "model" / f"{name}.yaml").read_text()
+    said = re.match(r"# ([\d,]+) parameters", text)
+    if name == "nvae":
+        assert set(yaml.safe_load(text)) == set(ModelConfig.__dataclass_fields__)
+        return
+    sets = {"tiny": ["data=random"], "digits": [], "small": ["experiment=fashion_mnist"],
+            "medium": ["data=folder"]}  # fmt: skip
+    size = name.removeprefix("nvae_")
+    with torch.device("meta"):
+        model = NVAE(composed(f"model={name}", *sets.get(size, [f"data={size}"])).model)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+def test_files_with_every_setting_say_the_defaults() -> None:
+    """`configs/model/nvae.yaml` and its like repeat the schema for its readers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(schema_of(TrainConfig)))
+    assert isinstance(plain, dict)
+    of_data = {"image_size", "image_channels", "counted_size", "bits", "likelihood"}
+    for group, skipped in (("model", of_data), ("objective", set())):
+        values = yaml.safe_load((ROOT / "configs" / group / "nvae.yaml").read_text())
+        values = {key: float(v) if str(v).count("e-") else v for key, v in values.items()}
+        assert {k: v for k, v in values.items() if k not in skipped} == {
+            k: v for k, v in plain[group].items() if k not in skipped
+        }
+    top = yaml.safe_load((ROOT / "configs" / "train.yaml").read_text())
+    groups = {"data", "model", "objective", "optimizer", "trainer", "callbacks", "logger"}
+    assert set(top) - {"defaults", "hydra"} == set(plain) - groups
+    for key in set(plain) - groups - {"name"}:
+        assert top[key] == plain[key], key
+
+
+def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) -> None:
+    """Nothing in the package is touched, and the class comes from where the command is typed."""
+    (tmp_path / "configs" / "data").mkdir(parents=True)
+    shipped = (ROOT / "configs" / "data" / "random.yaml").read_text()
+    own = shipped.replace("name: random", "name: cats")
+    (tmp_path / "configs" / "data" / "cats.yaml").write_text(own)
+    (tmp_path / "mine.py").write_text(
+        "from nvae.models.likelihoods import LogisticMixture\n"
+        "class Mine(LogisticMixture):\n    pass\n"
+    )
+
+    def told(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "train.py"), "--config-dir", "configs", "data=cats"]
+        return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    alone = told()
+    assert alone.returncode == 2
+    assert alone.stderr.startswith("error: data=cats says nothing of a network")
+    job = told(
+        "recipe=random", "model.likelihood=mine:Mine", "trainer.max_epochs=1",
+        "report.importance_samples=0",
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    assert (tmp_path / "runs" / "cats" / "samples.png").is_file()
+
+
+def test_a_warmup_longer_than_the_run_is_shortened() -> None:
+    config, line = fit_warmup(composed("trainer.max_epochs=2"))
+    assert config.optimizer.warmup_epochs == 0.2
+    assert (
+        line == "optimizer.warmup_epochs=5 is longer than the run of 2 epoch(s); it is 0.2 instead"
+    )
+    assert fit_warmup(composed())[1] is None
 
 
 def test_all_experiments_are_there() -> None:

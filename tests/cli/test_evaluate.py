@@ -63,7 +63,7 @@ def test_other_pictures_are_another_evaluation(evaluate, checkpoint, tmp_path):
     settings = (
         "data=folder", "data.image_size=8", "data.channels=1", "data.bits=4",
         "data.likelihood=logistic_mixture", "split=train", "importance_samples=[]",
-        "metrics=[fid]", "feature_extractor=nvae.metrics.extractors:pixels", "generated=30",
+        "metrics=[fid]", "feature_extractor=nvae.evaluation.extractors:pixels", "generated=30",
         "reference_split=train",
     )  # fmt: skip
     found = []
@@ -168,7 +168,7 @@ def test_statistics_that_cannot_be_kept_are_used_all_the_same(
     def read_only(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("nvae.bn_recalibration.replacing", read_only)
+    monkeypatch.setattr("nvae.bn_recalibration.write_arrays", read_only)
     arguments = (
         *(f"checkpoint={checkpoint}", f"output={tmp_path}/result.json", "importance_samples=[]"),
         *("recalibrate_bn=1", "bn_batch_size=8"),

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from nvae.cli import evaluate_metrics
+from nvae.cli import evaluate as evaluate_module
 from nvae.cli.evaluate import main
 from nvae.evaluation import records
-from tests.metrics.extractors import Rows
+from tests.evaluation.extractors import Rows
 from tests.training.ranks import free_port
 
-EXTRACTOR = "feature_extractor=tests.metrics.extractors:Rows"
+EXTRACTOR = "feature_extractor=tests.evaluation.extractors:Rows"
 
 
 def test_metrics_compare_samples_with_data_and_say_how(evaluate, checkpoint, tmp_path):
@@ -33,7 +33,7 @@ def test_metrics_compare_samples_with_data_and_say_how(evaluate, checkpoint, tmp
     assert f"{quality['fid']:.4f}" in printed
     protocol = found["protocol"]["samples"]
     assert protocol["temperature"] == 0.7
-    assert protocol["extractor"].startswith("tests.metrics.extractors:Rows ")
+    assert protocol["extractor"].startswith("tests.evaluation.extractors:Rows ")
     assert len(list((tmp_path / "cache").iterdir())) == 1
     evaluate(*common, "output=b.json", "temperature=0.0", "sample_batch_size=7")
     other = json.loads((tmp_path / "b.json").read_text())["samples"]
@@ -64,7 +64,7 @@ def no_work(monkeypatch):
     def worked(*_args, **_kwargs):
         raise AssertionError("work began before the mistake was found")
 
-    for name in ("evaluate.evaluate", "evaluate.recalibrated", "evaluate_metrics.measure"):
+    for name in ("evaluate.evaluate", "evaluate.recalibrated", "evaluate.measure"):
         monkeypatch.setattr(f"nvae.cli.{name}", worked)
 
 
@@ -76,8 +76,8 @@ def no_work(monkeypatch):
         (("metrics=[prdc]", "neighbours=24"), "more than 24 real"),
         (("metrics=[prdc]", "generated=5"), "more than 5 generated"),
         (("metrics=[is]", "generated=9"), "is_splits is 10"),
-        (("metrics=[is]", "feature_extractor=nvae.metrics.extractors:pixels"), "class logits"),
-        (("metrics=[fid]", "feature_extractor=tests.metrics.extractors:shapeless"), "must give"),
+        (("metrics=[is]", "feature_extractor=nvae.evaluation.extractors:pixels"), "class logits"),
+        (("metrics=[fid]", "feature_extractor=tests.evaluation.extractors:shapeless"), "must give"),
     ],
 )
 def test_impossible_metrics_fail_before_any_work(evaluate, checkpoint, tmp_path, arguments, words):
@@ -119,7 +119,7 @@ def test_the_likelihood_survives_a_failure_of_the_metrics(
         patch.setattr(records.RecordStore, "add", lambda _self, part: computed.append(part))
         evaluate(
             *common, "generated=20", "temperature=0.7",
-            "feature_extractor=tests.metrics.extractors:mean_and_spread",
+            "feature_extractor=tests.evaluation.extractors:mean_and_spread",
         )  # fmt: skip
     assert computed == []
     (written,) = (tmp_path / "evaluation").iterdir()  # and no folder of finished images
@@ -142,7 +142,7 @@ def _process(rank, folder, port, arguments):
 
     Rows.forward = counted
     if rank != 0:
-        evaluate_metrics.distances = None  # the first one's business alone
+        evaluate_module.distances = None  # the first one's business alone
     sys.argv = ["evaluate.py", *arguments]
     main()
     (folder / f"{rank}.json").write_text(json.dumps(seen))

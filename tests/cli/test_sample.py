@@ -92,7 +92,7 @@ def test_recalibration_is_cached_by_temperature(sample, checkpoint, tmp_path, mo
     def computed_again(*_args, **_kwargs):
         raise AssertionError("the cache was not used")
 
-    monkeypatch.setattr("nvae.cli.recalibration.recalibrate", computed_again)
+    monkeypatch.setattr("nvae.cli.common.recalibrate", computed_again)
     sample(*common, "temperature=0.5", "output=cached")
     new, cached = (np.load(tmp_path / n / "samples.npz")["images"] for n in ("new", "cached"))
     assert np.array_equal(new[0], cached[0])

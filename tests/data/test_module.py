@@ -149,7 +149,7 @@ def test_validation_falls_back_to_test_images(make_config):
     module = ImageDataModule(make_config(valid_size=0))
     module.setup()
     assert [batch.split for batch in module.val_dataloader()] == ["test", "test"]
-    assert len(module.table("valid")) == 5
+    assert len(module.split("valid")) == 5
 
 
 def test_without_any_evaluation_images_it_stops(make_config):

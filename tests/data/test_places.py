@@ -1,21 +1,20 @@
-"""Where prepared forms go, which one is read, and when it is made again."""
+"""Where prepared forms go, when they are made again, and how source files are fetched."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 
-from nvae.data.catalog import load_config
-from nvae.data.listing import listing_digest
-from nvae.data.manifest import DataError
-from nvae.data.places import prepared_folder, target_folder
+from nvae.data.config import DataError, load_config
+from nvae.data.conversion import prepare, prepare_if_missing
+from nvae.data.dataset import open_splits
+from nvae.data.places import download, listing_digest, prepared_folder
 from nvae.data.prepare import main
-from nvae.data.sources import open_tables, prepare, prepare_if_missing
-from tests.data.files import idx_bytes, pictures, write_idx, write_pictures
+from tests.data.files import idx_bytes, pictures, write_chardata, write_idx, write_pictures
 
 
 def config_of(root, **overrides):
@@ -31,7 +30,7 @@ def snapshot(folder):
 
 def pixels_of(config):
     prepare_if_missing(config)
-    return np.concatenate([table.images.numpy() for table in open_tables(config).values()])
+    return np.concatenate([split.images.numpy() for split in open_splits(config).values()])
 
 
 def rows(images):
@@ -50,7 +49,7 @@ def test_nothing_is_written_into_the_folder_of_pictures(tmp_path, monkeypatch, c
     before = snapshot(folder)
     config = config_of(folder)
     prepare_if_missing(config)
-    open_tables(config)
+    open_splits(config)
     assert main([str(folder), "--size", "8"]) == 0
     assert snapshot(folder) == before
     place = prepared_folder(config)
@@ -62,9 +61,9 @@ def test_nothing_is_written_into_the_folder_of_pictures(tmp_path, monkeypatch, c
 def test_folders_of_one_name_do_not_share_a_place(tmp_path):
     (tmp_path / "a" / "cats").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a")
-    one, other = (target_folder(config_of(tmp_path / name / "cats")) for name in ("a", "b"))
+    one, other = (prepared_folder(config_of(tmp_path / name / "cats")) for name in ("a", "b"))
     assert one != other
-    assert target_folder(config_of(tmp_path / "link" / "cats")) == one
+    assert prepared_folder(config_of(tmp_path / "link" / "cats")) == one
 
 
 def test_the_cache_can_be_set(tmp_path):
@@ -84,7 +83,7 @@ def test_without_a_home_the_cache_is_asked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "expanduser", homeless)
     with pytest.raises(DataError, match=r"set data\.cache=FOLDER"):
-        target_folder(config_of(tmp_path))
+        prepared_folder(config_of(tmp_path))
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -96,42 +95,6 @@ def test_a_source_apart_from_the_root_is_prepared_in_the_root(tmp_path, inside):
     prepare_if_missing(config)
     assert prepared_folder(config) == tmp_path / "root" / "nvae-8x8x3"
     assert snapshot(source) == before
-
-
-def as_earlier_versions_did(folder):
-    """Move the prepared form among the pictures, with a digest of names and sizes."""
-    config = config_of(folder)
-    prepare_if_missing(config)
-    place = folder / "nvae-8x8x3"
-    shutil.move(prepared_folder(config), place)
-    manifest = json.loads((place / "manifest.json").read_text())
-    manifest["source_digest"] = listing_digest(folder, "folder", times=False)
-    (place / "manifest.json").write_text(json.dumps(manifest))
-    return place
-
-
-def test_what_earlier_versions_put_among_the_pictures_is_read_and_not_touched(tmp_path):
-    images = pictures(10, 8, 3)
-    write_pictures(tmp_path, images)
-    place = as_earlier_versions_did(tmp_path)
-    os.utime(next(place.glob("train-*.npy")), (1, 1))  # to be checked again
-    before = snapshot(tmp_path)
-    config = config_of(tmp_path)
-    assert rows(pixels_of(config)) == rows(images)
-    assert prepared_folder(config) == place
-    assert snapshot(tmp_path) == before
-    write_pictures(tmp_path / "more", pictures(1, 8, 3, seed=1))
-    assert len(pixels_of(config)) == 11
-    assert tmp_path not in prepared_folder(config).parents
-
-
-def test_preparing_by_hand_goes_before_what_lies_among_the_pictures(tmp_path):
-    write_pictures(tmp_path, pictures(10, 8, 3))
-    place = as_earlier_versions_did(tmp_path)
-    before = snapshot(place)
-    assert main([str(tmp_path), "--size", "8", "--valid-size", "3"]) == 0
-    assert len(open_tables(config_of(tmp_path))["valid"]) == 3
-    assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("where", ["folder", "root/source", "data.source"])
@@ -213,7 +176,7 @@ def test_a_root_that_is_a_prepared_form_is_opened_as_it_is(tmp_path):
     assert np.array_equal(pixels_of(direct), images)
     (tmp_path / "copy" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json is no JSON"):
-        open_tables(direct)
+        open_splits(direct)
 
 
 @pytest.mark.parametrize("name", ["folder", "cifar10"])
@@ -221,6 +184,129 @@ def test_an_unprepared_set_says_how_to_prepare_it(tmp_path, name):
     root = tmp_path / "my cats; rm -rf"
     config = replace(load_config(name), root=str(root), image_size=16)
     with pytest.raises(DataError) as error:
-        open_tables(config)
+        open_splits(config)
     command = f"python -m nvae.data.prepare {name} --root '{root}' --size 16"
     assert str(error.value).endswith(f"run: {command}")
+
+
+def test_the_digest_sees_a_picture_added_and_nothing_else(tmp_path):
+    write_pictures(tmp_path, pictures(2, 4, 3))
+    before = listing_digest(tmp_path, "folder")
+    (tmp_path / "manifest.json").touch()
+    (tmp_path / ".hidden.png").touch()
+    assert listing_digest(tmp_path, "folder") == before
+    write_pictures(tmp_path / "more", pictures(1, 4, 3))
+    assert listing_digest(tmp_path, "folder") != before
+
+
+@pytest.mark.parametrize("kind", ["folder", "idx"])
+def test_pictures_exchanged_under_the_same_names_and_sizes_are_seen(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(b"one")
+    before = listing_digest(tmp_path, kind)
+    assert listing_digest(tmp_path, kind) == before
+    (tmp_path / "a.png").write_bytes(b"two")
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    assert listing_digest(tmp_path, kind) != before
+
+
+def test_what_is_written_beside_a_source_does_not_change_it(tmp_path):
+    """Else it would be prepared again at every start."""
+    (tmp_path / "a.tfrecord").write_bytes(b"x")
+    before = listing_digest(tmp_path, "tfrecord")
+    prepared = tmp_path / "nvae-8x8x3-random"
+    prepared.mkdir()
+    (prepared / "manifest.json").touch()
+    (prepared / "train.npy").touch()
+    (tmp_path / "lock.mdb").touch()
+    (tmp_path / ".lock").touch()
+    assert listing_digest(tmp_path, "tfrecord") == before
+
+
+def test_a_single_file_and_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"x")
+    before = listing_digest(tmp_path / "set.zip", "folder")
+    os.utime(tmp_path / "set.zip", ns=(1, 1))
+    assert listing_digest(tmp_path / "set.zip", "folder") != before
+    before = listing_digest(tmp_path, "folder")
+    (tmp_path / "a.png").symlink_to("nowhere")
+    (tmp_path / "b.png").symlink_to("b.png")
+    assert listing_digest(tmp_path, "folder") != before
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Every address asked for; nothing leaves the machine."""
+    calls = []
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url",
+        lambda url, root, filename=None, md5=None: calls.append((url, filename, md5)),
+    )
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_file_from_google_drive",
+        lambda identity, root, filename, md5: calls.append((identity, filename, md5)),
+    )
+    return calls
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "celeba64"])
+def test_torchvision_knows_every_file_and_its_checksum(tmp_path, fetched, name):
+    config = load_config(name)
+    download(config, tmp_path)
+    names = {filename for _, filename, _ in fetched}
+    assert set(config.files) <= names
+    assert all(md5 and len(md5) == 32 for _, _, md5 in fetched)
+
+
+def test_the_next_mirror_is_tried(tmp_path, monkeypatch):
+    calls = []
+
+    def flaky(url, root, filename, md5):
+        calls.append(url)
+        if len(calls) == 1:
+            raise URLError("down")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", flaky)
+    download(load_config("mnist"), tmp_path)
+    assert len(calls) == 5
+    assert calls[0] != calls[1]
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), OSError("reset"), RuntimeError("md5")])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "omniglot"])
+def test_without_a_network_the_folder_and_files_are_named(tmp_path, monkeypatch, name, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fail)
+    config = replace(load_config(name), root=str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        prepare(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(tmp_path / "source") in message
+    assert all(file in message for file in config.files)
+    assert (tmp_path / "source").is_dir()
+
+
+def test_sets_without_a_public_address_say_what_to_fetch(tmp_path):
+    config = replace(load_config("celebahq256"), root=str(tmp_path))
+    with pytest.raises(DataError, match="celebahq256 cannot be downloaded: put "):
+        prepare(config)
+
+
+def test_files_put_there_by_hand_are_used_and_nothing_is_fetched(tmp_path, fetched):
+    write_idx(tmp_path / "source", pictures(9, 28, 1), pictures(4, 28, 1))
+    config = replace(load_config("mnist"), root=str(tmp_path), train_size=9, test_size=4)
+    prepare(config)
+    assert not fetched
+
+
+def test_a_download_is_used_at_once_and_never_half(tmp_path, monkeypatch):
+    def fetch(url, root, filename):
+        write_chardata(tmp_path / "made", pictures(9, 28, 1), pictures(4, 28, 1))
+        (tmp_path / "made" / "chardata.mat").rename(f"{root}/{filename}")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    config = replace(load_config("omniglot"), root=str(tmp_path), train_size=9, test_size=4)
+    prepare(config)
+    assert [path.name for path in (tmp_path / "source").iterdir()] == ["chardata.mat"]

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nvae.data.catalog import CONFIG_FOLDER, config_names, load_config
-from nvae.data.config import IN_MEMORY_FORMATS
-from nvae.data.manifest import DataError, read_manifest
+from nvae.data.config import CONFIG_FOLDER, IN_MEMORY_FORMATS, DataError, config_names, load_config
+from nvae.data.conversion import prepare, prepare_if_missing
+from nvae.data.dataset import open_splits
 from nvae.data.module import ImageDataModule
 from nvae.data.places import prepared_folder
 from nvae.data.prepare import main
-from nvae.data.sources import open_tables, prepare, prepare_if_missing
+from nvae.data.store import read_manifest
 from tests.data import files
 
 
@@ -31,7 +31,7 @@ def batch_of(config, split="train"):
     module.setup()
     assert next(iter(module.train_dataloader())).indices.shape == (2,)
     (batch,) = module.batches(split)
-    return batch.x, module.table(split).images.numpy()
+    return batch.x, module.split(split).images.numpy()
 
 
 def run(*arguments):
@@ -150,7 +150,7 @@ def test_celeba_is_cropped_resized_and_split_as_in_the_paper(tmp_path, packed):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_lsun_crops_at_random_in_training_and_at_the_centre_in_validation(tmp_path, size):
+def test_lsun_crops_at_random_in_training_and_at_the_center_in_validation(tmp_path, size):
     """Resize to the shorter side, then a window along the longer one (spec, section 1)."""
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (256, 300 + 10 * i, 3), np.uint8) for i in range(4)]
@@ -176,8 +176,8 @@ def test_lsun_crops_at_random_in_training_and_at_the_centre_in_validation(tmp_pa
     width = 310 * size // 256
     resized = Image.fromarray(images[1]).resize((width, size), Image.Resampling.BILINEAR)
     left = (width - size) // 2
-    centre = torch.from_numpy(np.asarray(resized)[:, left : left + size].copy())
-    assert torch.equal(valid.x[1], centre.permute(2, 0, 1).float() / 255)
+    center = torch.from_numpy(np.asarray(resized)[:, left : left + size].copy())
+    assert torch.equal(valid.x[1], center.permute(2, 0, 1).float() / 255)
 
     def epoch():
         (raw,) = loader
@@ -202,7 +202,7 @@ def test_stacked_mnist_is_made_of_digits(tmp_path):
 
 
 def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
-    """Grey, colour, odd sizes; and pictures added later are seen."""
+    """Grey, color, odd sizes; and pictures added later are seen."""
     for i, (mode, size) in enumerate([("L", (40, 30)), ("RGB", (17, 50)), ("CMYK", (32, 32))] * 5):
         Image.new(mode, size).save(tmp_path / f"{i}.jpg")
     config = replace(load_config("folder"), root=str(tmp_path), image_size=16)
@@ -215,7 +215,7 @@ def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
     assert (prepared_folder(config) / "manifest.json").stat().st_mtime_ns == stamp
     Image.new("RGB", (9, 9)).save(tmp_path / "new.png")
     prepare_if_missing(config)
-    assert sum(len(table) for table in open_tables(config).values()) == 16
+    assert sum(len(split) for split in open_splits(config).values()) == 16
 
 
 def test_sizes_and_channels_of_one_folder_live_side_by_side(tmp_path):
@@ -226,7 +226,7 @@ def test_sizes_and_channels_of_one_folder_live_side_by_side(tmp_path):
         config = replace(
             load_config("folder"), root=str(tmp_path), image_size=size, channels=channels
         )
-        assert open_tables(config)["train"].shape == (size, size, channels)
+        assert open_splits(config)["train"].shape == (size, size, channels)
 
 
 def test_an_archive_is_prepared_as_a_folder_is(tmp_path):
@@ -244,7 +244,7 @@ def test_other_geometry_than_prepared_is_refused(tmp_path):
     assert run(tmp_path, "--size", 8, "--resize", "box") == 0
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8)
     with pytest.raises(DataError, match=r"resize=box, the config says .*resize=bilinear"):
-        open_tables(config)
+        open_splits(config)
 
 
 def test_other_sizes_than_prepared_are_refused(tmp_path):
@@ -252,10 +252,10 @@ def test_other_sizes_than_prepared_are_refused(tmp_path):
     assert run(tmp_path, "--size", 8) == 0
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8, train_size=10)
     with pytest.raises(DataError, match=r"has 9 train images, the config says data\.train_size=10"):
-        open_tables(config)
+        open_splits(config)
     direct = replace(config, root=str(place(tmp_path)), train_size=None, channels=1)
     with pytest.raises(DataError, match="are 8x8x3, the config wants 8x8x1"):
-        open_tables(direct)
+        open_splits(direct)
 
 
 def with_bad_picture(folder):
@@ -283,7 +283,7 @@ def test_a_bad_picture_is_skipped_and_counted_by_choice(tmp_path, capsys):
     config = replace(
         load_config("folder"), root=str(tmp_path), image_size=8, train_size=8, valid_size=2
     )
-    assert sum(len(table) for table in open_tables(config).values()) == 9
+    assert sum(len(split) for split in open_splits(config).values()) == 9
 
 
 def test_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):
@@ -382,7 +382,7 @@ def test_ctrl_c_in_the_work_is_one_line_and_changes_nothing(tmp_path, monkeypatc
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nvae.data.sources.convert", interrupted)
+    monkeypatch.setattr("nvae.data.conversion._convert", interrupted)
     monkeypatch.setattr("nvae.command_line.signal.signal", lambda *_: None)
     with pytest.raises(SystemExit, match="130"):
         run(tmp_path, "--size", 8)
@@ -428,7 +428,7 @@ def test_a_full_disk_in_the_middle_leaves_the_old_form_and_no_rubbish(tmp_path):
     assert done.stderr.count("\n") == 1
     assert sorted(path.name for path in place(tmp_path).iterdir()) == before
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8)
-    assert len(open_tables(config)["train"]) == 9
+    assert len(open_splits(config)["train"]) == 9
 
 
 def test_too_little_room_is_said_before_the_work(tmp_path, monkeypatch, capsys):

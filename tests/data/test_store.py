@@ -1,5 +1,6 @@
 """The prepared form on disk: what was written comes back, and any damage is detected on opening."""
 
+import io
 import json
 import os
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.data.manifest import DataError, Manifest, read_manifest
-from nvae.data.store import open_store
-from nvae.data.store_writer import StoreWriter, exclusive
-from nvae.data.tables import DenseTable, RaggedTable
+from nvae.data.config import DataError
+from nvae.data.conversion import StoreWriter, exclusive
+from nvae.data.loader import DenseSplit, RaggedSplit
+from nvae.data.store import Manifest, map_array, open_store, read_header, read_manifest
 from tests.data.files import pictures
 
 
@@ -44,9 +45,9 @@ def data_file(folder):
 def test_images_come_back_from_a_memory_map(tmp_path):
     images = pictures(5, 8, 3)
     write(tmp_path, images)
-    table = open_store(tmp_path)["train"]
-    assert isinstance(table, DenseTable)
-    assert np.array_equal(table.images.numpy(), images)
+    split = open_store(tmp_path)["train"]
+    assert isinstance(split, DenseSplit)
+    assert np.array_equal(split.images.numpy(), images)
     # Plain numpy can open the file too.
     assert np.array_equal(np.load(data_file(tmp_path)), images)
 
@@ -55,9 +56,9 @@ def test_images_of_different_sizes_come_back(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (8, w, 3), np.uint8) for w in (8, 13, 9)]
     write(tmp_path, images, ragged=True)
-    table = open_store(tmp_path)["train"]
-    assert isinstance(table, RaggedTable)
-    got = table.gather(torch.tensor([1]), epoch=None, seed=0)[0]
+    split = open_store(tmp_path)["train"]
+    assert isinstance(split, RaggedSplit)
+    got = split.gather(torch.tensor([1]), epoch=None, seed=0)[0]
     assert np.array_equal(got.numpy(), images[1][:, 2:10])
 
 
@@ -191,3 +192,56 @@ def test_what_a_killed_preparation_left_is_cleared_by_the_next(tmp_path):
     (tmp_path / "train-0123456789ab.npy").write_bytes(b"unnamed by any manifest")
     write(tmp_path, pictures(5, 8, 3))
     assert files(tmp_path) == sorted(["manifest.json", "verified.json", data_file(tmp_path).name])
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 8, 8, 3), "|u1"), ((4, 3), "<i8"), ((), "|u1")])
+def test_headers_that_numpy_writes(tmp_path, shape, dtype, version):
+    array = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, array, version)
+    header = read_header(io.BytesIO(path.read_bytes()), (dtype,))
+    assert (header.shape, header.dtype) == (shape, dtype)
+    assert header.bytes == path.stat().st_size
+    assert np.array_equal(map_array(path, dtype).numpy(), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((2, 3), np.int8), "it holds |i1, not |u1"),
+        (np.zeros((2, 3), np.uint8, order="F"), "not in C order"),
+        (np.array([{}]), "it holds |O"),
+        (np.zeros(2, [("a", "u1")]), "it holds |V1"),
+    ],
+)
+def test_other_arrays_are_refused(array, words):
+    file = io.BytesIO()
+    np.save(file, array)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_header(io.BytesIO(file.getvalue()), ("|u1",))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: d[:50]])
+def test_a_file_of_another_length_than_its_header_says_is_refused(tmp_path, change):
+    np.save(tmp_path / "a.npy", np.zeros((4, 3), np.uint8))
+    data = change((tmp_path / "a.npy").read_bytes())
+    (tmp_path / "a.npy").write_bytes(data)
+    with pytest.raises(ValueError, match="header"):
+        map_array(tmp_path / "a.npy", "|u1")
+
+
+@pytest.mark.parametrize(
+    "shape", ["(2L, 3L)", "(True, 3)", "(-2, 3)", "(2**70, 3)", "2", "(2.0, 3)"]
+)
+def test_shapes_that_numpy_frowns_at_or_lets_pass(recwarn, shape):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+    data = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{text:<117}\n".encode()
+    if shape == "(2L, 3L)":  # as Python 2 wrote them
+        assert read_header(io.BytesIO(data), ("|u1",)).shape == (2, 3)
+    else:
+        with pytest.raises(ValueError, match="header"):
+            read_header(io.BytesIO(data), ("|u1",))
+    assert not recwarn.list

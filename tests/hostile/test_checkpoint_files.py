@@ -22,11 +22,17 @@ from typing import Any
 import pytest
 import torch
 
-from nvae.checkpoint import CheckpointError, describe, load_model, save_checkpoint, save_model
+from nvae.checkpoint import (
+    CheckpointError,
+    describe,
+    load_model,
+    save_checkpoint,
+    save_model,
+    write_weights,
+)
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import NVAE, ModelConfig
 from nvae.torch_file import TorchFileError, inspect_torch_file
-from nvae.weights_folder import write_weights
 from tests.models.small import small_model
 from tests.reference import checkpoint_path
 

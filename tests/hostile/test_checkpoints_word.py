@@ -48,8 +48,8 @@ def home(tmp_path, monkeypatch):
     def fetched(*_args, **_kwargs):
         raise AssertionError("something was fetched or prepared")
 
-    monkeypatch.setattr("nvae.data.sources.download", fetched)
-    monkeypatch.setattr("nvae.data.sources._prepare", fetched)
+    monkeypatch.setattr("nvae.data.conversion.download", fetched)
+    monkeypatch.setattr("nvae.data.conversion._prepare", fetched)
     monkeypatch.setattr("urllib.request.urlopen", fetched)
     return tmp_path
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from nvae.bn_recalibration import RecalibrationSettings
-from nvae.cli.device import open_device
+from nvae.cli.common import open_device
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.sample_config import MOST_NUMBERS, SampleConfig, integers
 from nvae.cli.schema import build, schema_of
 from nvae.command_line import brief
 from nvae.evaluation import BoundSettings
-from nvae.metrics import DistanceSettings
+from nvae.evaluation.distances import DistanceSettings
 from nvae.sampling import interpolate, prior_latents, sample_images, scale_temperatures, slerp
 from nvae.sampling.latents import traverse
 from tests.sampling.models import small_nvae

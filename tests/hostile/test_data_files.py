@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.data.config import DataConfig
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.sources import open_tables, prepare
+from nvae.data.config import DataConfig, DataError
+from nvae.data.conversion import prepare
+from nvae.data.dataset import open_splits
+from nvae.data.transforms import BadImageError
 from tests.data import files
 from tests.hostile import bombs
 
@@ -137,7 +137,7 @@ def config_of(kind: Source, folder: Path, **overrides) -> DataConfig:
 
 
 def pixels(config: DataConfig) -> dict[str, bytes]:
-    return {name: table.images.numpy().tobytes() for name, table in open_tables(config).items()}
+    return {name: split.images.numpy().tobytes() for name, split in open_splits(config).items()}
 
 
 def check_line(error: ValueError) -> None:
@@ -225,13 +225,13 @@ def prepared(folder: Path, *, ragged: bool = False) -> DataConfig:
 def read(config: DataConfig) -> dict[str, bytes] | None:
     """Every picture, read as training does."""
     try:
-        tables = open_tables(config)
+        splits = open_splits(config)
     except DataError as error:
         check_line(error)
         return None
     return {
-        name: table.gather(torch.arange(len(table)), epoch=None, seed=0).numpy().tobytes()
-        for name, table in tables.items()
+        name: split.gather(torch.arange(len(split)), epoch=None, seed=0).numpy().tobytes()
+        for name, split in splits.items()
     }
 
 
@@ -455,8 +455,9 @@ OPEN_BOMBS = """
 import json, resource, sys
 from pathlib import Path
 from nvae.data.config import DataConfig
-from nvae.data.manifest import DataError
-from nvae.data.sources import open_tables, prepare
+from nvae.data.config import DataError
+from nvae.data.conversion import prepare
+from nvae.data.dataset import open_splits
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 import nvae.data.module, scipy.io

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from nvae.arrays import read_arrays
 from nvae.bn_recalibration import (
     RecalibrationError,
     RecalibrationSettings,
@@ -30,15 +29,16 @@ from nvae.bn_recalibration import (
 from nvae.checkpoint import CheckpointError, save_model
 from nvae.cli.evaluate import _already_done
 from nvae.cli.evaluate import main as evaluate_main
+from nvae.cli.sample import SampleFolder
 from nvae.cli.sample import main as sample_main
-from nvae.cli.sample_output import SampleFolder
 from nvae.evaluation import RecordStore, evaluate
+from nvae.evaluation.extractors import load_extractor
+from nvae.evaluation.features import image_features, reference_features, reference_path
 from nvae.evaluation.records import ImageRecords
 from nvae.export.command import main as export_main
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, largest_difference
-from nvae.metrics import image_features, load_extractor, reference_features
-from nvae.metrics.reference import reference_path
+from nvae.files import read_arrays
 from nvae.models import NVAE
 from tests.cli.checkpoints import write_checkpoint
 from tests.cli.commands import Commands
@@ -89,7 +89,7 @@ class _Reference:
         def compute() -> Any:
             calls.append(1)
             images = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-            pixels = load_extractor("nvae.metrics.extractors:pixels")
+            pixels = load_extractor("nvae.evaluation.extractors:pixels")
             return image_features([images], pixels, keep=True)
 
         return reference_features(folder, PROTOCOL, compute, keep=True)
@@ -386,8 +386,8 @@ def test_evaluate_refuses_images_outside_0_to_1():
 )
 def test_hub_folders_say_nothing_but_the_network(tmp_path, change: Callable[[Any], Any]):
     pytest.importorskip("huggingface_hub")
+    from nvae.checkpoint import write_weights
     from nvae.hub import HubNVAE
-    from nvae.weights_folder import write_weights
 
     write_weights(small_nvae(), tmp_path)
     HubNVAE.from_pretrained(tmp_path)

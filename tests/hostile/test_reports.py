@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image, PngImagePlugin
 
-from nvae.report.command import main, write_report
-from nvae.report.inside import reading, whole
+from nvae.report.__main__ import main, write_report
+from nvae.report.record import reading, whole
 from tests.test_report import HOSTILE, LIKELIHOOD, PROTOCOL, Page
 
 HUGE = 10**4000
@@ -191,7 +191,7 @@ def test_pictures_are_real_and_of_bounded_size(run: Path) -> None:
 def test_many_readings_metrics_and_starts_are_bounded(run: Path, monkeypatch) -> None:
     monkeypatch.setattr("nvae.report.record._MOST_METRICS", 20)
     monkeypatch.setattr("nvae.report.record._MOST_READINGS", 100)
-    monkeypatch.setattr("nvae.report.inside._LONGEST_LINE", 10_000)
+    monkeypatch.setattr("nvae.report.record._LONGEST_LINE", 10_000)
     line = {"step": 1, **{f"m{i}": 1.0 for i in range(50)}}
     lines = [_json({**line, "step": step}) for step in range(50)]
     (run / "metrics.jsonl").write_text("".join(lines) + "x" * 100_000)

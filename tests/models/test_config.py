@@ -34,8 +34,8 @@ def test_round_trip_through_plain_types() -> None:
 
 
 def test_unknown_key_is_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown model setting.*colour"):
-        ModelConfig.from_dict({"colour": 3})
+    with pytest.raises(ValueError, match=r"unknown model setting.*color"):
+        ModelConfig.from_dict({"color": 3})
 
 
 def test_counted_pixels() -> None:

@@ -8,8 +8,7 @@ from torch import nn
 
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.folding import Foldable, fold
-from nvae.models.layers import FactorizedSkip, WeightNormConv2d
-from nvae.models.norm import BatchNorm
+from nvae.models.layers import BatchNorm, FactorizedSkip, WeightNormConv2d
 from tests.models.small import small_model
 
 

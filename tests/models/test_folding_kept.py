@@ -1,4 +1,4 @@
-"""Folded and normalised weights are never older than the parameters they came from."""
+"""Folded and normalized weights are never older than the parameters they came from."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ def fresh(model: NVAE) -> NVAE:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_evaluation_after_a_step_sees_the_new_weights(name: str) -> None:
-    """Fused optimisers and apex write without counting versions."""
+    """Fused optimizers and apex write without counting versions."""
     torch.manual_seed(0)
     model = small_model()
     optimizer = OPTIMIZERS[name](model.parameters())

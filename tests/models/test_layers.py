@@ -72,7 +72,7 @@ def test_first_batch_sets_gain_and_bias() -> None:
     assert torch.equal(conv.log_gain, before)
 
 
-def test_evaluation_does_not_initialise() -> None:
+def test_evaluation_does_not_initialize() -> None:
     conv = DataInitConv2d(3, 4, 3).eval()
     conv(torch.randn(2, 3, 8, 8))
     assert not bool(conv.initialized)

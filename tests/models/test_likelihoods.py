@@ -41,7 +41,7 @@ def test_logistic_mixture_masses_sum_to_one(channels: int, bits: int) -> None:
 
 
 def test_logistic_mixture_equals_the_sum_over_components() -> None:
-    """log p of a grey pixel against the definition, written out with the logistic's CDF."""
+    """log p of a gray pixel against the definition, written out with the logistic's CDF."""
     cfg = config("logistic_mixture", bits=3)
     logits = logits_for(cfg)[:, :, :1, :1]
     weights, means, log_scales = logits.flatten().chunk(3)
@@ -109,7 +109,7 @@ def test_temperature(kind: str, channels: int) -> None:
     mode = draw(0.0)
     assert torch.equal(mode, draw(0.0, seed=1))
     assert (mode[0] == mode).all()
-    # the mode has no less mass than its neighbours among the samples
+    # the mode has no less mass than its neighbors among the samples
     spread = [draw(t).var(0).mean().item() for t in (0.0, 0.3, 0.6, 1.0, 1.5)]
     assert spread[0] == pytest.approx(0.0, abs=1e-12)
     assert spread == sorted(spread)

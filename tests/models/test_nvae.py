@@ -68,7 +68,7 @@ def test_given_noise_makes_the_pass_deterministic() -> None:
     assert not torch.equal(model(x).logits, first.logits)
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
+def test_an_image_does_not_depend_on_its_neighbors() -> None:
     """In evaluation mode; batch composition must not leak into results."""
     model = small_model(num_flows=1).double().eval()
     x = torch.rand(4, 1, 16, 16, dtype=torch.float64)

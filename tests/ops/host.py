@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nvae.ops.compiler import kernel_source
-from nvae.ops.launcher import DeviceLimits, Launch
+from nvae.ops.cuda import DeviceLimits, Launch, kernel_source
 
 SHIM = Path(__file__).with_name("host_shim.h")
 H100 = DeviceLimits(90, 132, 232448, 233472)
@@ -32,7 +31,7 @@ class HostLauncher:
         limits: the device to pretend.
         edit: changes a kernel's source (a deliberate fault), by (name, source).
         descending: order of the threads between barriers.
-        sanitize: run each launch in a process of its own under the address and undefined behaviour
+        sanitize: run each launch in a process of its own under the address and undefined behavior
             sanitizers, every tensor in an allocation of exactly its size.
     """
 

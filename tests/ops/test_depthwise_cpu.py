@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvae.ops.depthwise_cpu import (
+from nvae.ops.reference import (
     depthwise_conv2d_small_map,
     overlap_weight_gradient,
     small_map_applies,

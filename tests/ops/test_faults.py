@@ -113,7 +113,7 @@ FAULTS = [
     Fault("Swish's derivative", BACKWARD, "fmaf(v * s, 1.f - s, s)", "s", depthwise(ODD)),
     Fault("scale left out", BACKWARD, "store_one(to, g * scale)", "store_one(to, g)",
           depthwise(ODD)),
-    Fault("moment not centred", BACKWARD, "fmaf(g, centred, moment)", "fmaf(g, x[o][q], moment)",
+    Fault("moment not centered", BACKWARD, "fmaf(g, centered, moment)", "fmaf(g, x[o][q], moment)",
           depthwise(ODD)),
     Fault("half the sums' gradient", BACKWARD, "2 * a.dsums", "a.dsums", depthwise(ODD)),
     Fault("sums' gradient in the padding", BACKWARD,
@@ -163,7 +163,7 @@ def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
 
 def test_every_barrier_has_its_fault() -> None:
     """A barrier added to a kernel needs its removal on the list."""
-    from nvae.ops.compiler import kernel_source
+    from nvae.ops.cuda import kernel_source
 
     for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors"):
         barriers = kernel_source(kernel).count("__syncthreads()")

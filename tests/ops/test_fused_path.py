@@ -1,4 +1,4 @@
-"""The path through the registered ops (autograd, compile, autocast, synchronisation), on the CPU.
+"""The path through the registered ops (autograd, compile, autocast, synchronization), on the CPU.
 
 There the ops compute their formulas; that the kernels compute the same is test_host_kernels.py's.
 """
@@ -12,13 +12,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d
-from nvae.ops.bn_swish import fused_bn_swish
-from nvae.ops.bn_swish_depthwise import fused_bn_swish_depthwise
-from nvae.ops.depthwise import fused_depthwise
+from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d, library
 
 EPS = 1e-5
 Chain = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.fixture(autouse=True)
+def ops_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``impl="cuda"`` takes the registered ops, whatever the device."""
+    monkeypatch.setattr(library, "use_kernel", _insists)
+
+
+def _insists(impl: str, *_: object) -> bool:
+    return impl == "cuda"
 
 
 def inputs(
@@ -41,10 +48,8 @@ def fused_chain(stride: int, stats: Statistics | None = None, group: object = No
     def chain(
         x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor
     ) -> tuple[Tensor, ...]:
-        h = fused_bn_swish_depthwise(
-            x, g1, b1, w, stride, running=stats, sums=None, eps=EPS, group=group
-        )
-        z = fused_bn_swish(h.output, g2, b2, running=stats, sums=h.sums, eps=EPS, group=group)
+        h = bn_swish_depthwise(x, g1, b1, w, stride, running=stats, group=group, impl="cuda")
+        z = bn_swish(h.output, g2, b2, running=stats, sums=h.sums, group=group, impl="cuda")
         return z.output, *h.statistics[:2], *z.statistics[:2]
 
     return chain
@@ -88,7 +93,7 @@ def test_chain_passes_gradcheck(make: Callable[[int], Chain], stride: int) -> No
 
 def test_depthwise_passes_gradcheck() -> None:
     x, _, _, w, _, _ = inputs(c=2, k=5, size=(3, 4))
-    assert torch.autograd.gradcheck(lambda x, w: fused_depthwise(x, w, 2), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, 2, impl="cuda"), (x, w))
     assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, 1), (x, w))
 
 
@@ -96,7 +101,7 @@ def test_bn_swish_alone_takes_its_own_sums() -> None:
     """Gradients through the batch statistics arrive without a depthwise op in front."""
     x, gamma, beta, *_ = inputs(c=2, size=(3, 3))
     assert torch.autograd.gradcheck(
-        lambda *a: fused_bn_swish(*a, running=None, sums=None, eps=EPS, group=None).output,
+        lambda *a: bn_swish(*a, impl="cuda").output,
         (x, gamma, beta),
     )
 
@@ -106,7 +111,7 @@ def test_sums_of_the_output_are_differentiable() -> None:
     args = inputs(c=2, size=(3, 3))[:4]
 
     def sums(*args: Tensor) -> Tensor:
-        h = fused_bn_swish_depthwise(*args, 1, running=None, sums=None, eps=EPS, group=None)
+        h = bn_swish_depthwise(*args, impl="cuda")
         assert h.sums is not None
         return h.sums
 
@@ -146,7 +151,9 @@ def test_compiles_without_graph_breaks(make: Callable[[int], Chain], backend: st
     )
 
 
-def test_public_ops_compile_without_graph_breaks() -> None:
+def test_public_ops_compile_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the choice of the implementation as it is."""
+    monkeypatch.undo()
     x, gamma, beta, w, *_ = inputs(torch.float32)
 
     def ops(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor) -> Tensor:
@@ -179,12 +186,10 @@ def test_autocast_ops_have_their_fakes_types(op: str) -> None:
     x, gamma, beta, w, *_ = (t.detach() for t in inputs(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         if op == "plain":
-            assert fused_depthwise(x, w, 1).dtype == torch.float32
+            assert torch.ops.nvae.depthwise(x, w, 1).dtype == torch.float32
             assert depthwise_conv2d(x, w).dtype == torch.bfloat16
         else:
-            h = fused_bn_swish_depthwise(
-                x.bfloat16(), gamma, beta, w, 1, running=None, sums=None, eps=EPS, group=None
-            )
+            h = bn_swish_depthwise(x.bfloat16(), gamma, beta, w, impl="cuda")
             assert h.output.dtype == torch.bfloat16
 
 
@@ -216,6 +221,7 @@ def test_opcheck(name: str) -> None:
 def _rank(rank: int, folder: str) -> None:
     """Two ranks with uneven batches run both paths' chains."""
     torch.set_num_threads(1)
+    library.use_kernel = _insists
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for make in (fused_chain, reference_chain):
@@ -231,7 +237,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_synchronised_statistics_equal_one_large_batch(tmp_path: Path) -> None:
+def test_synchronized_statistics_equal_one_large_batch(tmp_path: Path) -> None:
     """As SyncBatchNorm, with an uneven batch: outputs, statistics, and gradients summed."""
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     args = inputs()

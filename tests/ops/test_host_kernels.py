@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae.ops import formulas, kernels
+from nvae.ops import kernels, reference
 
 from .cases import Case, make_problem, relative_error, tolerance
 from .host import H100, HostLauncher
@@ -44,7 +44,7 @@ def check_depthwise(case: Case, launcher: HostLauncher) -> None:
     assert y.dtype == case.dtype
     assert relative_error(y, p.y) < close
     if case.fused:  # sums are those of the stored tensor, not of the values before rounding
-        assert relative_error(sums, formulas.channel_sums(y)) < 1e-5
+        assert relative_error(sums, reference.channel_sums(y)) < 1e-5
 
     through = (p.y.to(case.dtype), p.dsums) if case.fused else None
     dx, dw, bn_sums = kernels.depthwise_backward(
@@ -67,14 +67,14 @@ def check_bn_swish(case: Case, launcher: HostLauncher) -> None:
     dy = torch.randn(p.x.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
 
     y = kernels.bn_swish_forward(p.x, p.bn, launcher)
-    assert relative_error(y, formulas.bn_swish(wide, *bn)) < close
+    assert relative_error(y, reference.bn_swish(wide, *bn)) < close
     dx, sums = kernels.bn_swish_backward(dy, p.x, p.bn, launcher)
-    dx64, sums64 = formulas.bn_swish_backward(dy.double(), wide, *bn)
+    dx64, sums64 = reference.bn_swish_backward(dy.double(), wide, *bn)
     assert relative_error(dx, dx64) < close
     assert relative_error(sums, sums64) < 1e-5
-    assert relative_error(kernels.channel_sums(p.x, launcher), formulas.channel_sums(wide)) < 1e-5
+    assert relative_error(kernels.channel_sums(p.x, launcher), reference.channel_sums(wide)) < 1e-5
     folded = kernels.fold(dy, p.x, p.dsums, launcher)
-    assert relative_error(folded, formulas.fold(dy.double(), wide, p.dsums)) < close
+    assert relative_error(folded, reference.fold(dy.double(), wide, p.dsums)) < close
 
 
 def check_moments(launcher: HostLauncher) -> None:
@@ -88,7 +88,7 @@ def check_moments(launcher: HostLauncher) -> None:
         count = n if elements is None else 0  # the device's number wins
         got = kernels.moments(sums, elements, count, 1e-5, launcher)
         leaf = sums.clone().requires_grad_()
-        want = formulas.moments(leaf, None, n, 1e-5)
+        want = reference.moments(leaf, None, n, 1e-5)
         torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
         dmean, drstd = torch.randn(2, c, generator=gen, dtype=torch.float64)
         (want[0] @ dmean + want[1] @ drstd).backward()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nvae.ops import kernels
-from nvae.ops.compiler import CompileError, compile_kernel
-from nvae.ops.launcher import DeviceLimits, Launch
+from nvae.ops.cuda import CompileError, DeviceLimits, Launch, compile_kernel
 
 LIMITS = {
     80: DeviceLimits(80, 108, 166912, 167936),

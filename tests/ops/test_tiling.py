@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae.ops.launcher import DeviceLimits
+from nvae.ops.cuda import DeviceLimits
 from nvae.ops.tiling import (
     RESERVED_SHARED,
     Shape,

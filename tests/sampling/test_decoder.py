@@ -7,8 +7,7 @@ import torch
 
 from nvae.models import NVAE
 from nvae.sampling import CompiledDecoder, sample_images
-from nvae.sampling.decoder import PriorDecoder
-from nvae.sampling.inductor import CompilerError, for_inductor
+from nvae.sampling.compiled import CompilerError, PriorDecoder, for_inductor
 
 from .models import small_nvae
 

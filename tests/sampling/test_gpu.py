@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvae.evaluation import evaluate
-from nvae.noise import STREAM_PRIOR, keys_of, latent_noise
+from nvae.random import STREAM_PRIOR, image_keys, latent_noise
 from nvae.sampling import CompiledDecoder, sample_images
 
 from .models import small_nvae
@@ -19,8 +19,8 @@ pytestmark = [
 
 def test_noise_is_the_same_on_both_devices():
     index = torch.arange(50)
-    on_cpu = latent_noise(keys_of(index, seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
-    on_gpu = latent_noise(keys_of(index.cuda(), seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
+    on_cpu = latent_noise(image_keys(index, seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
+    on_gpu = latent_noise(image_keys(index.cuda(), seed=3, stream=STREAM_PRIOR), [(2, 5, 5)])[0]
     assert torch.allclose(on_cpu, on_gpu.cpu(), atol=1e-5)
 
 

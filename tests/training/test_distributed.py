@@ -118,7 +118,7 @@ def _evaluation(rank: int, world: int) -> dict[str, Any]:
         store = RecordStore(Path(folder), "test", rank)
         result = evaluate(
             model,
-            data.batches("test"),
+            map(data.to_input, data.eval_dataloader("test")),  # this rank's share
             importance_samples=(5,),
             store=store,
             distributed=world > 1,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae.data.module import ImageBatch
+from nvae.data.dataset import ImageBatch
 from nvae.objective import ObjectiveConfig, kl_coefficient
 from nvae.training.logging import JsonLinesLogger
 from nvae.training.module import NVAELightning

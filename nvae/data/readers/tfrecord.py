@@ -1,38 +1,39 @@
 """TFRecords of tf.Example messages with `shape` and `data`, read without TensorFlow.
 
 The record framing is that of TensorFlow's `record_writer.h`; the message is protocol buffers' wire
-format, of which an Example needs three kinds: Features, a map entry, and a list.
+format, of which an Example needs three kinds: Features, a map entry, and a list. Own reader and
+checksum: TensorFlow would be a heavy thing to install for one kind of file.
 """
 
 import os
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nvae.data.config import DataConfig
-from nvae.data.images import BadImageError
-from nvae.data.manifest import DataError
-from nvae.data.readers.crc32c import masked_crc32c
-from nvae.data.readers.source import (
+from nvae.data.config import DataError
+from nvae.data.readers import (
     LARGEST_PICTURE,
+    TFRECORD_SUFFIXES,
     Item,
     MissingSourceError,
     Part,
     Pixels,
+    Reader,
     group_by_split,
     open_source,
     read_pieces,
+    tfrecord_files,
 )
+from nvae.data.transforms import BadImageError
 
-_SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FEATURES = ("shape", "data")
 _MOST_SIDES = 8
 _RESOLUTION = re.compile(r"-r(\d\d)[-.]")
 
@@ -137,49 +138,37 @@ def _int64_list(data: bytes) -> list[int]:
     return values
 
 
-def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
-    """The shape and the first data of a tf.Example.
-
-    Raises:
-        BadImageError: Not a tf.Example.
-    """
-    features: dict[str, list[int] | list[bytes]] = {}
-    for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
-        name = b"".join(_messages(entry, 1)).decode("utf-8", "replace")
-        if name not in _FEATURES:
-            continue
-        # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
-        for feature in _messages(entry, 2):
-            for field, value in _fields(feature):
-                if isinstance(value, bytes) and field == 1:
-                    features[name] = list(islice(_messages(value, 1), 1))
-                elif isinstance(value, bytes) and field == 3:
-                    features[name] = _int64_list(value)
-    return features
-
-
 def decode_example(record: bytes) -> Pixels:
-    """The image of an Example: `data` holds `shape` pixels, channels first or last.
+    """The image of a tf.Example: `data` holds `shape` pixels, channels first or last.
 
     Returns:
         (H, W, C) uint8.
 
     Raises:
-        BadImageError: Features are missing or do not fit each other.
+        BadImageError: Not a tf.Example, or features are missing or do not fit each other.
     """
-    features = parse_example(record)
-    shape, data = features.get("shape"), features.get("data")
-    if not shape or not data or not isinstance(data[0], bytes):
+    shape: list[int] = []
+    data = b""
+    for entry in (e for body in _messages(record, 1) for e in _messages(body, 1)):
+        name = b"".join(_messages(entry, 1))
+        # Feature: 1 = BytesList, 2 = FloatList (not used by pictures), 3 = Int64List.
+        for feature in _messages(entry, 2):
+            if name == b"data":
+                for values in _messages(feature, 1):
+                    data = next(_messages(values, 1), b"")
+            elif name == b"shape":
+                for values in _messages(feature, 3):
+                    shape = _int64_list(values)
+    if not shape or not data:
         raise BadImageError("its tf.Example lacks 'shape' or 'data'")
-    sides = [side for side in shape if isinstance(side, int)]
-    if len(sides) != 3 or 0 in sides or prod(sides) != len(data[0]):
-        raise BadImageError(f"its data has {len(data[0])} bytes, its shape is {sides}")
-    pixels = np.frombuffer(data[0], dtype=np.uint8).reshape(sides)
-    if sides[2] in (1, 3):
+    if len(shape) != 3 or prod(shape) != len(data):
+        raise BadImageError(f"its data has {len(data)} bytes, its shape is {shape}")
+    pixels = np.frombuffer(data, np.uint8).reshape(shape)
+    if shape[2] in (1, 3):
         return pixels
-    if sides[0] in (1, 3):
+    if shape[0] in (1, 3):
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-    raise BadImageError(f"its shape {sides} has neither 1 nor 3 channels")
+    raise BadImageError(f"its shape {shape} has neither 1 nor 3 channels")
 
 
 def _part(paths: list[Path]) -> Part:
@@ -210,17 +199,85 @@ def _at_resolution(paths: list[Path], size: int) -> list[Path]:
     return [path for path in paths if exponents[path] == chosen]
 
 
-def tfrecord_files(source: Path) -> list[Path]:
-    """All record files below a folder, sorted."""
-    return sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
-
-
-def read_tfrecord(source: Path, config: DataConfig) -> dict[str, Part]:
+class TFRecord(Reader):
     """All records below `source`; folders train and validation are the splits."""
-    paths = tfrecord_files(source) if source.is_dir() else [source]
-    paths = _at_resolution(paths, config.stored_size) if paths else []
-    if not paths or not paths[0].exists():
-        raise MissingSourceError(f"no {' or '.join(_SUFFIXES)} files found in {source}")
-    root = source if source.is_dir() else source.parent
-    groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
-    return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
+
+    def parts(self) -> Mapping[str, Any]:  # noqa: D102
+        source = self.source
+        paths = tfrecord_files(source) if source.is_dir() else [source]
+        paths = _at_resolution(paths, self.config.stored_size) if paths else []
+        if not paths or not paths[0].exists():
+            raise MissingSourceError(f"no {' or '.join(TFRECORD_SUFFIXES)} files found in {source}")
+        root = source if source.is_dir() else source.parent
+        groups = group_by_split([path.relative_to(root).as_posix() for path in paths])
+        return {split: _part([paths[i] for i in rows]) for split, rows in groups.items()}
+
+
+# CRC-32C (Castagnoli, RFC 3720) in numpy. Where it starts at zero the checksum is linear over GF(2)
+# in the message, so a message is cut into equal rows, the rows are summed in parallel, and the sums
+# are folded in pairs: crc(a b) = shift(crc(a), |b|) xor crc(b).
+_POLYNOMIAL = 0x82F63B78  # bit-reversed
+_ROW_BYTES = 32
+_MASK_DELTA = 0xA282EAD8
+
+Words = NDArray[np.uint32]
+
+
+@cache
+def _byte_table() -> Words:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ _POLYNOMIAL, table >> 1).astype(np.uint32)
+    return table
+
+
+def _apply(tables: Words, crc: Words) -> Words:
+    """Apply a linear map given as four tables of 256, one for each byte of the argument."""
+    out: Words = tables[0][crc & 255]
+    for byte in (1, 2, 3):
+        out = out ^ tables[byte][(crc >> (8 * byte)) & 255]
+    return out
+
+
+@cache
+def _shift_tables(zeros: int) -> Words:
+    """Tables of the map "append `zeros` zero bytes"; `zeros` is `_ROW_BYTES` times a power of 2."""
+    values = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    if zeros == _ROW_BYTES:
+        out = values
+        for _ in range(zeros):
+            out = _byte_table()[out & 255] ^ (out >> 8)
+        return out
+    half = _shift_tables(zeros // 2)
+    return _apply(half, half.ravel()).reshape(4, 256)
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of `data`."""
+    table = _byte_table()
+    if len(data) < 4:
+        crc = 0xFFFFFFFF
+        for byte in data:
+            crc = int(table[(crc ^ byte) & 255]) ^ (crc >> 8)
+        return crc ^ 0xFFFFFFFF
+    rows = 1 << ((len(data) - 1) // _ROW_BYTES).bit_length()
+    padded = np.zeros(rows * _ROW_BYTES, dtype=np.uint8)
+    # Zeros in front change nothing once the start value is folded into the message.
+    head = len(padded) - len(data)
+    padded[head:] = np.frombuffer(data, dtype=np.uint8)
+    padded[head : head + 4] ^= 0xFF
+    columns = np.ascontiguousarray(padded.reshape(rows, _ROW_BYTES).T)
+    sums = np.zeros(rows, dtype=np.uint32)
+    for column in columns:
+        sums = table[(sums ^ column) & 255] ^ (sums >> 8)
+    width = _ROW_BYTES
+    while len(sums) > 1:
+        sums = _apply(_shift_tables(width), sums[0::2]) ^ sums[1::2]
+        width *= 2
+    return int(sums[0]) ^ 0xFFFFFFFF
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The rotated form that TFRecords store."""
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF

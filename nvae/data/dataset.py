@@ -1,0 +1,283 @@
+"""A data set, open: prepared if need be, held against its config, batched for the model.
+
+It needs no Lightning; `nvae.data.module` makes a `LightningDataModule` of it.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvae.data.config import (
+    IN_MEMORY_FORMATS,
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALID,
+    DataConfig,
+    DataError,
+    prepare_command,
+)
+from nvae.data.conversion import geometry, prepare_if_missing
+from nvae.data.loader import (
+    DenseSplit,
+    EvalLoader,
+    EvalSampler,
+    RawBatch,
+    Shard,
+    Split,
+    TrainLoader,
+    TrainSampler,
+)
+from nvae.data.places import prepared_folder
+from nvae.data.readers import TOO_FEW, plan_splits
+from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
+from nvae.data.transforms import fit_array, model_input
+from nvae.random import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
+
+_MIB = 1 << 20
+_CPU = torch.device("cpu")
+_ALONE = Shard()
+
+_LARGEST_IN_MEMORY = 1 << 31
+"""Bytes of a set that is made in memory."""
+_CHUNK = 1 << 22
+"""Pixels made at a time, of eight bytes each until they are done."""
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """What the model gets.
+
+    Attributes:
+        x: (B, C, H, W) float32 in [0, 1], channels_last in memory.
+        index: (B,) int64, the images' indices in their split.
+    """
+
+    x: Tensor
+    index: Tensor
+
+
+class ImageData:
+    """A data set: `prepare()`, `setup()`, then its splits, loaders and batches.
+
+    Where a set has no validation images, validation reads the test images, and the other way
+    round.
+
+    Args:
+        config: the data set.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self._splits: dict[str, Split] = {}
+        self._on_device: dict[tuple[str, torch.device], DenseSplit] = {}
+        self._noted = False
+
+    def prepare(self) -> None:
+        """Download and convert what is missing; see `prepare_if_missing`."""
+        prepare_if_missing(self.config)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared form; see `open_splits`. Every stage of a Trainer needs the same."""
+        del stage
+        if not self._splits:
+            self._splits = open_splits(self.config)
+
+    def _resolve(self, name: str) -> str:
+        other = {VALID: TEST, TEST: VALID}.get(name, name)
+        return name if name in self._splits else other
+
+    def split(self, name: str) -> Split:
+        """The images that `train`, `valid` or `test` reads."""
+        return self._splits[self._resolve(name)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run's order of images depends on, in plain types.
+
+        Returns:
+            `seed` (`data.seed`) and `splits`: for each, its number of `images` and their `sha256`.
+        """
+        splits = {
+            name: {"images": len(split), "sha256": split.sha256}
+            for name, split in self._splits.items()
+        }
+        return {"seed": self.config.seed, "splits": splits}
+
+    def _options(self, split: Split, device: torch.device) -> dict[str, Any]:
+        config = self.config
+        index_only = isinstance(split, DenseSplit) and (
+            config.on_device == "always"
+            or (
+                config.on_device == "auto" and split.images.numel() <= config.on_device_limit * _MIB
+            )
+        )
+        return {
+            "seed": config.seed,
+            "num_workers": config.num_workers,
+            "index_only": index_only,
+            "pin_memory": device.type == "cuda",
+        }
+
+    def train_loader(self, shard: Shard = _ALONE, device: torch.device = _CPU) -> TrainLoader:
+        """Shuffled, resumable loader of the training images.
+
+        Where there are fewer images than a batch, it is as large as they allow; the first process
+        says so, once.
+        """
+        split, config = self.split(TRAIN), self.config
+        sampler = TrainSampler.fitting(len(split), config.batch_size, config.seed, shard)
+        if sampler.batch_size != config.batch_size and not self._noted and not shard.rank:
+            self._noted = True
+            print(
+                f"note: there are only {sampler.size} training images; a step takes "
+                f"{sampler.global_batch_size} of them, not data.batch_size={config.batch_size} "
+                "on each device",
+                file=sys.stderr,
+            )
+        return TrainLoader(sampler, split, TRAIN, **self._options(split, device))
+
+    def eval_loader(
+        self,
+        name: str,
+        shard: Shard = _ALONE,
+        device: torch.device = _CPU,
+        batch_size: int | None = None,
+    ) -> EvalLoader:
+        """Every image of a split once, in order: no flip, fixed binarization."""
+        name = self._resolve(name)
+        split = self._splits[name]
+        sampler = EvalSampler(len(split), batch_size or self.config.eval_batch_size, shard)
+        return EvalLoader(sampler, split, name, **self._options(split, device))
+
+    def to_input(self, batch: RawBatch) -> ImageBatch:
+        """Gather (for sets that live on the device), then flip, quantize, binarize and pad."""
+        images, index, epoch = batch.images, batch.indices, batch.epoch
+        if images is None:
+            key = batch.split, index.device
+            if key not in self._on_device:
+                split = self._splits[batch.split]
+                assert isinstance(split, DenseSplit)
+                self._on_device[key] = split.to(index.device)
+            images = self._on_device[key].gather(index, epoch=epoch, seed=self.config.seed)
+        return ImageBatch(model_input(images, index, epoch=epoch, config=self.config), index)
+
+    def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
+        """Model inputs of a split in order on `device`."""
+        for raw in self.eval_loader(split):
+            images = None if raw.images is None else raw.images.to(device, non_blocking=True)
+            indices = raw.indices.to(device, non_blocking=True)
+            yield self.to_input(raw._replace(images=images, indices=indices))
+
+
+def open_splits(config: DataConfig) -> dict[str, Split]:
+    """Open the splits that a data set has; an empty split is left out.
+
+    Raises:
+        ValueError: It is not prepared, damaged, or not what the config describes.
+    """
+    if config.format in IN_MEMORY_FORMATS:
+        splits, skipped = make_in_memory(config), {}
+    else:
+        folder = prepared_folder(config)
+        if not (folder / MANIFEST_NAME).exists():
+            raise DataError(
+                f"{config.name} is not prepared ({folder} is not there); run: "
+                f"{prepare_command(config)}"
+            )
+        splits = open_store(folder)
+        manifest = read_manifest(folder)
+        skipped = {name: files.skipped for name, files in manifest.splits.items()}
+        if manifest.geometry != geometry(config):
+            found, wanted = (
+                ", ".join(f"{key}={value}" for key, value in values.items())
+                for values in (manifest.geometry, geometry(config))
+            )
+            raise DataError(
+                f"{folder} was prepared with {found}, the config says {wanted}: "
+                "prepare it again or change the config"
+            )
+    _check(config, splits, skipped)
+    return splits
+
+
+def _check(config: DataConfig, splits: dict[str, Split], skipped: dict[str, int]) -> None:
+    """Hold the open splits against the config: shape and sizes."""
+    wanted = (config.stored_size, config.stored_size, config.channels)
+    for name, split in splits.items():
+        if split.shape != wanted:
+            raise DataError(
+                f"the prepared {name} images of {config.name} are "
+                f"{'x'.join(map(str, split.shape))}, the config wants "
+                f"{'x'.join(map(str, wanted))}: prepare them again or change data.image_size, "
+                "data.pad or data.channels"
+            )
+    for name in SPLITS:
+        asked, have = getattr(config, f"{name}_size"), len(splits.get(name, ()))
+        if asked is not None and asked != have + skipped.get(name, 0):
+            raise DataError(
+                f"{config.name} has {have} {name} images, the config says "
+                f"data.{name}_size={asked}: prepare it again or change the config"
+            )
+    if TRAIN not in splits:
+        raise DataError(f"{config.name} has no training images")
+    if VALID not in splits and TEST not in splits:
+        if config.format not in IN_MEMORY_FORMATS and len(splits[TRAIN]) == 1:
+            raise DataError(f"{config.name} has one picture; {TOO_FEW}")
+        raise DataError(
+            f"{config.name} has neither validation nor test images: set data.valid_size"
+        )
+
+
+def make_in_memory(config: DataConfig) -> dict[str, Split]:
+    """The splits of scikit-learn's digits, or of random pixels.
+
+    Raises:
+        ValueError: The config asks for what the set does not have.
+    """
+    images = _digits(config) if config.format == "digits" else _random(config)
+    plan = plan_splits({TRAIN: len(images)}, config)
+    splits: dict[str, Split] = {}
+    for number, split in enumerate(SPLITS):
+        chosen = images[torch.from_numpy(plan.destination[TRAIN] == number)]
+        if len(chosen):
+            sha256 = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
+            splits[split] = DenseSplit(chosen, sha256)
+    return splits
+
+
+def _digits(config: DataConfig) -> Tensor:
+    """The 1797 handwritten digits of scikit-learn, 8x8, levels 0..16 as 0, 16, ..., 240, 255."""
+    from sklearn.datasets import load_digits  # takes a second
+
+    if config.channels != 1:
+        raise ValueError(f"data.channels is {config.channels}; the digits are gray: channels=1")
+    # Steps of 16, so that the four upper bits tell the levels apart (but for the brightest two).
+    images = np.minimum(load_digits().images * 16, 255).astype(np.uint8)
+    return torch.from_numpy(np.stack([fit_array(image[:, :, None], config) for image in images]))
+
+
+def _random(config: DataConfig) -> Tensor:
+    """Random pixels: as many images as the config's split sizes add up to."""
+    if config.train_size is None:
+        raise ValueError("data.train_size is not given; random images need their number")
+    n = config.train_size + (config.valid_size or 0) + (config.test_size or 0)
+    size = config.stored_size
+    if n * size * size * config.channels > _LARGEST_IN_MEMORY:
+        raise ValueError(
+            f"{n} random images of {size}x{size}x{config.channels} take more than "
+            f"{_LARGEST_IN_MEMORY} bytes: set a smaller data.train_size"
+        )
+    out = torch.empty(n, size, size, config.channels, dtype=torch.uint8)
+    pixels = out.view(n, -1)
+    chunk = max(1, _CHUNK // pixels.shape[1])
+    for start in range(0, n, chunk):
+        index = torch.arange(start, min(start + chunk, n))
+        keys = image_keys(index, seed=config.split_seed, epoch=0, stream=STREAM_CONTENT)
+        pixels[index] = (uniform_bits(keys, pixels.shape[1]) >> (UNIFORM_BITS - 8)).to(torch.uint8)
+    return out

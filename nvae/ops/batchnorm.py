@@ -1,0 +1,254 @@
+"""Batch normalization, alone or followed by Swish, with statistics that ranks may share.
+
+A layer's statistics are the sum and the sum of squares of every channel. Everything that follows
+(mean, variance, the backward terms through both) is a function of those 2C numbers, so
+synchronizing a layer is one all-reduce of them, and its gradient is one all-reduce of theirs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nvae.ops import library, reference
+from nvae.ops.library import OPS, Impl
+
+
+class Statistics(NamedTuple):
+    """Per-channel statistics of a batch, or running ones. They carry no gradient.
+
+    Attributes:
+        mean: ``(C,)``.
+        var: ``(C,)``, the biased variance of a batch (divided by n, the elements). Running
+            statistics keep the unbiased one: ``var * n / (n - 1)``.
+        elements: per channel, over all ranks: an int, or a 0-d float64 tensor where ranks
+            were asked. Ignored for running statistics.
+    """
+
+    mean: Tensor
+    var: Tensor
+    elements: int | Tensor = 0
+
+
+class BatchMoments(NamedTuple):
+    """What normalizing with a batch takes.
+
+    Attributes:
+        mean: ``(C,)`` float64, differentiable.
+        rstd: ``(C,)`` float64, 1 / sqrt(var + eps), differentiable.
+        statistics: the same as constants, for running statistics.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    statistics: Statistics
+
+
+class Normalized(NamedTuple):
+    """What a normalization returns.
+
+    Attributes:
+        output: ``(B, C, H, W)``.
+        statistics: the statistics used: the batch's (over all ranks), for the caller to update
+            its running ones, or the running ones it gave.
+    """
+
+    output: Tensor
+    statistics: Statistics
+
+
+def batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running: Statistics | None = None,
+    eps: float = 1e-5,
+    group: dist.ProcessGroup | None = None,
+) -> Normalized:
+    """gamma (x - mean) / sqrt(var + eps) + beta.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        gamma: ``(C,)`` scale.
+        beta: ``(C,)`` shift.
+        running: running statistics to normalize with (evaluation); they are constants. None: the
+            batch's statistics, and gradients through them (training).
+        eps: added to the variance.
+        group: process group over which batch statistics are synchronized; None: this rank alone.
+
+    Raises:
+        ValueError: batch statistics of a single element.
+    """
+    if running is not None:
+        y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
+        return Normalized(y, running)
+    n = count_elements(x, group)
+    if group is None:
+        # momentum 1 makes PyTorch leave the batch's own statistics in the "running" ones
+        mean, var = gamma.new_zeros(gamma.shape), gamma.new_ones(gamma.shape)
+        y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
+        return Normalized(y, Statistics(mean, var * ((n - 1) / n), n))
+    sums, elements = synchronize(reference.channel_sums(x), n, group)
+    assert elements is not None
+    mean, rstd, var = reference.moments(sums, elements, n, eps)
+    y = reference.normalize(x, gamma, beta, mean, rstd)[0]
+    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), elements)
+    return Normalized(y.to(x.dtype), statistics)
+
+
+def bn_swish(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running: Statistics | None = None,
+    sums: Tensor | None = None,
+    eps: float = 1e-5,
+    group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
+) -> Normalized:
+    """v sigmoid(v) of v = :func:`batch_norm`'s output, whose arguments not named here are these.
+
+    Args:
+        sums: ``(2, C)`` sum and sum of squares of x on this rank, where the op that made x gave
+            them (:func:`~nvae.ops.bn_swish_depthwise`). None: taken here where needed.
+        impl: see :mod:`nvae.ops`.
+
+    Raises:
+        ValueError: batch statistics of a single element, or ``impl="cuda"`` where no kernel
+            applies.
+    """
+    if not library.use_kernel(impl, x):
+        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group)
+        return Normalized(F.silu(y), statistics)
+    # two passes forward (three with the sums of x); the backward pass recomputes from x, the only
+    # tensor of its size that is kept
+    x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
+    y = _BnSwish.apply(x, gamma, beta, moments.mean, moments.rstd)
+    return Normalized(y, moments.statistics)
+
+
+def input_moments(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    running: Statistics | None,
+    sums: Tensor | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, BatchMoments]:
+    """What to normalize x with, and x to go on with.
+
+    Where x's sums are taken here, x is passed through, so that its gradient and that of the sums
+    arrive together and are added in one pass.
+    """
+    if running is not None:
+        mean, rstd = running.mean.detach().double(), (running.var.detach().double() + eps).rsqrt()
+        return x, BatchMoments(mean, rstd, running)
+    n = count_elements(x, group)
+    if sums is None:
+        x, sums = _ChannelSums.apply(x)
+    sums, elements = synchronize(sums, n, group)
+    mean, rstd, var = _Moments.apply(sums, elements, float(n), eps)
+    count = n if elements is None else elements
+    return x, BatchMoments(mean, rstd, Statistics(mean.detach().to(dtype), var.to(dtype), count))
+
+
+class _BnSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, mean, rstd)
+        y: Tensor = OPS.bn_swish(x, gamma, beta, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        dx, (dgamma, dbeta), (dmean, drstd) = OPS.bn_swish_backward(dy, *ctx.saved_tensors)
+        return dx, dgamma, dbeta, dmean, drstd
+
+
+def count_elements(x: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Elements per channel of ``x`` ``(B, C, H, W)`` on this rank.
+
+    Raises:
+        ValueError: a rank alone (``group`` None) with a single element per channel.
+    """
+    count = x.numel() // x.shape[1]
+    if group is None and count < 2:
+        raise ValueError(
+            f"batch statistics need more than one element per channel, got input {tuple(x.shape)}"
+        )
+    return count
+
+
+def synchronize(
+    sums: Tensor, n: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sums and number of elements over all ranks; the number is None for a rank alone."""
+    if group is None:
+        return sums, None
+    packed = torch.cat([sums.flatten(), sums.new_full((1,), n)])
+    packed = _AllReduceSum.apply(packed, group)
+    return packed[:-1].view_as(sums), packed[-1].detach()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over the ranks of a group. Every rank's loss counts, so the gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ChannelSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), OPS.channel_sums(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, dsums: Tensor | None) -> Tensor | None:
+        if dsums is None:
+            return dx
+        (x,) = ctx.saved_tensors
+        return OPS.fold(torch.zeros_like(x) if dx is None else dx, x, dsums)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sums: Tensor, elements: Tensor | None, n: float, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, rstd, var = OPS.moments(sums, elements, n, eps).unbind(0)
+        ctx.save_for_backward(sums, elements)
+        ctx.n, ctx.eps = n, eps
+        ctx.mark_non_differentiable(var)
+        return mean, rstd, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dmean: Tensor, drstd: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        sums, elements = ctx.saved_tensors
+        dsums = OPS.moments_backward(sums, elements, ctx.n, ctx.eps, dmean, drstd)
+        return dsums, None, None, None

@@ -1,0 +1,204 @@
+"""Pictures on disk: PNG of single images and labeled grids, and GIF by Pillow; MP4 by PyAV.
+
+Every file is replaced as a whole. Images are (C, H, W) with C = 1 or 3, values in [0, 1].
+"""
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from nvae.files import replacing
+
+FORMATS = ("gif", "mp4")
+"""Of animations."""
+
+_GAP = 2
+_LEAST_SIDE = 48
+_PAPER = 255
+_LINE = 128  # gray: neither black nor white pixels at an edge melt into it
+_FONT_SIZE = 14
+
+
+def save_image(path: str | Path, image: Tensor) -> None:
+    """One image at its own size, losslessly."""
+    _save(_picture(_pixels(image)), path)
+
+
+def save_rows(
+    path: str | Path,
+    rows: Sequence[Tensor],
+    labels: Sequence[str],
+    column_labels: Sequence[str] | None = None,
+) -> None:
+    """One labeled row for every entry of ``rows``, each ``(N, C, H, W)`` with the same N."""
+    columns = len(rows[0]) if rows else 0
+    if any(len(row) != columns for row in rows):
+        raise ValueError(f"rows hold {[len(row) for row in rows]} images; all need as many")
+    images = [image for row in rows for image in row]
+    _save(grid(images, columns=columns, row_labels=labels, column_labels=column_labels), path)
+
+
+def save_grids_side_by_side(
+    path: str | Path, grids: Sequence[Tensor], labels: Sequence[str], columns: int | None = None
+) -> None:
+    """One grid for every entry of ``grids``, ``(N, C, H, W)`` each, with its label above."""
+    if not grids or len(grids) != len(labels):
+        raise ValueError(f"{len(labels)} labels for {len(grids)} grids; give one each")
+    pictures = [grid(images, columns=columns) for images in grids]
+    title, spacing = _FONT_SIZE + 2 * _GAP, 6 * _GAP
+    width = sum(picture.width + spacing for picture in pictures) - spacing
+    height = title + max(picture.height for picture in pictures)
+    canvas = Image.new(pictures[0].mode, (width, height), "white")
+    left = 0
+    for picture, label in zip(pictures, labels, strict=True):
+        _write(canvas, left + _GAP, _GAP, label)
+        canvas.paste(picture, (left, title))
+        left += picture.width + spacing
+    _save(canvas, path)
+
+
+def grid(
+    images: Tensor | Sequence[Tensor],
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """A grid of images, filled row by row; small ones are enlarged without interpolation.
+
+    Args:
+        images: all of one shape.
+        columns: images in a row; None: about as many as rows.
+        row_labels: text left of every row.
+        column_labels: text above every column.
+
+    Raises:
+        ValueError: no images, or labels that do not match rows or columns.
+    """
+    if not len(images):
+        raise ValueError("no images for a grid")
+    pixels = np.stack([_enlarged(_pixels(image)) for image in images])
+    count, height, width, channels = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    for labels, places, name in ((row_labels, rows, "rows"), (column_labels, columns, "columns")):
+        if labels is not None and len(labels) != places:
+            raise ValueError(f"{len(labels)} labels for {places} {name}")
+    cell_height, cell_width = height + _GAP, width + _GAP
+    left = int(max(map(_font().getlength, row_labels))) + 3 * _GAP if row_labels else 0
+    top = _FONT_SIZE + 2 * _GAP if column_labels else 0
+    shape = (top + rows * cell_height + _GAP, left + columns * cell_width + _GAP, channels)
+    canvas = np.full(shape, _PAPER, np.uint8)
+    canvas[top:, left:] = _LINE
+    for i, image in enumerate(pixels):
+        y = top + (i // columns) * cell_height + _GAP
+        x = left + (i % columns) * cell_width + _GAP
+        canvas[y : y + height, x : x + width] = image
+    picture = _picture(canvas)
+    for row, label in enumerate(row_labels or ()):
+        _write(picture, _GAP, top + row * cell_height + (cell_height - _FONT_SIZE) // 2, label)
+    for column, label in enumerate(column_labels or ()):
+        _write(picture, left + column * cell_width + _GAP, _GAP, label)
+    return picture
+
+
+def check_format(name: str) -> None:
+    """Raise a ValueError unless animations of this format can be written here."""
+    if name not in FORMATS:
+        raise ValueError(f"animation={name!r} is unknown; allowed: {', '.join(FORMATS)}")
+    if name == "mp4" and find_spec("av") is None:
+        raise ValueError("animation=mp4 needs PyAV: pip install 'nvae[video]', or animation=gif")
+
+
+def save_animation(path: str | Path, frames: Tensor, *, milliseconds: int = 80) -> None:
+    """Play ``frames`` ``(N, C, H, W)`` there and back; small ones are enlarged.
+
+    A GIF plays for ever; an MP4 (H.264) loses a little at sharp edges.
+
+    Args:
+        path: ends in ``.gif`` or ``.mp4``.
+        frames: in order.
+        milliseconds: for each.
+
+    Raises:
+        ValueError: no frames, or a format that cannot be written here.
+    """
+    path = Path(path)
+    check_format(path.suffix[1:])
+    if not len(frames):
+        raise ValueError("no frames for an animation")
+    there = [_enlarged(_pixels(frame)) for frame in frames]
+    encode = _gif if path.suffix == ".gif" else _mp4
+    encoded = encode(there + there[-2:0:-1], milliseconds)
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+def _gif(frames: Sequence[NDArray[np.uint8]], milliseconds: int) -> bytes:
+    first, *others = map(_picture, frames)
+    file = io.BytesIO()
+    first.save(
+        file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0
+    )
+    return file.getvalue()
+
+
+def _mp4(frames: Sequence[NDArray[np.uint8]], milliseconds: int) -> bytes:
+    import av
+
+    height, width = frames[0].shape[:2]
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1000, milliseconds))
+        # color is stored at half the resolution, which needs even sides
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            rgb = np.broadcast_to(frame, (height, width, 3))
+            even = np.pad(rgb, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def _pixels(image: Tensor) -> NDArray[np.uint8]:
+    """``(C, H, W)`` in [0, 1] to ``(H, W, C)`` 0..255.
+
+    Raises:
+        ValueError: another number of channels or dimensions.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"an image has shape {tuple(image.shape)}; pictures need (1 or 3, H, W)")
+    pixels = image.detach().float().clamp(0, 1).mul(255).round()
+    return pixels.permute(1, 2, 0).to("cpu").numpy().astype(np.uint8)
+
+
+def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Repeat the pixels of a small ``(H, W, C)`` picture until one can see something."""
+    factor = max(1, -(-_LEAST_SIDE // pixels.shape[0]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(_FONT_SIZE)
+
+
+def _write(picture: Image.Image, x: int, y: int, text: str) -> None:
+    ImageDraw.Draw(picture).text((x, y), text, fill="black", font=_font())
+
+
+def _save(picture: Image.Image, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
