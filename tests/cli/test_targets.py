@@ -118,7 +118,7 @@ def test_a_run_ends_after_max_steps_and_stays_ended(tmp_path: Path) -> None:
     first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "r/checkpoints/step_00000005.ckpt").exists()
-    assert "is finished: 0 epochs, step 5" in again.stdout, again.stdout + again.stderr
+    assert "is finished: 1 epochs, step 5" in again.stdout, again.stdout + again.stderr
     command[4] = "trainer.max_steps=8"
     longer = subprocess.run(command, capture_output=True, text=True)
     assert longer.returncode == 0, longer.stderr
