@@ -26,39 +26,7 @@ _BOUNDS: dict[str, Bounds] = {
 class EvaluateConfig:
     """What to evaluate, and how.
 
-    Attributes:
-        checkpoint: a file of this project or in the published format, or an exported folder.
-        split: ``train`` | ``valid`` | ``test``: images whose likelihood is taken.
-        plugins: your own likelihoods and cell families that the checkpoint names, each
-            ``package.module:NAME``; nothing else that it names is imported.
-        weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
-        importance_samples: values of K of the importance-weighted bound; [] for the ELBO alone.
-        elbo_samples: draws that the ELBO is averaged over.
-        seed: of the posterior's noise.
-        chunk: rows (images times draws) in one pass; bounds the memory, changes no number.
-        device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
-        tf32: faster and less exact arithmetic on NVIDIA GPUs.
-        recalibrate_bn: passes that BN statistics are taken anew over; 0 keeps the running ones.
-            They hold for likelihood and samples alike.
-        bn_temperature: of those passes; null: ``temperature``.
-        bn_batch_size: images in each.
-        bn_seed: of their noise.
-        metrics: of sample quality, any of ``fid``, ``kid``, ``prdc``, ``is``.
-        generated: samples drawn for them, from seeds 0, 1, ...
-        temperature: of the samples' latents.
-        pixel_temperature: of the samples' pixels, or ``mean``.
-        sample_batch_size: samples in one pass; changes no number.
-        compile: compile the walk that draws them; a minute or more at the start, then faster.
-        reference_split: data images that samples are compared with.
-        reference_cache: folder that keeps the data images' features.
-        inception_weights: file with the weights; null downloads them once.
-        inception_sha256: how the file's SHA-256 begins, where it is not the published one.
-        feature_extractor: ``module:attribute`` in place of Inception.
-        neighbours: k of prdc.
-        kid_subsets: subsets that KID is averaged over.
-        kid_subset_size: images in each.
-        output: the JSON file; null: beside the checkpoint, in `evaluation/`.
-        overwrite: replace a result that is there, made with these settings or others.
+    `configs/evaluate.yaml` says what each setting means.
     """
 
     checkpoint: str

@@ -38,46 +38,7 @@ _BOUNDS: dict[str, Bounds] = {
 class SampleConfig:
     """What to draw, and how.
 
-    Attributes:
-        checkpoint: a file of this project or in the published format, or an exported folder.
-        mode: ``prior`` (grids over temperatures) | ``reconstruct`` | ``interpolate`` | ``partial``
-            (keep the coarsest groups, draw the rest) | ``traverse`` (move one group) |
-            ``nearest`` (the training images nearest to each sample).
-        plugins: your own likelihoods and cell families that the checkpoint names, each
-            ``package.module:NAME``; nothing else that it names is imported.
-        weights: ``ema`` takes averaged weights where there are any, ``raw`` never.
-        seeds: one an image: ``0-63``, ``7`` or ``[0,5,9-12]``; null: 0-63 for mode prior, else 0-7.
-        temperature: factor on the priors' sigma; a list gives one grid each (mode prior).
-        scale_temperatures: one a latent scale, coarsest first; in place of ``temperature``.
-        group_temperatures: one a latent group, coarsest first; in place of ``temperature``.
-        pixel_temperature: ``mean`` takes the likelihood's mean; a number draws pixels, 0 takes
-            their mode.
-        recalibrate_bn: passes that BN statistics are taken anew over, at the temperature at hand;
-            0 keeps the running ones.
-        bn_batch_size: images in each.
-        bn_seed: of their noise.
-        source: interpolate, partial and traverse start from ``seeds`` or from ``images``.
-        images: indices of data images, written like ``seeds``.
-        split: ``train`` | ``valid`` | ``test``: of those images; nearest always searches train.
-        steps: points on a path, ends included (interpolate, traverse).
-        frames: points between two neighbours in the animation; 0: none (interpolate).
-        animation: ``gif`` | ``mp4`` (interpolate); mp4 needs PyAV.
-        keep: numbers of coarsest groups that stay, one row each (partial); null: up to 8 rows.
-        draws: columns of drawn images (partial).
-        groups: groups that move, one row each, 0 the coarsest (traverse); null: up to 8 rows.
-        neighbours: training images beside each sample (nearest).
-        batch_size: images in one pass; changes no picture.
-        compile: compile the top-down walk, on a GPU replayed as a CUDA graph; a minute or more at
-            the start, then faster (modes prior and nearest).
-        device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:N``.
-        tf32: faster and less exact arithmetic on NVIDIA GPUs.
-        single_images: write every image as a PNG of its own, beside the grid (mode prior).
-        npz: write `samples.npz` too: ``images`` and their ``seeds``, or ``index`` where they are
-            made of data images; modes partial and traverse: axes start, row, column, and what the
-            rows are (``keep`` or ``groups``); partial: ``draw_seeds`` of the columns.
-        columns: of each grid (mode prior); null: about as many as rows.
-        output: folder; null: beside the checkpoint, in `samples/`.
-        overwrite: write into a folder that holds something else.
+    `configs/sample.yaml` says what each setting means.
     """
 
     checkpoint: str

@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.config import TrainConfig, fit_warmup, register, train_config
 from nvae.cli.errors import one_line
+from nvae.cli.evaluate_config import EvaluateConfig
+from nvae.cli.sample_config import SampleConfig
 from nvae.cli.schema import schema_of
 from nvae.models import NVAE, ModelConfig
 
@@ -85,6 +87,14 @@ def test_files_with_every_setting_say_the_defaults() -> None:
     assert set(top) - {"defaults", "hydra"} == set(plain) - groups
     for key in set(plain) - groups - {"name"}:
         assert top[key] == plain[key], key
+
+
+@pytest.mark.parametrize("config", [SampleConfig, EvaluateConfig])
+def test_files_of_the_other_commands_say_the_defaults(config: type) -> None:
+    plain = OmegaConf.to_container(OmegaConf.structured(schema_of(config)))
+    name = config.__name__.removesuffix("Config").lower()
+    values = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    assert {k: v for k, v in values.items() if k not in ("defaults", "hydra")} == plain
 
 
 def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) -> None:
