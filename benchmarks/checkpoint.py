@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.measure import measure
 from nvae.checkpoint import describe, load_model, save_checkpoint
-from nvae.cli.compose import compose_train
-from nvae.host_memory import keep_freed_memory
+from nvae.cli.common import keep_freed_memory
+from nvae.cli.config import compose_train
 from nvae.models import NVAE
 from nvae.torch_file import inspect_torch_file
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvae.host_memory import keep_freed_memory
+from nvae.cli.common import keep_freed_memory
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,9 +13,7 @@ from functools import partial
 
 import torch
 
-from nvae.cli.compose import compose_train
-from nvae.cli.config import TrainConfig
-from nvae.cli.targets import averages_on_device
+from nvae.cli.config import TrainConfig, averages_on_device, compose_train
 from nvae.cli.train import build_module
 from nvae.models import NVAE
 from nvae.training.memory import MemoryEstimate, activation_bytes, estimate_memory

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import PRECISIONS, Timing, measure, parser, set_up
-from nvae.cli.compose import compose_train
+from nvae.cli.config import compose_train
 from nvae.models import NVAE
 from nvae.sampling import CompiledDecoder
 

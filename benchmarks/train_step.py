@@ -12,7 +12,7 @@ import contextlib
 import torch
 
 from benchmarks.measure import PRECISIONS, measure, parser, set_up
-from nvae.cli.compose import compose_train
+from nvae.cli.config import compose_train
 from nvae.models import NVAE
 from nvae.objective import Loss, Objective
 from nvae.training.optimizers import build_optimizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvae.cli.compose import compose_train
+from nvae.cli.config import compose_train
 from nvae.models import NVAE
 from nvae.models.config import groups_per_scale
 

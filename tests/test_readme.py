@@ -26,7 +26,7 @@ def of_program(program: str) -> list[str]:
 @pytest.mark.parametrize("line", of_program("train.py"))
 def test_train_commands_compose(line: str) -> None:
     """Every key, group and choice exists, and the combination is possible."""
-    from nvae.cli.compose import compose_train
+    from nvae.cli.config import compose_train
 
     words = shlex.split(line)
     words = words[words.index("train.py") + 1 :]

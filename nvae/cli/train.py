@@ -24,19 +24,22 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from nvae.checkpoint import CheckpointError
-from nvae.cli.config import BEST_METRIC, TrainConfig, register, train_config
-from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
-from nvae.cli.report import setting, write_report
-from nvae.cli.targets import (
+from nvae.cli.common import keep_freed_memory
+from nvae.cli.config import (
+    BEST_METRIC,
+    TrainConfig,
     averages_on_device,
     build_callbacks,
     build_loggers,
     check_installed,
+    register,
+    train_config,
     with_objects,
 )
+from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
+from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
-from nvae.host_memory import keep_freed_memory
 from nvae.models import NVAE
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.guard import DivergenceError, guard_of

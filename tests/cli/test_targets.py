@@ -13,10 +13,15 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
-from nvae.cli.compose import compose_train
-from nvae.cli.config import TrainConfig
+from nvae.cli.config import (
+    TrainConfig,
+    build_callbacks,
+    build_loggers,
+    check_installed,
+    compose_train,
+    with_objects,
+)
 from nvae.cli.errors import one_line
-from nvae.cli.targets import build_callbacks, build_loggers, check_installed, with_objects
 from nvae.training.checkpointing import Checkpoints
 from nvae.training.logging import RunTensorBoard, kept_id
 from nvae.training.trainer import NOT_SETTINGS, TrainerConfig, build_trainer

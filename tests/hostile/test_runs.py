@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from nvae.checkpoint import CheckpointError
-from nvae.cli.compose import compose_train
-from nvae.cli.config import TrainConfig
+from nvae.cli.config import TrainConfig, compose_train
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.resuming import check_resumable
 from nvae.training.run_folder import LOCK_FILE, FolderInUseError, RunLock, lock_unused

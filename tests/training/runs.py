@@ -9,8 +9,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
-from nvae.cli.config import TrainConfig
-from nvae.cli.targets import build_callbacks, build_loggers, with_objects
+from nvae.cli.config import TrainConfig, build_callbacks, build_loggers, with_objects
 from nvae.cli.train import build_module, fingerprint
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
