@@ -8,6 +8,7 @@
 """
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -41,6 +41,8 @@ from nvae.training.optimizers import (
 from nvae.training.recompute import compile_blocks, recompute_blocks
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.validation import ValidationSums, group_metrics
+
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingNoise:
@@ -313,10 +315,12 @@ class NVAELightning(pl.LightningModule):
         wanted = config.warmup_epochs * self.steps_per_epoch if config.warmup_epochs else 0
         if wanted > self.total_steps:
             warmup = warmup_steps(config, self.steps_per_epoch, self.total_steps)
-            rank_zero_info(
-                f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run; it takes "
-                f"half of it, {warmup} steps"
-            )
+            if self.trainer.is_global_zero:
+                _LOG.warning(
+                    "the warm-up of %g epochs is longer than the run: it takes half, %d steps",
+                    config.warmup_epochs,
+                    warmup,
+                )
         factor = learning_rate_factor(config, self.steps_per_epoch, self.total_steps)
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_scale * factor(step))
         return {

@@ -12,6 +12,7 @@ from nvae.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
+    warmup_steps,
 )
 
 
@@ -110,3 +111,12 @@ def test_apex_optimiser_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert not torch.equal(weight, torch.ones(2))
+
+
+def test_a_warmup_longer_than_the_run_takes_half_of_it() -> None:
+    """Ten steps an epoch: five epochs of warm-up in a run of two, and in one of ten."""
+    config = OptimizerConfig(warmup_epochs=5)
+    assert warmup_steps(config, 10, 20) == 10
+    assert warmup_steps(config, 10, 100) == 50
+    factor = learning_rate_factor(config, 10, 20)
+    assert factor(4) < factor(9) <= 1.0
