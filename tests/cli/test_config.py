@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.config import TrainConfig, fit_warmup, register, train_config
+from nvae.cli.config import TrainConfig, register, train_config
 from nvae.cli.errors import one_line
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.sample_config import SampleConfig
@@ -121,15 +121,6 @@ def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) 
     )  # fmt: skip
     assert job.returncode == 0, job.stderr
     assert (tmp_path / "runs" / "cats" / "samples.png").is_file()
-
-
-def test_a_warmup_longer_than_the_run_is_shortened() -> None:
-    config, line = fit_warmup(composed("trainer.max_epochs=2"))
-    assert config.optimizer.warmup_epochs == 0.2
-    assert (
-        line == "optimizer.warmup_epochs=5 is longer than the run of 2 epoch(s); it is 0.2 instead"
-    )
-    assert fit_warmup(composed())[1] is None
 
 
 def test_all_experiments_are_there() -> None:
