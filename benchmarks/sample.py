@@ -79,7 +79,7 @@ def _ways(model: NVAE, options: argparse.Namespace) -> dict[str, Draw]:
         return network.likelihood(network.sample_logits(batch, TEMPERATURE, noise)).mean
 
     def unfolded() -> Tensor:
-        # the network as it trains: weights normalised and batch normalisations done every time
+        # the network as it trains: weights normalized and batch normalizations done every time
         with mock.patch("nvae.models.folding.Derived.usable", return_value=False):
             return eager(plain)
 

@@ -46,7 +46,7 @@ def test_size_and_groups(name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_batch_of_the_paper(name: str) -> None:
-    """Images per optimiser step; the single-GPU variant keeps them by accumulation."""
+    """Images per optimizer step; the single-GPU variant keeps them by accumulation."""
     batch, gpus = BATCH_AND_GPUS[name]
     paper = compose_train([f"experiment={name}"])
     single = compose_train([f"experiment={name}_1gpu"])

@@ -17,7 +17,7 @@ def published() -> dict[str, Any]:
     return load_checkpoint(checkpoint_path("mnist"))
 
 
-def test_the_format_is_recognised(published: dict[str, Any]) -> None:
+def test_the_format_is_recognized(published: dict[str, Any]) -> None:
     assert is_published(published)
     assert not is_published({"state_dict": {}, "args": {}})
 

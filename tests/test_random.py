@@ -60,8 +60,8 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert (histogram - 1 / 16).abs().max() < 0.004
     correlation = torch.corrcoef(u.T) - torch.eye(64)
     assert correlation.abs().max() < 0.11
-    neighbours = torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]
-    assert abs(neighbours) < 0.015
+    neighbors = torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]
+    assert abs(neighbors) < 0.015
 
 
 def test_permutation_is_one_and_changes_with_the_epoch():

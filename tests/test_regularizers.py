@@ -40,7 +40,7 @@ def exact(module: nn.Module) -> Tensor:
 
 
 def test_sum_of_largest_singular_values() -> None:
-    """Against the SVD, for plain, normalised, masked, depthwise and factorised convolutions."""
+    """Against the SVD, for plain, normalized, masked, depthwise and factorized convolutions."""
     module = convs()
     spectral = SpectralNorm(spectral_convs(module), warmup_iterations=500)
     assert spectral().item() == pytest.approx(exact(module).item(), rel=1e-9)

@@ -165,7 +165,7 @@ def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
     """Open the data, prepared where the user named it, once it is known to fit the model.
 
     Raises:
-        ValueError: sizes, channels or grey levels do not fit, or there is no data.
+        ValueError: sizes, channels or gray levels do not fit, or there is no data.
     """
     config = chosen.config
     _check_fits(config, model)

@@ -16,7 +16,7 @@ _BOUNDS: dict[str, Bounds] = {
     "bn_batch_size": (2, 65_536),
     "generated": (2, 10_000_000),
     "sample_batch_size": (1, 65_536),
-    "neighbours": (1, 1_000_000),
+    "neighbors": (1, 1_000_000),
     "kid_subsets": (1, 100_000),
     "kid_subset_size": (2, 1_000_000),
 }
@@ -54,7 +54,7 @@ class EvaluateConfig:
     inception_weights: str | None = None
     inception_sha256: str | None = None
     feature_extractor: str | None = None
-    neighbours: int = 5
+    neighbors: int = 5
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     output: str | None = None
@@ -89,7 +89,7 @@ class EvaluateConfig:
     def distances(self) -> DistanceSettings:
         """Choices of the metrics."""
         return DistanceSettings(
-            neighbours=self.neighbours,
+            neighbors=self.neighbors,
             kid_subsets=self.kid_subsets,
             kid_subset_size=self.kid_subset_size,
         )

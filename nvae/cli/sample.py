@@ -289,7 +289,7 @@ class _Sampler:
         samples = self._prior(*self.temperatures[0])
         with progress_bar("training images", len(self.data.split("train"))) as advance:
             found = nearest_images(
-                samples, _counted(self.data.batches("train"), advance), self.config.neighbours
+                samples, _counted(self.data.batches("train"), advance), self.config.neighbors
             )
         sheet = nearest_grid(samples, found, [f"seed {s}" for s in self.seeds.tolist()])
         self.folder.sheet("nearest.png", sheet)

@@ -26,7 +26,7 @@ _BOUNDS: dict[str, Bounds] = {
     "steps": (2, 10_000),
     "frames": (0, 10_000),
     "draws": (1, 10_000),
-    "neighbours": (1, 10_000),
+    "neighbors": (1, 10_000),
     "batch_size": (1, 65_536),
     "columns": (1, 65_536),
     "keep": (0, 10_000),
@@ -62,7 +62,7 @@ class SampleConfig:
     keep: list[int] | None = None
     draws: int = 7
     groups: list[int] | None = None
-    neighbours: int = 5
+    neighbors: int = 5
     batch_size: int = 64
     compile: bool = False
     device: str = "auto"

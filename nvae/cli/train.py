@@ -347,7 +347,7 @@ def build_module(
     learning_rate_scale: float | None = None,
     marks: dict[str, Any] | None = None,
 ) -> NVAELightning:
-    """Model with its initial weights, objective and optimiser.
+    """Model with its initial weights, objective and optimizer.
 
     Args:
         config: of the run.

@@ -27,7 +27,7 @@ class DistanceSettings:
     """Choices that change the numbers.
 
     Attributes:
-        neighbours: k of prdc.
+        neighbors: k of prdc.
         kid_subsets: subsets that KID is averaged over.
         kid_subset_size: images in each.
         is_splits: parts that the Inception score is averaged over.
@@ -37,7 +37,7 @@ class DistanceSettings:
         ValueError: a number is out of bounds.
     """
 
-    neighbours: int = 5
+    neighbors: int = 5
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     is_splits: int = 10
@@ -45,7 +45,7 @@ class DistanceSettings:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, neighbours=(1, 1_000_000), kid_subsets=(1, 100_000),
+            self, neighbors=(1, 1_000_000), kid_subsets=(1, 100_000),
             kid_subset_size=(2, 1_000_000), is_splits=(1, 1_000_000), seed=(0, 2**32 - 1),
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ def check_possible(
                 f"{kind} images"
             )
         if "prdc" in names:
-            _check_neighbors(kind, images, settings.neighbours)
+            _check_neighbors(kind, images, settings.neighbors)
     if "is" in names and not logits:
         raise ValueError("metrics=[is] needs a feature extractor that gives class logits too")
     if "is" in names and generated < settings.is_splits:
@@ -97,7 +97,7 @@ def check_possible(
 def _check_neighbors(kind: str, images: int, neighbors: int) -> None:
     if images <= neighbors:
         raise ValueError(
-            f"prdc with {neighbors} neighbours needs more than {neighbors} {kind} images, "
+            f"prdc with {neighbors} neighbors needs more than {neighbors} {kind} images, "
             f"there are {images}"
         )
 
@@ -146,7 +146,7 @@ def distances(
         found["kid"] = kid["kernel_inception_distance_mean"]
         found["kid_std"] = kid["kernel_inception_distance_std"]
     if "prdc" in names:
-        found |= asdict(prdc(_features(real), _features(generated), settings.neighbours))
+        found |= asdict(prdc(_features(real), _features(generated), settings.neighbors))
     if "is" in names:
         from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -182,7 +182,7 @@ class Prdc:
     coverage: float
 
 
-def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
+def prdc(real: Tensor, generated: Tensor, neighbors: int = 5) -> Prdc:
     """Precision, recall, density and coverage of generated images.
 
     Every real and every generated image has a ball that reaches to its k-th nearest neighbor of its
@@ -194,17 +194,17 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
     Args:
         real: ``(N, D)``.
         generated: ``(M, D)``.
-        neighbours: k.
+        neighbors: k.
 
     Raises:
         ValueError: not more than k images of a kind.
     """
-    _check_neighbors("real", len(real), neighbours)
-    _check_neighbors("generated", len(generated), neighbours)
+    _check_neighbors("real", len(real), neighbors)
+    _check_neighbors("generated", len(generated), neighbors)
     # the expanded square cancels less around the origin
     center = real.mean(0)
     real, generated = real - center, generated - center
-    real_radius, generated_radius = _radii(real, neighbours), _radii(generated, neighbours)
+    real_radius, generated_radius = _radii(real, neighbors), _radii(generated, neighbors)
     in_real_balls = 0
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -219,7 +219,7 @@ def prdc(real: Tensor, generated: Tensor, neighbours: int = 5) -> Prdc:
     return Prdc(
         precision=precise / len(generated),
         recall=recalled.double().mean().item(),
-        density=in_real_balls / (neighbours * len(generated)),
+        density=in_real_balls / (neighbors * len(generated)),
         coverage=(nearest <= real_radius).double().mean().item(),
     )
 

@@ -298,7 +298,7 @@ class LogisticMixture(PixelDistribution):
 
     @classmethod
     def check(cls, config: ImageConfig) -> None:
-        """Grey and color only."""
+        """Gray and color only."""
         if config.image_channels not in (1, 3):
             raise ValueError(
                 f"model.likelihood=logistic_mixture models 1 or 3 image channels, not "

@@ -164,7 +164,7 @@ def nearest_images(queries: Tensor, batches: Iterable[IndexedImages], k: int) ->
         ValueError: no images to search, or ``k`` below 1.
     """
     if k < 1:
-        raise ValueError(f"neighbours is {k}; it must be at least 1")
+        raise ValueError(f"neighbors is {k}; it must be at least 1")
     flat = queries.flatten(1)
     best: Neighbors | None = None
     for batch in batches:

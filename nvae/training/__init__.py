@@ -1,1 +1,1 @@
-"""Training: the Lightning module, its optimiser and schedule, callbacks, the run's folder."""
+"""Training: the Lightning module, its optimizer and schedule, callbacks, the run's folder."""

@@ -225,5 +225,5 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
 
 
 def checkpoint_step(checkpoint: dict[str, Any]) -> int:
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     return int(checkpoint["global_step"])

@@ -25,7 +25,7 @@ def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor 
 
 
 class MovingAverage(WeightAveraging):
-    """Averages parameters and running statistics after every optimiser step.
+    """Averages parameters and running statistics after every optimizer step.
 
     Validation and pictures use the average. It is the `state_dict` of every checkpoint, and the raw
     weights are `current_model_state` there: in `step_N.ckpt` by Lightning's hook, in `best.ckpt` by

@@ -1,7 +1,7 @@
 """How much memory a training step takes, worked out without running it.
 
 Activations are counted by tracing a forward pass with tensors that have shapes and no storage, and
-adding up what autograd keeps. Weights, gradients and optimiser state follow from the parameters.
+adding up what autograd keeps. Weights, gradients and optimizer state follow from the parameters.
 Not counted: the kernels' workspaces, fragmentation and the CUDA context; `benchmarks/memory.py`
 prints the estimate beside a measured peak.
 """
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nvae.models import HierarchicalVAE
 
 BYTES = 4
-"""Weights, gradients and optimiser state are float32 in every precision."""
+"""Weights, gradients and optimizer state are float32 in every precision."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MemoryEstimate:
         average: moving average of the weights, where it is kept on the device.
         activations: kept between forward and backward.
         largest_cell: the activations of one cell at a time, where cells are recomputed; else 0.
-        update: copies that the optimiser makes while it steps.
+        update: copies that the optimizer makes while it steps.
     """
 
     weights: int
@@ -44,7 +44,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak: activations are gone when the optimiser steps."""
+        """The peak: activations are gone when the optimizer steps."""
         standing = self.weights + self.gradients + self.optimizer + self.average
         return standing + max(self.activations + self.largest_cell, self.update)
 

@@ -73,7 +73,7 @@ def no_work(monkeypatch):
     ("arguments", "words"),
     [
         (("metrics=[kid]", "kid_subset_size=25"), "only 24 real images"),
-        (("metrics=[prdc]", "neighbours=24"), "more than 24 real"),
+        (("metrics=[prdc]", "neighbors=24"), "more than 24 real"),
         (("metrics=[prdc]", "generated=5"), "more than 5 generated"),
         (("metrics=[is]", "generated=9"), "is_splits is 10"),
         (("metrics=[is]", "feature_extractor=nvae.evaluation.extractors:pixels"), "class logits"),

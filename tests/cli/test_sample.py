@@ -113,7 +113,7 @@ def test_recalibration_is_cached_by_temperature(sample, checkpoint, tmp_path, mo
          ["partial-image2.png", "partial-image7.png"]),
         (("mode=partial", "seeds=1", "keep=[0,2]"), ["partial-seed1.png"]),
         (("mode=traverse", "seeds=4", "groups=[0,2]", "steps=3"), ["traversal-seed4.png"]),
-        (("mode=nearest", "seeds=0-2", "neighbours=3"), ["nearest.npz", "nearest.png"]),
+        (("mode=nearest", "seeds=0-2", "neighbors=3"), ["nearest.npz", "nearest.png"]),
     ],
 )  # fmt: skip
 def test_every_mode_writes_its_pictures(sample, checkpoint, tmp_path, arguments, files):

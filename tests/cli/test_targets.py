@@ -76,8 +76,8 @@ MISTAKES: dict[str, str] = {
     "callbacks.progress=false": "callbacks.progress=False: it takes a group with _target_, or null",
     "+callbacks.mine._target_=no.such.Thing": "callbacks.mine._target_=no.such.Thing: No module",
     "+callbacks.mine._target_=math.gcd": "callbacks.mine",
-    "+logger.csv.colour=red": "",  # Lightning's take any
-    "+logger.jsonl.colour=red": "unknown key logger.jsonl.colour; allowed here: save_dir",
+    "+logger.csv.color=red": "",  # Lightning's take any
+    "+logger.jsonl.color=red": "unknown key logger.jsonl.color; allowed here: save_dir",
     "optimizer.name=torch.optim:Sgd": "optimizer.name=torch.optim:Sgd cannot be imported",
     "+optimizer.arguments.momentum=1": "unknown key optimizer.arguments.momentum; allowed here: ",
     "optimizer.schedule={_target_: math.gcd}": "optimizer.schedule._target_=math:gcd is no LRSched",

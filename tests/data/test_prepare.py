@@ -202,7 +202,7 @@ def test_stacked_mnist_is_made_of_digits(tmp_path):
 
 
 def test_any_folder_of_pictures_trains_without_a_preparing_command(tmp_path):
-    """Grey, color, odd sizes; and pictures added later are seen."""
+    """Gray, color, odd sizes; and pictures added later are seen."""
     for i, (mode, size) in enumerate([("L", (40, 30)), ("RGB", (17, 50)), ("CMYK", (32, 32))] * 5):
         Image.new(mode, size).save(tmp_path / f"{i}.jpg")
     config = replace(load_config("folder"), root=str(tmp_path), image_size=16)

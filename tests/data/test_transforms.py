@@ -170,7 +170,7 @@ def make_transform(**overrides):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_quantisation_is_the_formula_of_the_spec(bits):
+def test_quantization_is_the_formula_of_the_spec(bits):
     """x <- floor(255 x / 2^(8-b)) / (2^b - 1), for every pixel value."""
     got = dequantize(quantize(all_values(), bits), bits).flatten().tolist()
     wanted = [

@@ -125,7 +125,7 @@ def _prdc_by_loops(real, generated, k):
 def test_prdc_is_its_definition(monkeypatch, rows):
     monkeypatch.setattr("nvae.evaluation.distances._ROWS", rows)
     real, generated = _normal(40, 2, 0).double(), 0.6 * _normal(25, 2, 1).double() + 0.5
-    found = prdc(real, generated, neighbours=3)
+    found = prdc(real, generated, neighbors=3)
     expected = _prdc_by_loops(real, generated, 3)
     got = (found.precision, found.recall, found.density, found.coverage)
     assert got == pytest.approx(expected, rel=1e-12)
@@ -136,7 +136,7 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
     real, generated = _normal(200, 6, 0), 0.8 * _normal(150, 6, 1) + 0.4
-    found = prdc(real, generated, neighbours=3)
+    found = prdc(real, generated, neighbors=3)
     precision, recall = calculate_precision_recall_full(generated, real, 3, 1000)
     assert (found.precision, found.recall) == pytest.approx((precision, recall), abs=0.01)
 
@@ -192,7 +192,7 @@ def test_impossible_requests_are_known_from_numbers_alone():
             check_possible(names, real, generated, logits=logits, settings=settings)
 
 
-def test_prdc_needs_more_images_than_neighbours_and_all_their_features():
+def test_prdc_needs_more_images_than_neighbors_and_all_their_features():
     with pytest.raises(ValueError, match="more than 5 generated"):
         prdc(_normal(10, 2, 0), _normal(5, 2, 1))
     moments_only = FeatureSet(_moments(_normal(10, 2, 0)))

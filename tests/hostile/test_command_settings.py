@@ -56,7 +56,7 @@ def _named(error: pytest.ExceptionInfo[ValueError], name: str) -> None:
     ("config", "name", "kind"), NUMBERS, ids=lambda v: getattr(v, "__name__", v)
 )
 def test_no_number_but_a_finite_one(config, name, kind):
-    """The wrong setting is named and not its neighbour."""
+    """The wrong setting is named and not its neighbor."""
     for number in NO_NUMBERS:
         is_list = typing.get_origin(kind) in (list, tuple) or "list" in str(kind)
         values = [number, [number]] if kind is Any else [[number] if is_list else number]

@@ -43,7 +43,7 @@ def composed() -> TrainConfig:
 def test_number_that_is_not_finite_is_named(
     composed: TrainConfig, name: str, is_list: bool, value: float
 ) -> None:
-    """From Python too; the setting itself and not its neighbour."""
+    """From Python too; the setting itself and not its neighbor."""
     with pytest.raises(ValueError, match="finite") as caught:
         _set(composed, name, [value] if is_list else value)
     assert str(caught.value).startswith(f"{name} is {value}"), caught.value

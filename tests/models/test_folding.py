@@ -45,7 +45,7 @@ def test_nothing_foldable_stays() -> None:
         WeightNormConv2d(6, 6, 5, groups=6, bias=False, mask=torch.rand(6, 1, 5, 5).round()),
         FactorizedSkip(6, 10),
     ],
-    ids=["strided", "dilated", "masked depthwise", "factorised skip"],
+    ids=["strided", "dilated", "masked depthwise", "factorized skip"],
 )
 def test_layers_fold_exactly(layer: nn.Module) -> None:
     """Strides, dilation, groups, masks and taps reach the plain convolution."""

@@ -1,6 +1,6 @@
 """What the reference implementation computed, in float64, with three small published models.
 
-``NAME.checkpoint.pt`` is in the published format (optimiser state removed);
+``NAME.checkpoint.pt`` is in the published format (optimizer state removed);
 ``NAME.expected.npz`` holds the numbers, logits at every ``logits_stride``-th row and column.
 """
 

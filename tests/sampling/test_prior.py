@@ -19,7 +19,7 @@ def test_an_image_depends_on_its_seed_only(likelihood):
     assert not torch.allclose(together[3], together[9], atol=1e-2)
 
 
-def test_colour_works_too():
+def test_color_works_too():
     images = sample_images(small_nvae("logistic_mixture", channels=3), [0, 1])
     assert images.shape == (2, 3, 8, 8)
     assert images.min() >= 0

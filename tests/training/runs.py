@@ -60,7 +60,7 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
 
 
 class StopAt(pl.Callback):
-    """Raise a signal in this process after an optimiser step, as a scheduler would."""
+    """Raise a signal in this process after an optimizer step, as a scheduler would."""
 
     def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
         self.step, self.number = step, number

@@ -53,7 +53,7 @@ def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
 
 
 def test_two_ranks_equal_one_with_the_double_batch() -> None:
-    """Synchronised statistics, KL balancing and gradients: 2 x B equals 1 x 2B in float64."""
+    """Synchronized statistics, KL balancing and gradients: 2 x B equals 1 x 2B in float64."""
     (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
     for half in run_ranks(_gradients, 2, 2 * BATCH):
         assert half.keys() == whole.keys()
@@ -65,7 +65,7 @@ def test_two_ranks_equal_one_with_the_double_batch() -> None:
 
 
 def test_statistics_are_this_ranks_own_without_a_group() -> None:
-    """The comparison above would fail without synchronisation: it can fail."""
+    """The comparison above would fail without synchronization: it can fail."""
     (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
     (half,) = run_ranks(_gradients, 1, BATCH)
     assert any(not np.allclose(half[name], whole[name]) for name in whole)

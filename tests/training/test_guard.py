@@ -32,7 +32,7 @@ class Spoil(pl.Callback):
 
 
 class Record(pl.Callback):
-    """Copies of everything a step may change, after each optimiser step."""
+    """Copies of everything a step may change, after each optimizer step."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def _without_counters(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_step_changes_nothing_and_training_goes_on(tmp_path: Path, value: float) -> None:
-    """Weights, optimiser state and running statistics are those of the step before."""
+    """Weights, optimizer state and running statistics are those of the step before."""
     record = Record()
     folder, _ = run(small_config(tmp_path), Spoil(range(3, 5), value), record)
     good, bad = record.states[2], record.states[4]

@@ -43,7 +43,7 @@ def test_a_step_weighs_its_micro_batches_alike_and_the_penalty_once(
         assert given == pytest.approx(elbo + window[-1][2], rel=1e-5)
 
 
-def test_beta_and_lambda_go_by_optimiser_steps(tmp_path: Path) -> None:
+def test_beta_and_lambda_go_by_optimizer_steps(tmp_path: Path) -> None:
     """Not by micro-batches: 24 steps of two; lambda falls from 1 to 1e-2 as beta rises."""
     config = small_config(tmp_path)
     config.objective = ObjectiveConfig(kl_anneal_portion=0.5, spectral_weight_initial=1.0)

@@ -1,4 +1,4 @@
-"""Optimisers by name, the learning rate over time, and apex's absence."""
+"""Optimizers by name, the learning rate over time, and apex's absence."""
 
 import sys
 from itertools import pairwise
@@ -39,7 +39,7 @@ def test_cosine_by_the_epoch_is_constant_within_one() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["adamax", "adamw"])
 def test_found_inf_leaves_the_step_out(name: str, fused: bool) -> None:
-    """Every optimiser must honour the guard's flag, and step where it is 0."""
+    """Every optimizer must honour the guard's flag, and step where it is 0."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = build_optimizer(OptimizerConfig(name=name), [weight], fused=fused)
     for flag, moves in ((1.0, False), (0.0, True)):
@@ -76,7 +76,7 @@ def test_missing_apex_is_named() -> None:
         OptimizerConfig(name="apex_fused_adam")
 
 
-def test_the_unrelated_apex_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unrelated_apex_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     _Apex(monkeypatch, None, extension=False)
     with pytest.raises(ValueError, match=r"PyPI's is unrelated\): pip uninstall apex"):
         OptimizerConfig(name="apex_fused_lamb")
@@ -92,7 +92,7 @@ def test_apex_without_its_extension_or_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
         OptimizerConfig(name="apex_fused_adam")
 
 
-def test_apex_optimiser_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_optimizer_gets_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for apex: built by name, and a bad step is left out."""
 
     class Fused(torch.optim.SGD):

@@ -35,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stop", [(11,), (8,), (3, 13, 20), (16, 23)])
 def test_resume_is_exact(tmp_path: Path, whole: Path, stop: tuple[int, ...]) -> None:
-    """Weights, average, spectral vectors, optimiser, schedule, loops, logged metrics.
+    """Weights, average, spectral vectors, optimizer, schedule, loops, logged metrics.
 
     The steps are in mid-epoch (3, 11, 13, 20, 23) and at the end of an epoch (8, 16).
     """
@@ -144,7 +144,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_changed_hyper_parameters_are_listed_and_taken(tmp_path: Path) -> None:
-    """A lower learning rate on resume must reach the optimiser, not only the list."""
+    """A lower learning rate on resume must reach the optimizer, not only the list."""
     config = small_config(tmp_path)
     run(config, StopAt(9))
     changed = small_config(tmp_path)
@@ -163,7 +163,7 @@ def test_changed_hyper_parameters_are_listed_and_taken(tmp_path: Path) -> None:
 
 
 def test_resuming_without_the_average_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
-    """The optimiser's state is theirs; the average under `state_dict` is not what was trained."""
+    """The optimizer's state is theirs; the average under `state_dict` is not what was trained."""
     run(small_config(tmp_path), StopAt(9))
     before = last_checkpoint(tmp_path / "run")
     changed = small_config(tmp_path)
