@@ -15,13 +15,12 @@ from benchmarks.measure import measure
 from nvae.checkpoint import describe, load_model, save_checkpoint
 from nvae.cli.common import keep_freed_memory
 from nvae.cli.config import compose_train
-from nvae.models import NVAE
 from nvae.torch_file import inspect_torch_file
 
 
 def main(overrides: Sequence[str]) -> None:
     keep_freed_memory()
-    model = NVAE(compose_train(overrides).model)
+    model = compose_train(overrides).build_model()
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     moments = {
         number: {name: torch.zeros_like(p) for name in ("exp_avg", "exp_inf")}

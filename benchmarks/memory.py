@@ -9,13 +9,11 @@ forward and backward, which is the part that the estimate traces.
 """
 
 import argparse
-from functools import partial
 
 import torch
 
 from nvae.cli.config import TrainConfig, averages_on_device, compose_train
 from nvae.cli.train import build_module
-from nvae.models import NVAE
 from nvae.training.memory import MemoryEstimate, activation_bytes, estimate_memory
 from nvae.training.optimizers import build_optimizer
 
@@ -25,7 +23,7 @@ GIB = 2**30
 def estimate(config: TrainConfig, recompute: bool) -> MemoryEstimate:
     """The estimate of a configuration, with or without recomputed cells."""
     return estimate_memory(
-        partial(NVAE, config.model),
+        config.build_model,
         config.data.batch_size,
         precision=config.trainer.precision,
         checkpoint_cells=recompute,
@@ -86,7 +84,7 @@ def main() -> None:
             print(f"{label:<24}{measured_on_gpu(config, recompute) / GIB:>8.2f}")
     else:
         kept, inputs, _ = activation_bytes(
-            NVAE(config.model), config.data.batch_size, config.trainer.precision
+            config.build_model(), config.data.batch_size, config.trainer.precision
         )
         for value, label in ((kept, "measured on the CPU"), (inputs, "  cells recomputed")):
             print(f"{label:<24}{'':>18}{value / GIB:>13.2f}")

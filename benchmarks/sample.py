@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.measure import PRECISIONS, Timing, measure, parser, set_up
 from nvae.cli.config import compose_train
-from nvae.models import NVAE
+from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
 
 TEMPERATURE = 0.7
@@ -41,7 +41,7 @@ def main() -> None:
     set_up(options)
     config = compose_train(options.overrides)
     torch.manual_seed(0)
-    model = NVAE(config.model).to(options.device).eval()
+    model = config.build_model().to(options.device).eval()
     print(
         f"{' '.join(options.overrides)}: batch {options.batch}, {options.device}, precision "
         f"{options.precision}, {options.threads} threads, torch {torch.__version__}"
@@ -68,14 +68,14 @@ def _measured(ways: dict[str, Draw], options: argparse.Namespace) -> dict[str, T
     }
 
 
-def _ways(model: NVAE, options: argparse.Namespace) -> dict[str, Draw]:
+def _ways(model: HierarchicalVAE, options: argparse.Namespace) -> dict[str, Draw]:
     batch = options.batch
     noise = model.draw_noise(batch)
-    plain = NVAE(model.config).to(options.device).eval()
+    plain = type(model)(model.config).to(options.device).eval()
     plain.load_state_dict(model.state_dict())
     model = model.to(memory_format=torch.channels_last)
 
-    def eager(network: NVAE) -> Tensor:
+    def eager(network: HierarchicalVAE) -> Tensor:
         return network.likelihood(network.sample_logits(batch, TEMPERATURE, noise)).mean
 
     def unfolded() -> Tensor:

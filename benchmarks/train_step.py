@@ -13,7 +13,6 @@ import torch
 
 from benchmarks.measure import PRECISIONS, measure, parser, set_up
 from nvae.cli.config import compose_train
-from nvae.models import NVAE
 from nvae.objective import Loss, Objective
 from nvae.training.optimizers import build_optimizer
 from nvae.training.recompute import compile_blocks
@@ -30,7 +29,7 @@ def main() -> None:
     set_up(options)
     config = compose_train(options.overrides)
     torch.manual_seed(0)
-    model = NVAE(config.model).to(options.device).to(memory_format=torch.channels_last)
+    model = config.build_model().to(options.device).to(memory_format=torch.channels_last)
     if options.compile:
         compile_blocks(model)
     objective = Objective(model, config.objective).to(options.device)

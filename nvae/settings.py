@@ -144,18 +144,22 @@ class Registry(Generic[T]):
         Raises:
             ValueError: no such name, module or class, or one of another kind.
         """
-        if name not in self._known and ":" in name and not self.plug_in(name):
+        if name not in self._known and ":" in name and not self.plug_in(name, self.setting):
             raise ValueError(f"{self.setting}={name} is no {self._base.__name__}")
         self.check_known(name)
         return self._known[name]
 
-    def plug_in(self, name: str) -> bool:
+    def plug_in(self, name: str, setting: str = "plugins") -> bool:
         """Import ``package.module:Class`` and know it from now on; False if it is of another kind.
+
+        Args:
+            name: to import.
+            setting: that says so, for messages.
 
         Raises:
             ValueError: no such module or class.
         """
-        found = _imported(self.setting, name)
+        found = _imported(setting, name)
         kind = issubclass if isinstance(found, type) else isinstance
         if kind(found, self._base):
             self._known[name] = found

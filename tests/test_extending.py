@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from nvae.checkpoint import CheckpointError, describe, load_model, save_checkpoint, save_model
+from nvae.cli import evaluate, sample
+from nvae.cli import train as train_command
 from nvae.models import MODELS, HierarchicalVAE, ModelConfig
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import OBJECTIVES, Loss, ObjectiveConfig, build_objective
 from nvae.settings import Registry
-from tests.hostile.runs import train
+from tests.cli.commands import Commands
+from tests.hostile.runs import TINY, train
 from tests.models.small import small_config, small_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -124,7 +127,7 @@ def test_a_file_cannot_borrow_what_is_named_for_another_setting(tmp_path: Path) 
     described = {**describe(model), "model": LIKELIHOOD}
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     save_checkpoint({**described, "state_dict": state}, path)
-    with pytest.raises(CheckpointError, match="model='own_likelihood:Laplace' is unknown"):
+    with pytest.raises(CheckpointError, match="architecture='own_likelihood:Laplace' is unknown"):
         load_model(path, plugins=[LIKELIHOOD])
 
 
@@ -189,6 +192,53 @@ def test_train_takes_them_from_the_command_line(tmp_path: Path) -> None:
     assert ended.code == 0, ended
     readings = (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
     assert any("train/decorrelation" in json.loads(line) for line in readings)
+
+
+OWN_YAML = """\
+# @package _global_
+architecture: own_model:Ladder
+model:
+  image_size: ${data.image_size}
+  image_channels: ${data.channels}
+  bits: ${data.bits}
+  likelihood: ${data.likelihood}
+  width: 4
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_through_all_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, sampled and evaluated from the command line; its mistakes are one line."""
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "ladder.yaml").write_text(OWN_YAML)
+    train_main = Commands(train_command.main, monkeypatch, capsys, tmp_path)
+    tiny = [word for word in TINY if not word.startswith("model.")]
+    words = ["--config-dir=configs", "model=ladder", *tiny]
+    for mistake, line in (
+        ("model.wdth=3", "unknown key model.wdth (did you mean width?); allowed here: "),
+        ("+model.depth=3", "num_mixtures, width, latent_channels"),
+        ("model.width=many", "model.width='many' is not an integer"),
+        ("model.width=0", "model.width is 0; it must be at least 1"),
+        ("architecture=own_model:Vae", "architecture=own_model:Vae cannot be imported"),
+        (f"architecture={LIKELIHOOD}", f"architecture={LIKELIHOOD} is no HierarchicalVAE"),
+    ):
+        assert line in train_main.fails(*words, mistake)
+    assert not (tmp_path / "runs").exists()
+    assert "samples.png" in train_main(*words)
+    assert "is finished" in train_main(*words)
+    refused = train_main.fails(*TINY)
+    assert "of another architecture (architecture: own_model:Ladder -> nvae)" in refused
+
+    checkpoint = "checkpoint=runs/r/checkpoints/best.ckpt"
+    for main, setting in (
+        (sample.main, "seeds=0-1"), (evaluate.main, "importance_samples=[2]"),
+    ):  # fmt: skip
+        forget(monkeypatch)
+        command = Commands(main, monkeypatch, capsys, tmp_path)
+        assert f"plugins=[{MODEL}]" in command.fails(checkpoint)
+        assert "written to" in command(checkpoint, f"plugins=[{MODEL}]", setting)
 
 
 def find_examples() -> None:

@@ -24,7 +24,6 @@ from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
 from nvae.models import HierarchicalVAE
-from nvae.models.cells import CELL_FAMILIES
 from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.settings import check_choice, check_fields
 
@@ -248,16 +247,14 @@ def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> Ope
     Args:
         path: file or exported folder.
         weights: ``ema`` or ``raw``.
-        plugins: ``package.module:NAME`` of likelihoods and cell families that the checkpoint may
-            name; what is not among them is not imported.
+        plugins: ``package.module:NAME`` of models, likelihoods and cell families that the
+            checkpoint may name; what is not among them is not imported.
 
     Raises:
         CheckpointError: see there.
         ValueError: other weights, or a plugin that is none.
     """
-    for plugin in plugins:
-        _import_plugin(plugin)
-    model = load_model(path, cast(Weights, weights))  # which checks it
+    model = load_model(path, cast(Weights, weights), plugins=plugins)  # which checks both
     if is_weights_folder(path):
         return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
     checkpoint = load_checkpoint(path)
@@ -265,14 +262,3 @@ def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> Ope
     said = checkpoint.get("run_config")
     run_config = said if isinstance(said, dict) else {}
     return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)
-
-
-def _import_plugin(name: str) -> None:
-    try:
-        LIKELIHOODS[name]
-    except ValueError as no_likelihood:
-        try:
-            CELL_FAMILIES[name]
-        except ValueError:
-            reason = str(no_likelihood).partition(": ")[2] or "it is no likelihood or cell family"
-            raise ValueError(f"plugins=[{name}] cannot be used: {reason}") from None

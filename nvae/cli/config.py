@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import Logger
 from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
-from nvae.models import ModelConfig
+from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
@@ -53,6 +53,8 @@ class TrainConfig:
             step's memory exceeds what the device has.
         optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
             that of the best validation, in nats; of any other metric the last value.
+        architecture: the model's class: a name in ``MODELS``, or ``package.module:Class``.
+        model: settings of that class.
         callbacks: groups with `_target_`, by names of the user's choice; null switches one off.
         logger: the same.
     """
@@ -65,7 +67,8 @@ class TrainConfig:
     compile: bool = False
     checkpoint_cells: bool | str = "auto"
     optimized_metric: str = BEST_METRIC
-    model: ModelConfig = field(default_factory=ModelConfig)
+    architecture: str = "nvae"
+    model: ImageConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -81,6 +84,9 @@ class TrainConfig:
                 f"checkpoint_cells={self.checkpoint_cells} is unknown; allowed: true, false, auto"
             )
         self._check_names()
+        wanted = MODELS[self.architecture].config_class
+        if not isinstance(self.model, wanted):
+            raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
         self._check_model_reads_data()
         build_callbacks(self.callbacks)
         check_loggers(self.logger)
@@ -106,14 +112,23 @@ class TrainConfig:
                 )
         LIKELIHOODS[self.model.likelihood].check_data(self.model, self.data.bits)
 
+    def build_model(self) -> HierarchicalVAE:
+        """The network, with random weights."""
+        return MODELS[self.architecture](self.model)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints and YAML."""
         return asdict(self)
 
 
 def register() -> None:
-    """Tell Hydra the schema that `configs/train.yaml` starts from."""
-    ConfigStore.instance().store(name="train_schema", node=schema_of(TrainConfig))
+    """Tell Hydra the schemas that `configs/train.yaml` and `configs/model/nvae.yaml` start from.
+
+    The settings of another architecture are composed as they are, and checked by its own class.
+    """
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=schema_of(TrainConfig, untyped=["model"]))
+    store.store(name="nvae_schema", node=schema_of(ModelConfig))
 
 
 def train_config(composed: DictConfig) -> TrainConfig:
@@ -122,7 +137,8 @@ def train_config(composed: DictConfig) -> TrainConfig:
     Raises:
         ValueError: one line that says what is wrong and what is allowed.
     """
-    return build(TrainConfig, composed)
+    model = MODELS[composed.architecture].config_class
+    return build(TrainConfig, composed, model=model)
 
 
 def compose_train(overrides: Sequence[str] = ()) -> TrainConfig:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -17,18 +18,24 @@ from nvae.settings import CONFIGS
 T = TypeVar("T")
 
 
-def schema_of(cls: type) -> type:
+def schema_of(cls: type, untyped: Collection[str] = ()) -> type:
     """A mutable copy of a dataclass for OmegaConf, without its checks.
 
     OmegaConf cannot merge into a frozen dataclass, and interpolations are not values yet that
     could be checked. Fields without a default become mandatory.
+
+    Args:
+        cls: the dataclass.
+        untyped: fields that take anything, and are mandatory.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | dict.fromkeys(untyped, Any)
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
         default: Any = dataclasses.field(default=MISSING)
-        if dataclasses.is_dataclass(kind):
+        if f.name in untyped:
+            pass
+        elif dataclasses.is_dataclass(kind):
             kind = schema_of(typing.cast(type, kind))
             default = dataclasses.field(default_factory=kind)
         elif f.default is not dataclasses.MISSING:
@@ -39,8 +46,13 @@ def schema_of(cls: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def build(cls: type[T], config: DictConfig) -> T:
+def build(cls: type[T], config: DictConfig, **kinds: type) -> T:
     """The dataclass that a composed config describes; interpolations are resolved.
+
+    Args:
+        cls: the dataclass.
+        config: composed.
+        kinds: types of fields, by name, in place of those that it says.
 
     Raises:
         ValueError: a value or a combination is not allowed; one line.
@@ -50,7 +62,7 @@ def build(cls: type[T], config: DictConfig) -> T:
         raise ValueError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
     values = OmegaConf.to_container(config, resolve=True)
     _check_finite(values, "")
-    return _from_dict(cls, values, "")
+    return _from_dict(cls, values, "", **kinds)
 
 
 def _check_finite(value: Any, path: str) -> None:
@@ -69,10 +81,10 @@ def _check_finite(value: Any, path: str) -> None:
         raise ValueError(f"{path} is {value}; it must be a finite number")
 
 
-def _from_dict(cls: type[T], values: Any, prefix: str) -> T:
+def _from_dict(cls: type[T], values: Any, prefix: str, **kinds: type) -> T:
     if not isinstance(values, dict):
         raise ValueError(takes_group(prefix.removesuffix("."), values))
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | kinds
     arguments = {}
     for name, value in values.items():
         if name not in hints:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
-from nvae.models import NVAE
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
@@ -290,7 +288,7 @@ def _build(
             raise
         raise UserError(
             f"there is not enough memory to build this model ({brief(error, 200)}); lower "
-            "model.encoder_channels, model.decoder_channels or model.groups_per_scale"
+            "model.* settings of width or depth"
         ) from error
     return module, trainer
 
@@ -357,13 +355,13 @@ def build_module(
     recompute = config.checkpoint_cells
     if not isinstance(recompute, bool):  # auto
         recompute = config.trainer.resolved_accelerator() == "gpu" and should_recompute(
-            partial(NVAE, config.model),
+            config.build_model,
             config.data.batch_size,
             config.trainer.precision,
             averages_on_device(config.callbacks),
         )
     return build(
-        partial(NVAE, config.model),
+        config.build_model,
         config.objective,
         config.optimizer,
         seed=config.seed,

@@ -20,7 +20,7 @@ __all__ = [
     "use_plugins",
 ]
 
-MODELS: Registry[type[HierarchicalVAE]] = Registry("model", HierarchicalVAE, {"nvae": NVAE})
+MODELS: Registry[type[HierarchicalVAE]] = Registry("architecture", HierarchicalVAE, {"nvae": NVAE})
 
 
 def use_plugins(names: Iterable[str]) -> None:

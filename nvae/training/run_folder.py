@@ -100,10 +100,14 @@ def open_run(
     checkpoint = found.content
     check_resumable(checkpoint, found.path)
     begun, done = epochs_begun_and_done(checkpoint)
+    before = {"architecture": "nvae"} | checkpoint["run_config"]  # older ones do not say it
+    was, now = before["architecture"], config["architecture"]
     for what, changed in (
         (
             "of another architecture",
-            differences(checkpoint["model_config"], config["model"], "model."),
+            [f"architecture: {was} -> {now}"]
+            if was != now
+            else differences(checkpoint["model_config"], config["model"], "model."),
         ),
         ("that does not go on with these settings", conflicts(checkpoint, config, fingerprint)),
     ):
@@ -119,7 +123,7 @@ def open_run(
             "epochs, or another name=..."
         )
     folder = RunFolder(path, found.path, checkpoint_step(checkpoint), done, found.passed_over)
-    return folder, differences(checkpoint["run_config"], config)
+    return folder, differences(before, config)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from nvae.cli import evaluate, sample
 from nvae.command_line import interruptible
-from nvae.export import command as export
+from nvae.export import __main__ as export
 
 from .commands import Commands
 

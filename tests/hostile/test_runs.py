@@ -17,12 +17,15 @@ import torch
 
 from nvae.checkpoint import CheckpointError
 from nvae.cli.config import TrainConfig, compose_train
+from nvae.models import ModelConfig
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.resuming import check_resumable
 from nvae.training.run_folder import LOCK_FILE, FolderInUseError, RunLock, lock_unused
 from tests.hostile.runs import Job, assert_one_line, has_logged, numeric_settings, takes, train
 
-NUMBERS = numeric_settings(TrainConfig)
+NUMBERS = list(
+    dict.fromkeys(numeric_settings(TrainConfig) + numeric_settings(ModelConfig, "model."))
+)
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -64,7 +67,8 @@ def _scalars(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), list(_scalars(TrainConfig)),
+    ("name", "kind"),
+    list(dict.fromkeys([*_scalars(TrainConfig), *_scalars(ModelConfig, "model.")])),
     ids=lambda v: str(v),
 )  # fmt: skip
 def test_value_of_another_type_is_named(composed: TrainConfig, name: str, kind: Any) -> None:

@@ -186,6 +186,23 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"latent_channels: 2 -> 3; model.num_flows: 0 -> 1"):
         open_run(tmp_path / "run", "auto", other.to_dict())
+    values = {**config.to_dict(), "architecture": "own_model:Ladder"}
+    with pytest.raises(ValueError, match=r"\(architecture: nvae -> own_model:Ladder\)"):
+        open_run(tmp_path / "run", "auto", values)
+
+
+def test_a_run_of_an_earlier_version_is_of_an_nvae(tmp_path: Path) -> None:
+    """It does not say so; nothing has changed, and another architecture is refused."""
+    config = small_config(tmp_path)
+    run(config, StopAt(2))
+    path = step_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    content = load_checkpoint(path)
+    del content["run_config"]["architecture"]
+    save_checkpoint(content, path)
+    values = config.to_dict()
+    assert open_run(tmp_path / "run", "auto", values)[1] == []
+    with pytest.raises(ValueError, match=r"\(architecture: nvae -> own_model:Ladder\)"):
+        open_run(tmp_path / "run", "auto", {**values, "architecture": "own_model:Ladder"})
 
 
 def test_never_starts_beside_and_must_needs_something(tmp_path: Path) -> None:
