@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
 from nvae.cli.report import ReportConfig
@@ -122,13 +122,15 @@ class TrainConfig:
 
 
 def register() -> None:
-    """Tell Hydra the schemas that `configs/train.yaml` and `configs/model/nvae.yaml` start from.
+    """Tell Hydra the schemas that `configs/train.yaml`, the model's and the optimizer's start from.
 
-    The settings of another architecture are composed as they are, and checked by its own class.
+    The settings of another architecture, or of an optimizer that ``_target_`` names, are composed
+    as they are, and checked by their own class.
     """
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=schema_of(TrainConfig, untyped=["model"]))
+    store.store(name="train_schema", node=schema_of(TrainConfig, untyped=["model", "optimizer"]))
     store.store(name="nvae_schema", node=schema_of(ModelConfig))
+    store.store(name="optimizer_schema", node=schema_of(OptimizerConfig))
 
 
 def train_config(composed: DictConfig) -> TrainConfig:
@@ -138,6 +140,10 @@ def train_config(composed: DictConfig) -> TrainConfig:
         ValueError: one line that says what is wrong and what is allowed.
     """
     model = MODELS[composed.architecture].config_class
+    if OmegaConf.is_dict(composed.optimizer) and "_target_" in composed.optimizer:
+        given: Any = OmegaConf.to_container(composed.optimizer, resolve=True)
+        composed = composed.copy()
+        composed.optimizer = asdict(OptimizerConfig.from_target(given))
     return build(TrainConfig, composed, model=model)
 
 

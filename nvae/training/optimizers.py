@@ -85,6 +85,37 @@ class OptimizerConfig:
         if self.schedule is not None:
             self.schedule_class()
 
+    @classmethod
+    def from_target(cls, settings: dict[str, Any]) -> "OptimizerConfig":
+        """An optimizer as Hydra users write it: ``_target_``, its own arguments, ``lr`` among them.
+
+        What is not given is the class's default. Beside its arguments may stand the settings of the
+        learning rate over time; the cosine ends at a hundredth of ``lr``.
+
+        Raises:
+            ValueError: one line that names what cannot be.
+        """
+        given = dict(settings)
+        name = ":".join(str(given.pop("_target_")).rsplit(".", 1))
+        known = inspect.signature(optimizer_class(name)).parameters
+        over_time = ("min_learning_rate", "warmup_epochs", "decay_every", "schedule")
+        ours = {key: given.pop(key) for key in over_time if key in given}
+        rate = given.pop("lr", known["lr"].default if "lr" in known else None)
+        if not isinstance(rate, int | float):
+            raise ValueError(f"optimizer.lr={rate} is not a number; give the learning rate")
+        # what ours would set otherwise
+        defaults = {
+            key: known[key].default for key in ("betas", "eps", "weight_decay") if key in known
+        }
+        ours = {"min_learning_rate": rate / 100, **ours}
+        check_arguments(optimizer_class(name), given, "optimizer.")
+        config = cls(name=name, learning_rate=float(rate), arguments=defaults | given, **ours)
+        try:  # the class alone knows what its arguments may be
+            build_optimizer(config, [nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: {name} does not take these arguments: {error}") from None
+        return config
+
     def schedule_class(self) -> tuple[type[LRScheduler], dict[str, Any], dict[str, Any]]:
         """Class, arguments and Lightning's entries of ``schedule``.
 

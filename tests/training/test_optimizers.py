@@ -120,3 +120,28 @@ def test_a_warmup_longer_than_the_run_takes_half_of_it() -> None:
     assert warmup_steps(config, 10, 100) == 50
     factor = learning_rate_factor(config, 10, 20)
     assert factor(4) < factor(9) <= 1.0
+
+
+def test_a_target_has_its_own_arguments_and_defaults() -> None:
+    """Nothing of our settings for Adamax reaches a class that was named by `_target_`."""
+    given = {"_target_": "torch.optim.SGD", "lr": 1e-3, "momentum": 0.9, "warmup_epochs": 2.0}
+    config = OptimizerConfig.from_target(given)
+    assert (config.warmup_epochs, config.min_learning_rate) == (2.0, 1e-5)
+    group = build_optimizer(config, [torch.nn.Parameter(torch.ones(2))]).param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (1e-3, 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mom": 1}, "unknown key optimizer.mom"),
+        ({"momentum": "much"}, "does not take these arguments"),
+        ({"lr": None}, "optimizer.lr=None is not a number"),
+        ({"_target_": "torch.optim.Nope"}, "cannot be imported"),
+        ({"_target_": "torch.nn.Linear"}, "is no Optimizer"),
+    ],
+)
+def test_wrong_targets_are_one_line(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        OptimizerConfig.from_target({"_target_": "torch.optim.SGD", "lr": 1e-3, **change})
+    assert "\n" not in str(caught.value)
