@@ -24,7 +24,8 @@ class ValidationSums:
     """
 
     def __init__(self, model: HierarchicalVAE, seed: int = 0) -> None:
-        self._shapes, self._pixels = model.latent_shapes, model.config.counted_pixels
+        self._groups, self._latent = model.num_groups, model.latent_channels
+        self._pixels = model.config.counted_pixels
         self.seed = seed
         self.reset()
 
@@ -40,7 +41,7 @@ class ValidationSums:
 
     def add(self, output: Output, log_likelihood: Tensor) -> None:
         """Count a batch; ``log_likelihood`` ``(B,)`` in nats."""
-        channels = torch.stack([kl.double().sum(0) for kl in output.kl_per_channel])
+        channels = torch.stack([kl.double().sum(0) for kl in output.kl_by_channel.unbind(1)])
         head = torch.stack(
             [
                 torch.full_like(channels[0, 0], len(log_likelihood)),
@@ -53,7 +54,7 @@ class ValidationSums:
 
     def means(self, strategy: Strategy, stage: str = "valid") -> dict[str, float]:
         """Metrics over all ranks' images, named after the stage; a rank may have seen none."""
-        groups, latent = len(self._shapes), self._shapes[0][0]
+        groups, latent = self._groups, self._latent
         if self._head is None or self._channels is None:
             sums = torch.zeros(
                 3 + groups * latent, dtype=torch.float64, device=strategy.root_device

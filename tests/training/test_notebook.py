@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from nvae.checkpoint import load_model
 from nvae.models import NVAE, ModelConfig
 from nvae.training.module import NVAELightning
+from nvae.training.validation import ValidationSums
+from tests.outside import two_groups
 
 CONFIG = ModelConfig(
     image_size=8, bits=4, likelihood="logistic_mixture", num_mixtures=2, num_scales=1,
@@ -180,3 +182,23 @@ def test_any_optimizer_and_schedule(tmp_path: Path, schedule: str) -> None:
     assert group["momentum"] == pytest.approx(0.9, abs=0.06)
     if schedule == "by steps":
         assert group["lr"] == pytest.approx(1e-4 / 8)
+
+
+def test_groups_of_different_widths_are_validated(tmp_path: Path) -> None:
+    """A model that is none of ours trains; its groups' KLs add up to the whole."""
+    model = two_groups()
+    x = (IMAGES > 127).float()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    loader = DataLoader(list(x), batch_size=10)  # type: ignore[arg-type]
+    trainer.fit(NVAELightning(model), loader, loader)
+    sums = ValidationSums(model)
+    with model.evaluating(), torch.no_grad():
+        output = model(x, sums.noise(model, torch.arange(20)))
+        sums.add(output, model.likelihood(output.logits).log_prob(x))
+    means = sums.means(trainer.strategy)
+    groups = [means[f"valid_kl_group/{group:02d}"] for group in (0, 1)]
+    assert groups == pytest.approx(output.kl_per_group.mean(0).tolist(), rel=1e-5)
+    assert sum(groups) == pytest.approx(float(trainer.callback_metrics["valid/kl"]), rel=1e-5)
