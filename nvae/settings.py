@@ -7,7 +7,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -81,11 +81,19 @@ def check_arguments(target: Callable[..., Any], given: Iterable[str], prefix: st
     allowed = [parameter.name for parameter in parameters]
     for name in given:
         if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(
-                f"unknown key {prefix}{name}{hint}; allowed here: {', '.join(allowed)}"
-            )
+            raise ValueError(unknown_key(prefix + name, allowed))
+
+
+def unknown_key(path: str, allowed: Sequence[str]) -> str:
+    """What to say about a key that does not exist, the last part of a dotted path."""
+    hint = did_you_mean(path.split(".")[-1], allowed)
+    return f"unknown key {path}{hint}; allowed here: {', '.join(allowed)}"
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """`` (did you mean X?)`` where one of those allowed is like ``word``, else nothing."""
+    close = difflib.get_close_matches(word, list(allowed), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def describe_type(kind: Any) -> str:

@@ -31,6 +31,9 @@ from nvae.training.ema import MovingAverage
 from nvae.training.optimizers import OptimizerConfig
 from nvae.training.trainer import TrainerConfig
 
+Entries = dict[str, Any]
+"""Groups with ``_target_`` by name; null is one that is switched off."""
+
 RESUME = ("auto", "never", "must")
 BEST_METRIC = "valid/negative_elbo"
 LONGEST_NAME = 200
@@ -157,9 +160,6 @@ def compose_train(overrides: Sequence[str] = ()) -> TrainConfig:
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return train_config(compose("train", overrides=list(overrides)))
-
-
-Entries = dict[str, Any]
 
 
 def build_callbacks(entries: Entries) -> list[pl.Callback]:

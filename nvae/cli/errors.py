@@ -1,7 +1,6 @@
 """A command as Hydra's task; what goes wrong becomes one line: what is wrong, what is allowed."""
 
 import dataclasses
-import difflib
 import hashlib
 import os
 import re
@@ -21,9 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.schema import lookup, takes_group, unknown_key
+from nvae.cli.schema import lookup, takes_group
 from nvae.command_line import FAILURE, brief, fail, interruptible
-from nvae.settings import CONFIGS, describe_type
+from nvae.settings import CONFIGS, describe_type, did_you_mean, unknown_key
 
 LONGEST_JOB_NAME = 120
 """Characters of the name of a job's folder, a hash apart."""
@@ -229,8 +228,7 @@ def _missing_config(error: MissingConfigException) -> str:
             f"allowed: {', '.join(sorted(error.options))}; or write recipe/{option}.yaml"
         )
     if error.options:
-        close = difflib.get_close_matches(option, error.options, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = did_you_mean(option, error.options)
         if group in ("hydra/sweeper", "hydra/launcher"):
             hint += ", or not installed: pip install 'nvae[sweep]'"
         return f"{group}={option} is unknown{hint}; allowed: {', '.join(sorted(error.options))}"

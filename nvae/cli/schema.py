@@ -5,7 +5,6 @@ result runs their own checks.
 """
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from nvae.settings import CONFIGS
+from nvae.settings import CONFIGS, unknown_key
 
 T = TypeVar("T")
 
@@ -100,13 +99,6 @@ def takes_group(path: str, value: Any) -> str:
     place = path.replace(".", "/")
     where = f", see configs/{place}" if (CONFIGS / place).is_dir() else ""
     return f"{path}={shown}: it takes a group of settings{where}"
-
-
-def unknown_key(path: str, allowed: list[str]) -> str:
-    """What to say about a key that does not exist."""
-    close = difflib.get_close_matches(path.split(".")[-1], allowed, 1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown key {path}{hint}; allowed here: {', '.join(allowed)}"
 
 
 def lookup(cls: type, path: str) -> tuple[type, str | None]:

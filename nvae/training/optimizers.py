@@ -96,8 +96,9 @@ class OptimizerConfig:
             ValueError: one line that names what cannot be.
         """
         given = dict(settings)
-        name = ":".join(str(given.pop("_target_")).rsplit(".", 1))
-        known = inspect.signature(optimizer_class(name)).parameters
+        name = _class_name(given.pop("_target_"))
+        kind = optimizer_class(name)
+        known = inspect.signature(kind).parameters
         over_time = ("min_learning_rate", "warmup_epochs", "decay_every", "schedule")
         ours = {key: given.pop(key) for key in over_time if key in given}
         rate = given.pop("lr", known["lr"].default if "lr" in known else None)
@@ -108,7 +109,7 @@ class OptimizerConfig:
             key: known[key].default for key in ("betas", "eps", "weight_decay") if key in known
         }
         ours = {"min_learning_rate": rate / 100, **ours}
-        check_arguments(optimizer_class(name), given, "optimizer.")
+        check_arguments(kind, given, "optimizer.")
         config = cls(name=name, learning_rate=float(rate), arguments=defaults | given, **ours)
         try:  # the class alone knows what its arguments may be
             build_optimizer(config, [nn.Parameter(torch.zeros(1))])
@@ -127,10 +128,7 @@ class OptimizerConfig:
                 f"optimizer.schedule={self.schedule!r}: it takes a group with _target_, or null"
             )
         arguments = dict(self.schedule)
-        target = str(arguments.pop("_target_", ""))
-        if ":" not in target:
-            target = ":".join(target.rsplit(".", 1))
-        kind = SCHEDULES[target]
+        kind = SCHEDULES[_class_name(arguments.pop("_target_", ""))]
         ours: list[str] = [
             name for name in ("interval", "frequency", "monitor") if name in arguments
         ]
@@ -139,6 +137,12 @@ class OptimizerConfig:
                      ("step", "epoch"))  # fmt: skip
         check_arguments(kind, arguments, "optimizer.schedule.")
         return kind, arguments, lightning
+
+
+def _class_name(target: object) -> str:
+    """``package.module:Class`` of a ``_target_``, which has a dot in the colon's place."""
+    name = str(target)
+    return name if ":" in name else ":".join(name.rsplit(".", 1))
 
 
 class HostSwitch(Optimizer):
