@@ -13,6 +13,7 @@ from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nvae.settings import check_fields
 from nvae.training.ema import MovingAverage
 from nvae.training.guard import steps_go_bad
+from nvae.training.ranks import together
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"
@@ -202,8 +203,8 @@ class Checkpoints(pl.Callback):
                 checkpoint["current_model_state"] = raw
                 checkpoint["state_dict"] = average.averaged_state()
         pl_module.on_save_checkpoint(checkpoint)
-        trainer.strategy.save_checkpoint(checkpoint, self.folder / BEST)
-        trainer.strategy.barrier("best")  # the first rank alone has written
+        with together():  # the first rank alone writes
+            trainer.strategy.save_checkpoint(checkpoint, self.folder / BEST)
 
     def _save_unless_bad(self, trainer: pl.Trainer) -> None:
         # in the middle of a streak the weights may be what makes the steps bad
@@ -213,10 +214,14 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer) -> None:
         """Write `step_N.ckpt`; drop the oldest beyond `keep_last`, unless steps are going bad."""
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:08d}.ckpt")
-        if trainer.is_global_zero and not steps_go_bad(trainer):
-            for path in step_checkpoints(self.folder)[: -self.keep_last]:
-                path.unlink()
+        # not `trainer.save_checkpoint`: the other ranks would wait in it for one that fails
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        with together():
+            path = self.folder / f"step_{trainer.global_step:08d}.ckpt"
+            trainer.strategy.save_checkpoint(checkpoint, path)
+            if trainer.is_global_zero and not steps_go_bad(trainer):
+                for path in step_checkpoints(self.folder)[: -self.keep_last]:
+                    path.unlink()
 
 
 def is_last_batch(trainer: pl.Trainer) -> bool:
