@@ -40,17 +40,18 @@ from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
+from nvae.training.decisions import decided, is_started_by_launcher, meet
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
+from nvae.training.ranks import OtherRankError, any_rank, has_others, together
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (
     Claim,
     RunFolder,
     describe_start,
-    is_started_by_launcher,
-    open_run,
+    open_run_once,
 )
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
 from nvae.training.trainer import build_trainer
@@ -93,11 +94,18 @@ def train(composed: DictConfig) -> float | None:
             Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
         raise
     path = Path(config.runs_dir) / config.name
+    try:
+        _train(path, config, in_sweep, job.overrides.task)
+    except OtherRankError:  # which has said why
+        raise SystemExit(1) from None
+    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
+
+
+def _train(path: Path, config: TrainConfig, in_sweep: bool, overrides: list[str]) -> None:
     if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
-        _train_apart(config, job.overrides.task)
+        _train_apart(config, overrides)
     else:
         _train_here(path, config)
-    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
 
 
 def _train_apart(config: TrainConfig, overrides: list[str]) -> None:
@@ -135,6 +143,7 @@ def _train_here(path: Path, config: TrainConfig) -> None:
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
+        meet(config.trainer)
         claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
     try:
         with claim:
@@ -177,15 +186,19 @@ def final_metric(path: Path, name: str) -> float:
 def _train_in(path: Path, config: TrainConfig) -> None:
     """Train in a folder that no other run works in."""
     with checked():
-        data = ImageDataModule(config.data)
-        data.prepare_data()
-        data.setup()
-        marks = fingerprint(config, data)
-        folder, changed = open_run(path, config.resume, config.to_dict(), marks)
+        with together():
+            data = ImageDataModule(config.data)
+            data.prepare_data()
+            data.setup()
+            marks = fingerprint(config, data)
+        folder, changed = open_run_once(
+            path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
+        )
         console = Console(highlight=False, soft_wrap=True)
-        if _is_first_process():
-            describe_start(folder, config.to_dict(), sys.argv)
-            _announce(console, config, folder, changed)
+        with together():
+            if _is_first_process():
+                describe_start(folder, config.to_dict(), sys.argv)
+                _announce(console, config, folder, changed)
     is_first = _is_first_process()
     if not is_finished(folder, config):
         try:
@@ -241,7 +254,8 @@ def fit(
     """
     rollbacks, scale = 0, None
     while True:
-        module, trainer = _build(config, folder, scale, marks)
+        with together():
+            module, trainer = _build(config, folder, scale, marks)
         try:
             with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
@@ -252,7 +266,9 @@ def fit(
                 raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
             rollbacks += 1
             scale = module.learning_rate_scale * guard.rollback_factor
-            folder, _ = open_run(folder.path, "auto", config.to_dict())
+            folder, _ = open_run_once(
+                folder.path, "auto", config.to_dict(), processes=config.trainer.world_size
+            )
             if _is_first_process():
                 console.print(
                     f"{error}; going back to step {folder.step} with "
@@ -354,12 +370,7 @@ def build_module(
     """
     recompute = config.checkpoint_cells
     if not isinstance(recompute, bool):  # auto
-        recompute = config.trainer.resolved_accelerator() == "gpu" and should_recompute(
-            config.build_model,
-            config.data.batch_size,
-            config.trainer.precision,
-            averages_on_device(config.callbacks),
-        )
+        recompute = _recomputes(config)
     return build(
         config.build_model,
         config.objective,
@@ -371,6 +382,24 @@ def build_module(
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
     )
+
+
+def _recomputes(config: TrainConfig) -> bool:
+    """Whether blocks are recomputed, on all ranks alike: if any that can talk by now has to."""
+    if config.trainer.resolved_accelerator() != "gpu":
+        return False
+
+    def here() -> bool:
+        return should_recompute(
+            config.build_model,
+            config.data.batch_size,
+            config.trainer.precision,
+            averages_on_device(config.callbacks),
+        )
+
+    if config.trainer.world_size == 1:
+        return here()
+    return any_rank(here()) if has_others() else bool(decided("recompute", here))
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:

@@ -150,6 +150,12 @@ class TrainerConfig:
         has_epochs = self.max_epochs is not None and epochs >= self.max_epochs
         return has_epochs or 0 <= self.max_steps <= steps
 
+    def process_group_backend(self) -> str:
+        """Of a run of several processes."""
+        given = self.strategy if isinstance(self.strategy, dict) else {}  # type: ignore[attr-defined]
+        usual = "nccl" if self.resolved_accelerator() == "gpu" else "gloo"
+        return given.get("process_group_backend") or usual
+
     def resolved_accelerator(self) -> str:
         """``cpu`` or ``gpu``."""
         if self.accelerator == "auto":
