@@ -1,5 +1,7 @@
 """What a step sees is the user's to say: the same images on any number of devices."""
 
+from itertools import chain
+
 import pytest
 
 from nvae.data.samplers import Shard, TrainSampler, micro_batches_a_step
@@ -17,8 +19,8 @@ def _epoch(size, batch_size, world, global_batch, position=0):
 def _steps(samplers, ranks):
     """Images of each step: of all ranks, over its micro-batches."""
     k = len(samplers[0].micro_batches)
-    together = [sum(shares, []) for shares in zip(*ranks, strict=True)]
-    return [sum(together[i : i + k], []) for i in range(0, len(together), k)]
+    together = [list(chain(*shares)) for shares in zip(*ranks, strict=True)]
+    return [list(chain(*together[i : i + k])) for i in range(0, len(together), k)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -64,7 +66,7 @@ def test_a_set_around_a_multiple_of_the_batch(over, steps, world, batch_size, gl
     samplers, ranks = _epoch(size, batch_size, world, global_batch)
     found = _steps(samplers, ranks)
     assert [len(step) for step in found] == [8] * (steps - (over < 0))
-    seen = sum(found, [])
+    seen = list(chain(*found))
     assert len(set(seen)) == len(seen)
     for sampler, rank in zip(samplers, ranks, strict=True):
         assert len(sampler) == len(rank)
