@@ -23,6 +23,7 @@ from pytorch_lightning.loggers import Logger
 from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
+from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
@@ -91,6 +92,7 @@ class TrainConfig:
         if not isinstance(self.model, wanted):
             raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
         self._check_model_reads_data()
+        self._accumulate()
         build_callbacks(self.callbacks)
         check_loggers(self.logger)
 
@@ -114,6 +116,22 @@ class TrainConfig:
                     f"set data.{of_data}, the model follows it"
                 )
         LIKELIHOODS[self.model.likelihood].check_data(self.model, self.data.bits)
+
+    def _accumulate(self) -> None:
+        """With `data.global_batch` the micro-batches a step follow from devices and memory."""
+        if self.data.global_batch is None:
+            return
+        follows = micro_batches_a_step(
+            self.data.global_batch, self.trainer.world_size, self.data.batch_size
+        )
+        given = self.trainer.accumulate_grad_batches
+        if given not in (1, follows):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={given}, but with data.global_batch="
+                f"{self.data.global_batch} it follows from devices and data.batch_size: it is "
+                f"{follows} here; leave it out, or set data.global_batch=null"
+            )
+        self.trainer = dataclasses.replace(self.trainer, accumulate_grad_batches=follows)
 
     def build_model(self) -> HierarchicalVAE:
         """The network, with random weights."""

@@ -39,6 +39,7 @@ from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
+from nvae.data.samplers import Shard
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.decisions import decided, is_started_by_launcher, meet
 from nvae.training.guard import DivergenceError, guard_of
@@ -190,6 +191,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             data = ImageDataModule(config.data)
             data.prepare_data()
             data.setup()
+            data.train_sampler(Shard(0, config.trainer.world_size))  # are there images for a step?
             marks = fingerprint(config, data)
         folder, changed = open_run_once(
             path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
@@ -323,8 +325,9 @@ def _ended(
         return UserError(brief(error))
     if is_out_of_memory(error):
         return UserError(
-            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size and raise "
-            f"trainer.accumulate_grad_batches, or set checkpoint_cells=true; {_last_good(folder)}"
+            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size (with "
+            "data.global_batch the step stays what it is; else raise "
+            f"trainer.accumulate_grad_batches), or set checkpoint_cells=true; {_last_good(folder)}"
         )
     if folder.checkpoint is not None and not module.has_started:
         return UserError(

@@ -209,6 +209,7 @@ class BatchNorm(nn.Module):
     Attributes:
         group: process group whose ranks share batch statistics in training; None: this rank's
             own.
+        momentum: share of a batch in the running statistics.
         frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
     """
@@ -217,6 +218,7 @@ class BatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     group: dist.ProcessGroup | None = None
+    momentum: float = MOMENTUM
     frozen: bool = False
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
@@ -258,9 +260,9 @@ class BatchNorm(nn.Module):
         if not self.training or self.frozen:
             return
         n = self.repeats * statistics.elements
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean), MOMENTUM)
+        self.running_mean.lerp_(statistics.mean.to(self.running_mean), self.momentum)
         unbiased = statistics.var * (n / (n - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         self.num_batches_tracked += 1
 
     def affine(self) -> tuple[Tensor, Tensor]:
