@@ -359,6 +359,8 @@ def build_module(
             config.data.batch_size,
             config.trainer.precision,
             averages_on_device(config.callbacks),
+            objective=config.objective,
+            synchronized=config.trainer.world_size > 1,
         )
     return build(
         config.build_model,
