@@ -52,9 +52,9 @@ class TrainConfig:
         resume: ``auto`` goes on where the run's folder left off, ``never`` starts anew in a folder
             beside it, ``must`` refuses to start anew.
         compile: compile every residual cell; checkpoints keep their keys.
-        checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
-            a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
-            step's memory exceeds what the device has.
+        checkpoint_cells: recompute every latent group, and every cell around them, in the backward
+            pass: about a quarter more time for a fraction of the memory. ``true`` | ``false`` |
+            ``auto``: where the estimate of a step's memory exceeds what the device has.
         optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
             that of the best validation, in nats; of any other metric the last value.
         architecture: the model's class: a name in ``MODELS``, or ``package.module:Class``.

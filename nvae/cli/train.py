@@ -398,6 +398,8 @@ def _recomputes(config: TrainConfig) -> bool:
             config.data.batch_size,
             config.trainer.precision,
             averages_on_device(config.callbacks),
+            objective=config.objective,
+            synchronized=config.trainer.world_size > 1,
         )
 
     if config.trainer.world_size == 1:

@@ -5,7 +5,9 @@ Each has a kernel (CUDA), a formula (CPU, and CUDA where the kernel does not com
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -23,6 +25,20 @@ OLDEST_ARCH = 80
 OPS = torch.ops.nvae
 LIBRARY = torch.library.Library("nvae", "DEF")
 _warned: set[str] = set()
+_assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
+
+
+@contextmanager
+def assuming_kernels(available: bool | None) -> Iterator[None]:
+    """Inside, GPUs have kernels, or none, whatever this machine has; None asks it as ever.
+
+    For tracing with tensors that have no storage: nothing may be run with it.
+    """
+    token = _assumed.set(available)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
@@ -60,7 +76,7 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
-    if x.device.type != "cuda" or torch.version.cuda is None:
+    if x.device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, the input is on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
@@ -73,6 +89,11 @@ def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
 
 def _unavailable(device: int, warn: bool) -> str | None:
     """Why a device has no kernels, or None. torch.compile runs it while tracing."""
+    assumed = _assumed.get()
+    if assumed is not None:
+        return None if assumed else "assumed to be absent"
+    if torch.version.cuda is None:
+        return "the kernels need an NVIDIA GPU"
     reason = _try(*torch.cuda.get_device_capability(device))
     if reason is not None and warn:
         warn_once("unavailable", f"CUDA kernels are off: {reason}")

@@ -41,7 +41,7 @@ from nvae.training.optimizers import (
     warmup_steps,
 )
 from nvae.training.position import ENTRY, recount_batches, steps_ahead
-from nvae.training.recompute import compile_blocks, recompute_blocks
+from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.validation import ValidationSums, group_metrics
 
@@ -557,7 +557,7 @@ def build_module(
         optimizer: see there.
         seed: of initial weights and noise.
         compile: compile the model's blocks.
-        recompute: recompute the blocks' activations in the backward pass.
+        recompute: recompute the segments' activations in the backward pass.
         more: see there.
     """
     torch.manual_seed(seed)  # the same initial weights on every rank
@@ -565,5 +565,5 @@ def build_module(
     if compile:
         compile_blocks(model)
     if recompute:
-        recompute_blocks(model)
+        recompute_segments(model)
     return NVAELightning(model, objective, optimizer, seed=seed, **more)
