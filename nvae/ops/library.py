@@ -176,7 +176,7 @@ _define(
 _define(
     "batch_norm(Tensor x, BN, bool swish) -> Tensor",
     lambda x, *bn: kernels.bn_forward(x, bn[:4], bn[4]),
-    lambda x, *bn: nhwc(reference.bn_forward(x, *bn)),
+    lambda x, *bn: nhwc(reference.bn_forward(x, *bn[:4], swish=bn[4])),
     lambda x, *bn: like(x, *x.shape),
 )
 
@@ -190,8 +190,9 @@ def _bn_backward_kernel(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 
 def _bn_backward_formula(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    gamma, _, _, rstd, _ = args
-    dx, sums = reference.bn_backward(dy, x, *args)
+    *bn, swish = args
+    gamma, _, _, rstd = bn
+    dx, sums = reference.bn_backward(dy, x, *bn, swish=swish)
     return nhwc(dx), *reference.bn_gradients(sums, gamma, rstd)
 
 

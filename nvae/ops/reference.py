@@ -45,7 +45,7 @@ def moments_backward(
 
 
 def bn_forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
 ) -> Tensor:
     """v or Swish(v), v = (x - mean) gamma rstd + beta."""
     if not swish:
@@ -54,7 +54,7 @@ def bn_forward(
 
 
 def bn_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
     g, stored = dy.to(x.dtype), x

@@ -68,9 +68,9 @@ def check_batch_norm(case: Case, launcher: HostLauncher) -> None:
 
     for swish in (False, True):
         y = kernels.bn_forward(p.x, p.bn, swish, launcher)
-        assert relative_error(y, reference.bn_forward(wide, *bn, swish)) < close
+        assert relative_error(y, reference.bn_forward(wide, *bn, swish=swish)) < close
         dx, sums = kernels.bn_backward(dy, p.x, p.bn, swish, launcher)
-        dx64, sums64 = reference.bn_backward(dy.double(), wide, *bn, swish)
+        dx64, sums64 = reference.bn_backward(dy.double(), wide, *bn, swish=swish)
         assert relative_error(dx, dx64) < close
         assert relative_error(sums, sums64) < 1e-5
     assert relative_error(kernels.channel_sums(p.x, launcher), reference.channel_sums(wide)) < 1e-5
