@@ -6,6 +6,7 @@ import math
 import os
 import stat
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ LARGEST_ARRAYS = 1 << 34
 """Bytes of all arrays of an npz file; features of a million images have 8 GiB."""
 
 _ARRAYS_FORMAT = 1
+_UMASK = threading.Lock()
 _DEEPEST = 50
 _MOST_NODES = 1_000_000
 _OF_CONSTRUCTORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)
@@ -72,8 +74,9 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:  # two threads at once would leave 0 behind
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 
