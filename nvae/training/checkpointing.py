@@ -31,6 +31,7 @@ from nvae.training.pending import (
     mark_pending,
     validates_next,
 )
+from nvae.training.ranks import together
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"
@@ -225,7 +226,7 @@ class Checkpoints(pl.Callback):
             return
         is_due, has_failed = self._agree(trainer)
         if has_failed:
-            self.finish(trainer)
+            self.finish()
         if is_due and not validates_next(trainer) and not is_last_batch(trainer):
             self._save_unless_bad(trainer, constant=constant_until_next_step(trainer))
 
@@ -257,7 +258,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait until all is on disk."""
-        self.finish(trainer)
+        self.finish()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -316,10 +317,11 @@ class Checkpoints(pl.Callback):
             checkpoint["current_model_state"] = raw
             checkpoint["state_dict"] = average.averaged_state()
         pl_module.on_save_checkpoint(checkpoint)
-        self.finish(trainer)
-        trainer.strategy.save_checkpoint(checkpoint, best, storage_options=self._options(trainer))
-        self._writer.settle()
-        trainer.strategy.barrier("best")
+        self.finish()
+        with together():  # the first rank alone writes
+            options = self._options(trainer)
+            trainer.strategy.save_checkpoint(checkpoint, best, storage_options=options)
+            self._writer.settle()
 
     def _save_unless_bad(
         self, trainer: pl.Trainer, *, again: bool = False, constant: Iterable[Tensor] = ()
@@ -343,19 +345,23 @@ class Checkpoints(pl.Callback):
         """
         if not self.is_saved(trainer):
             self._write(trainer)
-        self.finish(trainer)
+        self.finish()
 
     def _write(self, trainer: pl.Trainer, constant: Iterable[Tensor] = ()) -> None:
         """Begin `step_N.ckpt`; then drop the oldest beyond `keep_last`, unless steps go bad."""
-        self.finish(trainer)
+        self.finish()
         self._saved_step, self._since = trainer.global_step, time.monotonic()
         self._saved_path = path = self._path(trainer)
         constant = list(constant)
-        trainer.save_checkpoint(path, storage_options=self._options(trainer, constant))
-        if not constant:
-            self._writer.settle()
-        if trainer.is_global_zero and not steps_go_bad(trainer):
-            self._writer.submit(self._drop_oldest)
+        options = self._options(trainer, constant)
+        # not `trainer.save_checkpoint`: the other ranks would wait in it for one that fails
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        with together():
+            trainer.strategy.save_checkpoint(checkpoint, path, storage_options=options)
+            if not constant:
+                self._writer.settle()
+            if trainer.is_global_zero and not steps_go_bad(trainer):
+                self._writer.submit(self._drop_oldest)
 
     def _options(self, trainer: pl.Trainer, constant: Iterable[Tensor] = ()) -> Any:
         """Another writer of checkpoints than ours knows of no thread, and takes none."""
@@ -366,21 +372,14 @@ class Checkpoints(pl.Callback):
         for path in step_checkpoints(self.folder)[: -self.keep_last]:
             path.unlink()
 
-    def finish(self, trainer: pl.Trainer) -> None:
+    def finish(self) -> None:
         """Wait until what was begun is on disk; every rank calls this.
 
         Raises:
             Exception: of what failed, on every rank.
         """
-        error = None
-        try:
+        with together():
             self._writer.wait()
-        except Exception as failure:
-            error = failure
-        if trainer.world_size > 1:
-            error = trainer.strategy.broadcast(error)
-        if error is not None:
-            raise error
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self.folder / f"step_{trainer.global_step:08d}.ckpt"

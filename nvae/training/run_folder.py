@@ -32,6 +32,7 @@ from lightning_fabric.plugins.environments import (
 )
 
 from nvae.files import read_bytes, replacing
+from nvae.started import will_start_others
 from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
 from nvae.training.pending import is_pending
 from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
@@ -393,6 +394,7 @@ def shared_path(choose: Callable[[], Path]) -> Path:
         return Path(os.environ[_HANDED_DOWN])
     here = choose()
     os.environ[_HANDED_DOWN] = str(here)
+    will_start_others()
     return here
 
 
