@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -62,6 +63,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically; where the file system has no links, a copy.
+
+    Raises:
+        OSError: neither can be done; an older ``target`` is left as it was.
+    """
+    temporary = target.with_name(f".link.{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        temporary.replace(target)
+    except OSError:
+        with replacing(target) as copy:
+            shutil.copyfile(source, copy)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming one name of a file to another does nothing
 
 
 def _flush_to_disk(path: Path) -> None:

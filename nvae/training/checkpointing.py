@@ -1,9 +1,7 @@
 """Checkpoints of a run: written atomically, read back, rotated, and found again."""
 
 import math
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -20,10 +18,9 @@ from torch.optim import Optimizer
 
 from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nvae.command_line import brief
-from nvae.files import replacing
+from nvae.files import link_or_copy
 from nvae.settings import check_fields
 from nvae.training.background import BackgroundWriter
-from nvae.training.ema import MovingAverage
 from nvae.training.guard import steps_go_bad
 from nvae.training.pending import (
     begin_pending,
@@ -32,14 +29,13 @@ from nvae.training.pending import (
     validates_next,
 )
 from nvae.training.ranks import together
+from nvae.training.snapshot import averages, constant_until_next_step
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"
 
 AGREE_EVERY = 10
 """Optimizer steps between two agreements of several ranks, each of which waits for the device."""
-
-_KNOWN = ("nvae", "pytorch_lightning")
 
 
 class CheckpointWriteError(OSError):
@@ -383,49 +379,6 @@ class Checkpoints(pl.Callback):
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self.folder / f"step_{trainer.global_step:08d}.ckpt"
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, atomically; where the file system has no links, a copy.
-
-    Raises:
-        CheckpointWriteError: neither can be done.
-    """
-    temporary = target.with_name(f".link.{target.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-            temporary.replace(target)
-        except OSError:
-            with replacing(target) as copy:
-                shutil.copyfile(source, copy)
-    except OSError as error:
-        raise CheckpointWriteError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # renaming one name of a file to another does nothing
-
-
-def averages(trainer: pl.Trainer) -> list[MovingAverage]:
-    """Those that the run keeps, one at most in practice."""
-    return [c for c in trainer.callbacks if isinstance(c, MovingAverage)]  # type: ignore[attr-defined]
-
-
-def constant_until_next_step(trainer: pl.Trainer) -> list[Tensor]:
-    """What no code of ours or Lightning's changes between two optimizer steps, buffers aside.
-
-    Nothing, where somebody else's callback or module might.
-    """
-    module = trainer.lightning_module
-    parts = [module, *trainer.callbacks]  # type: ignore[attr-defined]
-    if any(type(part).__module__.partition(".")[0] not in _KNOWN for part in parts):
-        return []
-    states = (s for o in trainer.optimizers for s in o.state.values())
-    return [
-        *module.parameters(),
-        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
-        *(value for each in averages(trainer) for value in each.averaged_state().values()),
-    ]
 
 
 def is_last_batch(trainer: pl.Trainer) -> bool:

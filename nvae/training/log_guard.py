@@ -1,6 +1,7 @@
 """A logger that fails is a warning, not the run's end."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +37,12 @@ class Warnings:
         try:
             yield
         except Exception as error:
-            reason = brief(f"{type(error).__name__}: {error}", _LONGEST)
-            if (name, reason) not in self._said:
-                self._said.add((name, reason))
+            # Lightning's TensorBoard calls every error one of the value's type
+            cause = error if isinstance(error, OSError) else error.__cause__ or error
+            reason = brief(f"{type(cause).__name__}: {cause}", _LONGEST)
+            kind = name, re.sub(r"\d+", "", reason)  # steps and values differ
+            if kind not in self._said:
+                self._said.add(kind)
                 print(
                     f"{name} failed in {what} ({reason}); training goes on, and what it could not "
                     "take is missing from it",

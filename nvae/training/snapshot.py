@@ -8,9 +8,13 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, UntypedStorage
 
+from nvae.training.ema import MovingAverage
+
+_KNOWN = ("nvae", "pytorch_lightning")
 _Key = tuple[torch.device, int, int]
 
 
@@ -107,3 +111,26 @@ def _copy(to: list[Tensor], sources: list[Tensor]) -> None:
             torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs], non_blocking=on_cuda)
             if on_cuda:
                 torch.cuda.current_stream().synchronize()
+
+
+def averages(trainer: pl.Trainer) -> list[MovingAverage]:
+    """Those that a run keeps, one at most in practice."""
+    return [c for c in trainer.callbacks if isinstance(c, MovingAverage)]  # type: ignore[attr-defined]
+
+
+def constant_until_next_step(trainer: pl.Trainer) -> list[Tensor]:
+    """What no code of ours or Lightning's changes between two optimizer steps of an epoch.
+
+    Weights, their averages and the optimizer's state, not the model's buffers. Nothing at all,
+    where somebody else's callback or module might.
+    """
+    module = trainer.lightning_module
+    parts = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+    if any(type(part).__module__.partition(".")[0] not in _KNOWN for part in parts):
+        return []
+    states = (s for o in trainer.optimizers for s in o.state.values())
+    return [
+        *module.parameters(),
+        *(value for state in states for value in state.values() if isinstance(value, Tensor)),
+        *(value for each in averages(trainer) for value in each.averaged_state().values()),
+    ]
