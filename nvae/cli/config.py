@@ -29,6 +29,7 @@ from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
 from nvae.training.ema import MovingAverage
+from nvae.training.log_guard import guard
 from nvae.training.optimizers import OptimizerConfig
 from nvae.training.trainer import TrainerConfig
 
@@ -212,7 +213,7 @@ def check_installed(entries: Entries) -> None:
 
 
 def build_loggers(entries: Entries, folder: Path, start_step: int) -> list[Logger]:
-    """The loggers that are not null.
+    """The loggers that are not null; what fails in them is a warning.
 
     Args:
         entries: of the configuration.
@@ -227,7 +228,7 @@ def build_loggers(entries: Entries, folder: Path, start_step: int) -> list[Logge
         known = inspect.signature(_target("logger", name, entry)).parameters
         more = {"save_dir": str(folder), "start_step": start_step}
         more = {key: value for key, value in more.items() if key in known and key not in entry}
-        loggers.append(_made("logger", name, entry | more, Logger))
+        loggers.append(guard(_made("logger", name, entry | more, Logger), f"logger.{name}"))
     return loggers
 
 

@@ -55,7 +55,7 @@ from nvae.training.run_folder import (
     open_run_once,
 )
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
-from nvae.training.trainer import build_trainer
+from nvae.training.trainer import TrainerConfig, build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""
@@ -225,8 +225,8 @@ def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
 
 
 def is_finished(folder: RunFolder, config: TrainConfig) -> bool:
-    """Whether all epochs are done."""
-    return config.trainer.is_over(folder.epochs, folder.step)
+    """Whether all epochs are done, the last one's validation too."""
+    return config.trainer.is_over(folder.epochs, folder.step) and not folder.is_pending
 
 
 def fit(
@@ -294,7 +294,7 @@ def _build(
     try:
         module = build_module(config, scale, marks)
         trainer = build_trainer(
-            with_objects(config.trainer),
+            with_objects(until_validated(config.trainer, folder)),
             build_callbacks(config.callbacks),
             build_loggers(config.logger, folder.path, folder.step),
             folder.path,
@@ -309,6 +309,14 @@ def _build(
             "model.* settings of width or depth"
         ) from error
     return module, trainer
+
+
+def until_validated(config: TrainerConfig, folder: RunFolder) -> TrainerConfig:
+    """As it is; where all steps are done but the last validation, bounded by epochs: Lightning
+    begins nothing once ``max_steps`` are done."""
+    if folder.is_pending and 0 <= config.max_steps <= folder.step:
+        return replace(config, max_steps=-1, max_epochs=folder.epochs + 1)
+    return config
 
 
 def _ended(

@@ -27,6 +27,7 @@ import yaml
 from nvae.files import read_bytes, replacing
 from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
 from nvae.training.decisions import decided
+from nvae.training.pending import is_pending
 from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
 
 LOCK_FILE = ".lock"
@@ -46,6 +47,7 @@ class RunFolder:
         step: optimizer steps done already.
         epochs: whole epochs done already.
         passed_over: newer checkpoints that cannot be read, and why; a line each.
+        is_pending: a validation is to be done before anything else.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class RunFolder:
     step: int = 0
     epochs: int = 0
     passed_over: tuple[str, ...] = ()
+    is_pending: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -113,7 +116,10 @@ def open_run(
             f"{path} is in epoch {begun} already, beyond trainer.max_epochs={epochs}; give more "
             "epochs, or another name=..."
         )
-    folder = RunFolder(path, found.path, checkpoint_step(checkpoint), done, found.passed_over)
+    folder = RunFolder(
+        path, found.path, checkpoint_step(checkpoint), done, found.passed_over,
+        is_pending(checkpoint),
+    )  # fmt: skip
     return folder, differences(before, config)
 
 
