@@ -441,7 +441,7 @@ class NVAELightning(pl.LightningModule):
 
     def position(self, step: int) -> float:
         """Where in the schedules a count of optimizer steps is, of :attr:`total_steps`."""
-        return step + self.steps_ahead
+        return max(step + self.steps_ahead, 0)  # torch asks for step 0 first, whatever is loaded
 
     @cached_property
     def batches_per_epoch(self) -> float:

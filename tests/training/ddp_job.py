@@ -1,7 +1,7 @@
 """A two-process training job for test_ddp.py; starts its second rank itself, as train.py does.
 
 Usage: ddp_job.py FOLDER MODE, where MODE is ``spoil`` (rank 1 meets two bad steps; in a folder of
-its own, resume=never), ``die0`` or ``die1`` (that rank is killed in the middle), or ``plain``.
+its own, resume=never), or ``die0`` or ``die1`` (that rank is killed in the middle).
 """
 
 import hashlib
