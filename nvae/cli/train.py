@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from nvae.cli.common import keep_freed_memory
+from nvae.cli.common import float32_products, keep_freed_memory
 from nvae.cli.config import (
     BEST_METRIC,
     TrainConfig,
@@ -153,7 +153,7 @@ def _train_here(path: Path, config: TrainConfig) -> None:
         meet(config.trainer)
         claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
     try:
-        with claim:
+        with claim, float32_products(tf32=config.trainer.tf32):
             _train_in(claim.path, config)
     finally:
         torch.set_num_threads(threads)
@@ -218,7 +218,8 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             raise SystemExit(0) from None  # the launcher takes any other code for a crash
     if is_first:
         accelerator = config.trainer.resolved_accelerator()
-        write_report(console, config.report, config.data, accelerator, folder)
+        tf32 = config.trainer.tf32
+        write_report(console, config.report, config.data, accelerator, folder, tf32)
 
 
 def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:

@@ -61,7 +61,11 @@ class TrainerConfig:
         cpu_threads: of torch, in each process (not Lightning's); null: one for every core. A small
             network on a machine that does other work too is fastest with 1.
         timeout: seconds after which a rank that waits for another gives up (not Lightning's).
-        precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
+        precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; heads, KL and likelihood are float32
+            always.
+        tf32: let products and convolutions of float32 round to TF32's 10 bits on NVIDIA GPUs, in
+            training, validation and report (not Lightning's). Off, since what is float32 under
+            mixed precision is so for its exactness, and a likelihood moves in its fourth digit.
         max_epochs: of the whole run; null: `max_steps` alone ends it.
         max_steps: optimizer steps of the whole run; -1: `max_epochs` alone ends it.
         accumulate_grad_batches: micro-batches a step; with `data.global_batch` it follows.
@@ -85,6 +89,7 @@ class TrainerConfig:
     cpu_threads: int | None = None
     timeout: float = 1800.0
     precision: str = "32"
+    tf32: bool = False
     max_epochs: int | None = 400
     max_steps: int = -1
     accumulate_grad_batches: int = 1
@@ -197,7 +202,7 @@ def build_trainer(
     arguments = {
         f.name: getattr(config, f.name)
         for f in fields(config)
-        if f.name not in ("cpu_threads", "timeout")
+        if f.name not in ("cpu_threads", "timeout", "tf32")
     }
     accelerator = config.resolved_accelerator()
     plugins = arguments["plugins"] or []
