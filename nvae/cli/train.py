@@ -357,6 +357,7 @@ def build_module(
         run_config=config.to_dict(),
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
+        sync_batchnorm=config.trainer.sync_batchnorm,
     )
 
 

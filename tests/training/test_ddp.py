@@ -66,6 +66,17 @@ def test_ranks_stay_equal_and_share_bad_steps(spoilt: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_that_share_no_statistics_stay_equal(tmp_path: Path, spoilt: Path) -> None:
+    """The average of weights and running statistics at the end; not that of shared ones."""
+    job = _job(tmp_path, "apart", 240)
+    assert job.returncode == 0, job.stderr[-3000:]
+    a, b = _results(tmp_path)
+    shared, _ = _results(spoilt)
+    assert a["final"] == b["final"] != shared["final"]
+    assert a["finite"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_ends_the_job(tmp_path: Path, rank: int) -> None:
     """Within a minute of its death, with a code that is not 0, and no process left behind."""

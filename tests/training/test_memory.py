@@ -15,8 +15,8 @@ from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops import library
 from nvae.training.memory import MemoryEstimate, estimate_memory
-from nvae.training.module import synchronize_batchnorm
 from nvae.training.recompute import recompute_segments
+from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
@@ -76,7 +76,7 @@ def measured(rank: int, world: int, precision: str, kernels: bool, recompute: bo
         x = torch.rand(BATCH, 3, 16, 16).to(memory_format=torch.channels_last)
         if world == 1:
             return [held_after(lambda: step(x))]
-        synchronize_batchnorm(step)
+        SharedStatistics(step)
 
         def whole() -> DistributedDataParallel:
             wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)
