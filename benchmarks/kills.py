@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -234,7 +234,10 @@ def main(
 
 if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    if "ranks" in given:
-        given["ranks"] = [int(each) for each in given["ranks"].split(",")]
-    kinds = {"kills": int, "seed": int, "longest": float, "ranks": list}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "kills": int,
+        "seed": int,
+        "longest": float,
+        "ranks": lambda text: [int(each) for each in text.split(",")],
+    }
     sys.exit(main(**{key: kinds[key](value) for key, value in given.items()}))
