@@ -43,7 +43,7 @@ def unusable(machine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu"])
 def test_training_says_what_to_do(unusable: Path, accelerator: str) -> None:
-    with pytest.raises(ValueError, match="has NVIDIA GPUs, but torch .* sees none") as caught:
+    with pytest.raises(ValueError, match=r"has NVIDIA GPUs, but torch .* sees none") as caught:
         TrainerConfig(accelerator=accelerator)
     line = str(caught.value)
     assert "driver on your system is too old (found version 11040); this build" in line

@@ -32,6 +32,7 @@ from nvae.models import HierarchicalVAE
 from nvae.models.layers import MOMENTUM
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import Loss, ObjectiveConfig, build_objective
+from nvae.regularizers import batchnorms
 from nvae.settings import check_choice
 from nvae.training.optimizers import (
     OptimizerConfig,
