@@ -1,7 +1,7 @@
 """Memory of a training step: the estimate beside a measured peak.
 
-    python benchmarks/memory.py experiment=cifar10_1gpu
-    python benchmarks/memory.py experiment=mnist_1gpu data.batch_size=16 --measure
+    python benchmarks/memory.py experiment=cifar10
+    python benchmarks/memory.py experiment=mnist data.batch_size=16 --measure
 
 Overrides are those of train.py. The estimate needs no GPU and runs nothing. `--measure` runs real
 steps: on a GPU it prints the allocator's peak; on the CPU the bytes that autograd keeps between

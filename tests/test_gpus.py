@@ -46,7 +46,7 @@ def test_training_says_what_to_do(unusable: Path, accelerator: str) -> None:
     with pytest.raises(ValueError, match=r"has NVIDIA GPUs, but torch .* sees none") as caught:
         TrainerConfig(accelerator=accelerator)
     line = str(caught.value)
-    assert "driver on your system is too old (found version 11040); this build" in line
+    assert "driver on your system is too old (found version 11040)); this build" in line
     assert "needs a driver for CUDA 13.0: update the driver, or install torch for an older" in line
     assert line.endswith("or set trainer.accelerator=cpu to work on the CPU knowingly")
     assert "\n" not in line

@@ -194,7 +194,7 @@ def _training_facts(run: dict[str, Any]) -> dict[str, str]:
         "its source": data.get("citation") or data.get("homepage"),
         "training images": data.get("train_size"),
         "epochs": trainer.get("max_epochs", trainer.get("epochs")),
-        "batch": data.get("batch_size"),
+        "batch": data.get("global_batch") or data.get("batch_size"),
         "seed": run.get("seed"),
     }
     return {name: _cell(value) for name, value in facts.items() if value not in (None, "")}

@@ -16,9 +16,11 @@ from nvae.checkpoint import load_checkpoint, save_checkpoint
 from nvae.cli.train import build_module
 from nvae.data.module import ImageDataModule
 from nvae.models.layers import MOMENTUM
+from nvae.objective import kl_coefficient
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.optimizers import learning_rate_factor
+from nvae.training.position import steps_ahead
 from nvae.training.run_folder import open_run
 from tests.training.other_devices_job import config_of, train
 from tests.training.runs import StopAt, last_checkpoint, run
@@ -164,6 +166,26 @@ def test_another_number_of_images_a_step_moves_no_schedule(
             position = 11 * was / now + (logged["step"] - 12)
             rate = config.optimizer.learning_rate * factor(position)
             assert logged["train/learning_rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_the_kl_coefficient_does_not_fall_when_devices_are_taken_away(is_old: bool) -> None:
+    """ImageNet-32 from 24 to 16 GPUs at step 12,000: counted in steps it fell from 0.40 to 0.27."""
+
+    def run_config(devices: int) -> dict[str, Any]:
+        return {"data": {"batch_size": 24}, "trainer": {"devices": devices, "num_nodes": 1}}
+
+    checkpoint = {"global_step": 12_000, "run_config": run_config(24)}
+    if not is_old:
+        checkpoint["images"] = {"seen": 12_000 * 576, "a_step": 576}
+    totals = {gpus: 45 * (1_281_149 // (24 * gpus)) for gpus in (16, 24)}
+    before = kl_coefficient(12_000, totals[24])
+    assert before == pytest.approx(0.399, abs=1e-3)
+    assert kl_coefficient(12_000, totals[16]) == pytest.approx(0.266, abs=1e-3)
+    position = 12_000 + steps_ahead(checkpoint, 384, run_config(16))
+    assert position == 18_000
+    assert kl_coefficient(position, totals[16]) == pytest.approx(before, rel=1e-3)
+    assert steps_ahead(checkpoint, 576, run_config(24)) == 0
 
 
 def test_a_checkpoint_of_an_earlier_version_says_it_by_its_settings(tmp_path: Path) -> None:
