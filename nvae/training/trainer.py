@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
+from nvae.training.equal_ranks import EqualRanks
 from nvae.training.processes import AUTO, count_processes
 from nvae.training.shared_statistics import SHARING
 
@@ -104,7 +105,7 @@ class TrainerConfig:
     devices: int | str = 1
     num_nodes: int = 1
     cpu_threads: int | None = None
-    timeout: float = 1800.0
+    timeout: float = 600.0
     sync_batchnorm: str = "world"
     ddp_comm_hook: str = "none"
     precision: str = "32"
@@ -248,6 +249,8 @@ def build_trainer(
     for name, kind in (("checkpointing", ModelCheckpoint), ("progress_bar", ProgressBar)):
         if arguments[f"enable_{name}"] is None:  # Lightning would add one of its own
             arguments[f"enable_{name}"] = any(isinstance(each, kind) for each in callbacks)
+    if config.world_size > 1:
+        callbacks = [*callbacks, EqualRanks()]
     arguments |= {"accelerator": accelerator, "plugins": plugins}
     return pl.Trainer(
         **arguments, default_root_dir=folder, callbacks=list(callbacks), logger=list(loggers)

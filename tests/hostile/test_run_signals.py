@@ -215,7 +215,7 @@ def test_interrupt_while_a_rank_is_being_started_leaves_none(tmp_path: Path) -> 
     script.write_text(INTERRUPTED_AT_ITS_START)
     job = _two_ranks(tmp_path, script)
     try:
-        _, err = job.communicate(timeout=60)  # whoever is left holds the pipe
+        _, err = job.communicate(timeout=150)  # whoever is left holds the pipe
         assert (job.returncode, err) == (130, "interrupted; run the same command again\n")
     finally:
         with contextlib.suppress(ProcessLookupError):
