@@ -1,65 +1,119 @@
 """Memory of a training step: the estimate beside a measured peak.
 
     python benchmarks/memory.py experiment=cifar10
+    python benchmarks/memory.py experiment=cifar10 --fit 24 80
     python benchmarks/memory.py experiment=mnist data.batch_size=16 --measure
 
-Overrides are those of train.py. The estimate needs no GPU and runs nothing. `--measure` runs real
-steps: on a GPU it prints the allocator's peak; on the CPU the bytes that autograd keeps between
-forward and backward, which is the part that the estimate traces.
+Overrides are those of train.py. The estimate needs no GPU and runs nothing; it is of one with our
+kernels unless `--eager` is given. `--fit` says the largest batch of GPUs with so many GB, of which
+an estimate may fill 80 %. `--measure` runs real steps: on a GPU it prints the allocator's peak; on
+the CPU the bytes that are held between forward and backward, which is the part that is traced.
 """
 
 import argparse
+import dataclasses
 
 import torch
 
 from nvae.cli.config import TrainConfig, averages_on_device, compose_train
 from nvae.cli.train import build_module
-from nvae.training.memory import MemoryEstimate, activation_bytes, estimate_memory
+from nvae.training.memory import HALF, MemoryEstimate, estimate_memory, kept_bytes
 from nvae.training.optimizers import build_optimizer
+from nvae.training.recompute import USABLE_MEMORY
 
 GIB = 2**30
+LABELS = ("all kept", "segments recomputed")
 
 
-def estimate(config: TrainConfig, recompute: bool) -> MemoryEstimate:
-    """The estimate of a configuration, with or without recomputed cells."""
+def estimates(
+    config: TrainConfig, batch_size: int, kernels: bool
+) -> tuple[MemoryEstimate, MemoryEstimate]:
+    """The estimates of a configuration, without and with recomputation."""
     return estimate_memory(
         config.build_model,
-        config.data.batch_size,
+        batch_size,
         precision=config.trainer.precision,
-        checkpoint_cells=recompute,
+        objective=config.objective,
         average_on_device=averages_on_device(config.callbacks),
+        synchronized=config.trainer.world_size > 1,
+        kernels=kernels,
     )
 
 
 def print_estimate(label: str, e: MemoryEstimate) -> None:
     """One line of the table, in GiB."""
-    standing = e.weights + e.gradients + e.optimizer + e.average
-    print(
-        f"{label:<24}{e.total / GIB:>8.2f}{standing / GIB:>10.2f}{e.activations / GIB:>13.2f}"
-        f"{e.largest_cell / GIB:>14.2f}"
-    )
+    parts = (e.total, e.standing, e.activations, e.regularizers, e.segment)
+    print(f"{label:<22}" + "".join(f"{part / GIB:>13.2f}" for part in parts))
+
+
+def largest_batch(small: MemoryEstimate, large: MemoryEstimate, step: int, usable: float) -> int:
+    """Images of the largest batch whose estimate fits.
+
+    Args:
+        small: of ``step`` images.
+        large: of twice as many; between and beyond, bytes are linear in the images.
+        step: images.
+        usable: bytes.
+    """
+
+    def traced(e: MemoryEstimate) -> int:
+        return e.activations + e.segment
+
+    image = (traced(large) - traced(small)) / step
+    constant = traced(small) - image * step + small.regularizers
+    if small.standing + small.update > usable:
+        return 0
+    return max(0, int((usable - small.standing - constant) / image))
+
+
+def print_largest(config: TrainConfig, sizes: list[float], kernels: bool) -> None:
+    """The largest batches for GPUs of ``sizes`` GB."""
+    step = 64  # large enough that a segment outweighs the copies of the weights
+    small, large = (estimates(config, n, kernels) for n in (step, 2 * step))
+    for size in sizes:
+        fits = [
+            largest_batch(a, b, step, USABLE_MEMORY * size * 1e9)
+            for a, b in zip(small, large, strict=True)
+        ]
+        texts = [f"{label} {fit}" for label, fit in zip(LABELS, fits, strict=True)]
+        print(f"{size:g} GB, largest batch: {', '.join(texts)}")
 
 
 def measured_on_gpu(config: TrainConfig, recompute: bool) -> int:
     """Peak of the allocator over three whole steps."""
-    config.checkpoint_cells = recompute
-    module = build_module(config).to("cuda")
+    module = build_module(dataclasses.replace(config, checkpoint_cells=recompute)).to("cuda")
     model, objective = module.model, module.loss
     optimizer = build_optimizer(config.optimizer, model.parameters())
     c = config.model
     x = torch.rand(
         config.data.batch_size, c.image_channels, c.image_size, c.image_size, device="cuda"
     ).to(memory_format=torch.channels_last)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
+    half = HALF.get(config.trainer.precision)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         optimizer.zero_grad()
         with torch.autocast("cuda", half or torch.float16, enabled=half is not None):
             noise = model.draw_noise(len(x))
             loss = objective(model, x, noise, step=15, total_steps=100)
+        assert loss.penalty is not None
         (loss.data + loss.penalty).backward()
         optimizer.step()
     return torch.cuda.max_memory_allocated()
+
+
+def print_held_on_cpu(config: TrainConfig) -> None:
+    """What a real pass keeps; the CPU has no kernels."""
+    module = build_module(config).train()
+    c = config.model
+    x = torch.rand(config.data.batch_size, c.image_channels, c.image_size, c.image_size)
+    half = HALF.get(config.trainer.precision)
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        kept = kept_bytes(module.model, module.loss, x.to(memory_format=torch.channels_last))
+    rows = ((kept.whole, 0), (kept.outside, max(kept.segments)))
+    for label, (held, segment) in zip(LABELS, rows, strict=True):
+        parts = (held, kept.regularizers, segment)
+        texts = "".join(f"{part / GIB:>13.2f}" for part in parts)
+        print(f"{'on the CPU':<22}{label:>26}{texts}")
 
 
 def main() -> None:
@@ -67,27 +121,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="as for train.py")
+    parser.add_argument("--fit", nargs="+", type=float, metavar="GB", help="largest batches")
+    parser.add_argument("--eager", action="store_true", help="of a GPU without our kernels")
     parser.add_argument("--measure", action="store_true", help="run real steps as well")
     options = parser.parse_intermixed_args()
     config = compose_train(options.overrides)
-    print(
-        f"{config.name}: batch {config.data.batch_size}, precision {config.trainer.precision}\n"
-        f"{'GiB':<24}{'total':>8}{'standing':>10}{'activations':>13}{'largest cell':>14}"
-    )
-    estimates = {r: estimate(config, r) for r in (False, True)}
-    print_estimate("estimate", estimates[False])
-    print_estimate("  cells recomputed", estimates[True])
+    kernels = not options.eager
+    batch, world = config.data.batch_size, config.trainer.world_size
+    print(f"{config.name}: batch {batch}, precision {config.trainer.precision}, {world} rank(s)")
+    if options.fit:
+        print_largest(config, options.fit, kernels)
+        return
+    columns = ("total", "standing", "activations", "regularizers", "segment")
+    print(f"{'GiB':<22}" + "".join(f"{column:>13}" for column in columns))
+    for label, e in zip(LABELS, estimates(config, batch, kernels), strict=True):
+        print_estimate(label, e)
     if not options.measure:
         return
     if torch.cuda.is_available():
-        for recompute, label in ((False, "measured peak"), (True, "  cells recomputed")):
-            print(f"{label:<24}{measured_on_gpu(config, recompute) / GIB:>8.2f}")
+        for recompute, label in enumerate(LABELS):
+            peak = measured_on_gpu(config, bool(recompute))
+            print(f"{'measured, ' + label:<32}{peak / GIB:>8.2f}")
     else:
-        kept, inputs, _ = activation_bytes(
-            config.build_model(), config.data.batch_size, config.trainer.precision
-        )
-        for value, label in ((kept, "measured on the CPU"), (inputs, "  cells recomputed")):
-            print(f"{label:<24}{'':>18}{value / GIB:>13.2f}")
+        print_held_on_cpu(config)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ _assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
 
 
 @contextmanager
-def assuming_kernels(available: bool | None) -> Iterator[None]:
-    """Inside, GPUs have kernels, or none, whatever this machine has; None asks it as ever.
+def assuming_kernels(available: bool) -> Iterator[None]:
+    """Inside, GPUs have kernels, or none, whatever this machine has.
 
     For tracing with tensors that have no storage: nothing may be run with it. The layout is not
     asked for either, since without a GPU torch cannot tell that of a convolution's output.
@@ -68,6 +68,11 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
     return reason is None and (
         _kernels_assumed() is not None or x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def has_kernels() -> bool:
+    """Whether this machine's first GPU runs the kernels; False without one."""
+    return torch.cuda.is_available() and _unavailable(0, False) is None
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ kernels' workspaces, what the backward pass makes and frees, fragmentation and t
 `benchmarks/memory.py` prints the estimate beside a measured peak.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nvae.models import HierarchicalVAE
 from nvae.models.layers import BatchNorm, DataInitConv2d
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.ops.library import assuming_kernels
+from nvae.ops.library import assuming_kernels, has_kernels
 
 BYTES = 4
 """Weights, gradients and optimizer state are float32 in every precision."""
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The lower type of a precision that has one."""
+
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+"""Where torchrun, Lightning and SLURM say which of a machine's processes this is."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ def estimate_memory(
     Returns:
         Without recomputation, and where every segment of the model is recomputed.
     """
-    with FakeTensorMode(), assuming_kernels(kernels), _autocast(HALF.get(precision)):
+    kernels = has_kernels() if kernels is None else kernels
+    with own_gpu(), FakeTensorMode(), assuming_kernels(kernels), _autocast(HALF.get(precision)):
         model, kept = trace(build, batch_size, objective or ObjectiveConfig(), synchronized)
     parameters = sum(p.numel() for p in model.parameters()) * BYTES
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -227,6 +232,17 @@ def estimate_memory(
     )
     segment = max((*kept.segments, copies))
     return plain, replace(plain, activations=kept.outside, segment=segment)
+
+
+def own_gpu() -> AbstractContextManager[Any]:
+    """This rank's GPU as the current one: torch begins to use it when a traced tensor names it.
+
+    All ranks of a machine would else take some hundred MB of the first GPU.
+    """
+    if not torch.cuda.is_available():
+        return nullcontext()
+    local = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
+    return torch.cuda.device(int(local) % torch.cuda.device_count())
 
 
 def trace(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops import library
+from nvae.training import memory
 from nvae.training.memory import MemoryEstimate, estimate_memory
-from nvae.training.recompute import recompute_segments
+from nvae.training.recompute import recompute_segments, should_recompute
 from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 
@@ -112,6 +114,35 @@ def test_estimate_is_what_a_step_of_several_ranks_holds(path: str) -> None:
 def test_kernels_keep_less() -> None:
     assert estimated("kernels")[0].activations < 0.95 * estimated("bfloat16")[0].activations
     assert estimated("bfloat16")[0].activations < 0.8 * estimated("float32")[0].activations
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_auto_recomputes_what_would_not_fit(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    """By what this machine's GPU would run, for one rank and for several."""
+    monkeypatch.setattr(memory, "has_kernels", lambda: kernels)
+    for synchronized in (False, True):
+        plain, _ = estimate_memory(
+            BUILD, BATCH, precision="bf16-mixed", synchronized=synchronized, kernels=kernels
+        )
+        for share, expected in ((0.81, False), (0.79, True)):
+            has = SimpleNamespace(total_memory=plain.total / 0.8 * share / 0.8)
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, has=has: has)
+            decided = should_recompute(BUILD, BATCH, "bf16-mixed", False, synchronized=synchronized)
+            assert decided == expected
+
+
+def test_ranks_trace_on_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced tensor makes torch open a GPU; eight ranks must not open the same one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: index)
+    for name in memory.LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    assert memory.own_gpu() == 0
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    assert memory.own_gpu() == 5
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert memory.own_gpu() == 3
 
 
 def test_recomputed_groups_keep_their_inputs_alone() -> None:
