@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from nvae.models import HierarchicalVAE
 from nvae.regularizers import batchnorms
@@ -120,7 +119,7 @@ def flops_per_image(model: HierarchicalVAE) -> float:
     x = torch.zeros(1, config.image_channels, size, size, dtype=model.dtype, device="meta")
     norms = batchnorms(model)
     groups = [norm.group for norm in norms]
-    counter = _Operations()
+    counter = FlopCounterMode(display=False)
     # importing the compiler takes seconds: only where it is in use
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
@@ -135,21 +134,7 @@ def flops_per_image(model: HierarchicalVAE) -> float:
     finally:
         for norm, group in zip(norms, groups, strict=True):
             norm.group = group
-    return float(PASSES * counter.total)
-
-
-class _Operations(TorchDispatchMode):
-    """Adds up what the table of torch's own counter knows, which sorts by module and takes longer."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **kwargs, out_val=out)
-        return out
+    return float(PASSES * counter.get_total_flops())
 
 
 def peak_memory(device: torch.device) -> float:
