@@ -10,7 +10,6 @@
 import inspect
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -44,6 +43,7 @@ from nvae.training.position import ENTRY, recount_batches, steps_ahead
 from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.shared_statistics import SHARING, SharedStatistics
+from nvae.training.throughput import Throughput
 from nvae.training.validation import ValidationSums, group_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class NVAELightning(pl.LightningModule):
         self._seen = 0  # images of this evaluation, on this rank
         self.steps_ahead: float = 0  # see nvae.training.position
         self._resumed_at = 0  # micro-batch of the epoch at hand
-        self._start_clock()
+        self._speed = Throughput()
 
     def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
         """What the model takes, of any batch that the class describes.
@@ -201,7 +201,7 @@ class NVAELightning(pl.LightningModule):
         if not self._has_checked_range:  # once, since it waits for the device
             self.model.check_range(x)
             self._has_checked_range = True
-        self._images += len(x) * self.trainer.world_size
+        self._speed.images += len(x) * self.trainer.world_size
         weight, is_last = self._accumulation(batch_idx, len(x))
         nominal = self.trainer.accumulate_grad_batches
         noise = self._noise(self.model, len(x), self.trainer.fit_loop.total_batch_idx)
@@ -236,8 +236,8 @@ class NVAELightning(pl.LightningModule):
         metrics = read_loss(loss)
         metrics["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         # reading waited for the device, so the clock covers the work
-        metrics["train/images_per_second"] = self._images / (time.perf_counter() - self._since)
-        self._start_clock()
+        precision, world_size = str(self.trainer.precision), self.trainer.world_size
+        metrics |= self._speed.read(self.model, precision, world_size)
         self.latest = metrics
         # Lightning reads what its bars show at every step: from the host
         has_bar = isinstance(self.trainer.progress_bar_callback, RichProgressBar | TQDMProgressBar)
@@ -249,12 +249,25 @@ class NVAELightning(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Validation and checkpoints between epochs are no part of the speed."""
-        self._start_clock()
+        self._speed.start()
+        self._speed.wait()  # for the first batch
         self._resumed_at = 0  # Lightning calls this at the beginning of an epoch alone
 
-    def _start_clock(self) -> None:
-        self._images = 0  # on all ranks
-        self._since = time.perf_counter()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The loader has given a batch."""
+        self._speed.resume()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """What comes next is the loader's turn."""
+        self._speed.wait()
+
+    def on_validation_start(self) -> None:
+        """In the middle of an epoch too, validation is no part of the speed."""
+        self._speed.pause()
+
+    def on_validation_end(self) -> None:
+        """After the callbacks' own, which may save."""
+        self._speed.go_on()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sum the ELBO's parts; every image's noise depends on its index alone."""
@@ -388,7 +401,7 @@ class NVAELightning(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run takes its hyper-parameters from the configuration, not the checkpoint."""
-        self._start_clock()
+        self._speed.start()
         group = self.trainer.optimizers[0].param_groups[0]
         rate = self._hyperparameters["lr"]
         for each in self.trainer.lr_scheduler_configs:

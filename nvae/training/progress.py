@@ -17,6 +17,9 @@ from rich.text import Text
 
 from nvae.training.module import NVAELightning
 
+NOTABLE_WAIT = 0.05
+"""Share of the time without data from which on the line says so."""
+
 PLAIN_SECONDS = 20.0
 """Seconds between two lines where the output is no terminal."""
 
@@ -33,7 +36,10 @@ def describe_metrics(metrics: dict[str, float]) -> str:
     ]
     if "train/spectral" in metrics:
         parts.append(f"SR {metrics['train/spectral']:.0f}")
-    return "  ".join([*parts, f"{metrics['train/images_per_second']:.0f} images/s"])
+    parts.append(f"{metrics['train/images_per_second']:.0f} images/s")
+    if metrics["train/data_wait"] >= NOTABLE_WAIT:
+        parts.append(f"{metrics['train/data_wait']:.0%} waiting for data")
+    return "  ".join(parts)
 
 
 class _TwoLines(Progress):

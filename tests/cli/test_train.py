@@ -56,6 +56,7 @@ def test_a_short_run_leaves_everything_a_run_should(tmp_path: Path) -> None:
     assert keys >= {
         "step", "time", "train/loss", "train/reconstruction", "train/kl", "train/kl_balanced",
         "train/spectral", "train/batchnorm", "train/learning_rate", "train/images_per_second",
+        "train/data_wait", "train/peak_memory_gib", "train/tflops",
         "train/beta", "train/lambda", "train/gradient_norm", "train/skipped_steps",
         "train_kl_group/00", "valid/negative_elbo", "valid/bits_per_dim", "valid_kl_group/00",
         "valid_active_units/00",
