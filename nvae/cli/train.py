@@ -44,6 +44,7 @@ from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
+from nvae.training.ranks import has_others
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (
     Claim,
@@ -195,7 +196,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
                 console.print(f"stopped by {stop}; run the same command again to go on")
                 raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
             raise SystemExit(0) from None  # the launcher takes any other code for a crash
-    if is_first:
+    if is_first or has_others():
         accelerator = config.trainer.resolved_accelerator()
         write_report(console, config.report, config.data, accelerator, folder)
 
