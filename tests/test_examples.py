@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,9 @@ def test_notebook_runs(tmp_path: Path) -> None:
     _run(tmp_path / "cells.py", tmp_path)
 
 
+JOB = EXAMPLES / "slurm" / "train.sbatch"
+
+
 def test_slurm_job_names_what_train_takes() -> None:
     """Its command line composes, and the job goes back to the queue."""
     from hydra import compose, initialize_config_dir
@@ -50,8 +55,32 @@ def test_slurm_job_names_what_train_takes() -> None:
     from nvae.cli.config import register
 
     register()
-    line = (EXAMPLES / "slurm.sbatch").read_text().splitlines()[-1]
+    settings = JOB.read_text().split("train.py experiment")[1].removesuffix('"$@"\n').split()
+    overrides = [f"experiment{settings[0]}", *settings[1:]]
     with initialize_config_dir(str(EXAMPLES.parent / "configs"), version_base="1.3"):
-        config = compose("train", overrides=line.split("train.py")[1].split())
+        config = compose("train", overrides=overrides)
     assert config.trainer.plugins[0]._target_.endswith("SLURMEnvironment")
     assert config.callbacks.signals.requeue
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", JOB.read_text(), re.MULTILINE))
+    assert int(asked["nodes"]) == config.trainer.num_nodes
+    assert int(asked["ntasks-per-node"]) == config.trainer.devices
+
+
+def test_slurm_job_is_a_sound_script(tmp_path: Path) -> None:
+    """It gives every setting on to `train.py`, and its code is that of srun."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nexit 7\n')
+    srun.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.run(
+        ["bash", JOB, "name=a b", "seed=2"], env=environment, capture_output=True, text=True
+    )
+    assert (job.returncode, job.stderr) == (7, "")
+    assert job.stdout.splitlines()[0] == "--kill-on-bad-exit=1"
+    assert job.stdout.splitlines()[-2:] == ["name=a b", "seed=2"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    job = subprocess.run(["shellcheck", JOB], capture_output=True, text=True)
+    assert (job.returncode, job.stdout) == (0, "")

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from nvae.checkpoint import CheckpointError
 from nvae.cli.common import keep_freed_memory
 from nvae.cli.config import (
     BEST_METRIC,
@@ -37,27 +36,33 @@ from nvae.cli.config import (
 )
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
+from nvae.cli.training_errors import AGREED, ended, explained, how_to_go_on
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
-from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
+from nvae.training.checkpointing import newest_checkpoint
+from nvae.training.decisions import decided, is_started_by_launcher, meet
+from nvae.training.end_together import EndTogether
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
-from nvae.training.ranks import has_others
+from nvae.training.ranks import OtherRankError, any_rank, has_others, together
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (
     Claim,
     RunFolder,
     describe_start,
-    is_started_by_launcher,
-    open_run,
+    open_run_once,
 )
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
 from nvae.training.trainer import TrainerConfig, build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""
+
+TIME_TO_SAY_WHY = 2.0
+"""Seconds that a rank which has not failed itself leaves the one that has: a launcher ends all
+others when the first process ends."""
 
 
 @contextmanager
@@ -94,11 +99,19 @@ def train(composed: DictConfig) -> float | None:
             Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
         raise
     path = Path(config.runs_dir) / config.name
+    try:
+        _train(path, config, in_sweep, job.overrides.task)
+    except OtherRankError:
+        time.sleep(TIME_TO_SAY_WHY)
+        raise SystemExit(1) from None
+    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
+
+
+def _train(path: Path, config: TrainConfig, in_sweep: bool, overrides: list[str]) -> None:
     if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
-        _train_apart(config, job.overrides.task)
+        _train_apart(config, overrides)
     else:
         _train_here(path, config)
-    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
 
 
 def _train_apart(config: TrainConfig, overrides: list[str]) -> None:
@@ -136,6 +149,7 @@ def _train_here(path: Path, config: TrainConfig) -> None:
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
+        meet(config.trainer)
         claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
     try:
         with claim:
@@ -178,15 +192,19 @@ def final_metric(path: Path, name: str) -> float:
 def _train_in(path: Path, config: TrainConfig) -> None:
     """Train in a folder that no other run works in."""
     with checked():
-        data = ImageDataModule(config.data)
-        data.prepare_data()
-        data.setup()
-        marks = fingerprint(config, data)
-        folder, changed = open_run(path, config.resume, config.to_dict(), marks)
+        with together():
+            data = ImageDataModule(config.data)
+            data.prepare_data()
+            data.setup()
+            marks = fingerprint(config, data)
+        folder, changed = open_run_once(
+            path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
+        )
         console = Console(highlight=False, soft_wrap=True)
-        if _is_first_process():
-            describe_start(folder, config.to_dict(), sys.argv)
-            _announce(console, config, folder, changed)
+        with together():
+            if _is_first_process():
+                describe_start(folder, config.to_dict(), sys.argv)
+                _announce(console, config, folder, changed)
     is_first = _is_first_process()
     if not is_finished(folder, config):
         try:
@@ -242,7 +260,8 @@ def fit(
     """
     rollbacks, scale = 0, None
     while True:
-        module, trainer = _build(config, folder, scale, marks)
+        with together():
+            module, trainer = _build(config, folder, scale, marks)
         try:
             with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
@@ -250,10 +269,14 @@ def fit(
             guard = guard_of(trainer)
             assert guard is not None  # it has raised the error
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
-                raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
+                if not trainer.is_global_zero:
+                    raise OtherRankError(0, str(error)) from error
+                raise UserError(f"{error}; {how_to_go_on(config, folder)}") from error
             rollbacks += 1
             scale = module.learning_rate_scale * guard.rollback_factor
-            folder, _ = open_run(folder.path, "auto", config.to_dict())
+            folder, _ = open_run_once(
+                folder.path, "auto", config.to_dict(), processes=config.trainer.world_size
+            )
             if _is_first_process():
                 console.print(
                     f"{error}; going back to step {folder.step} with "
@@ -267,7 +290,7 @@ def fit(
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + signal.SIGINT) from None
         except Exception as error:
-            raise _ended(error, trainer, module, folder) from error
+            raise ended(error, trainer, module, folder) from error
         return trainer.is_global_zero
 
 
@@ -276,9 +299,13 @@ def _build(
 ) -> tuple[NVAELightning, pl.Trainer]:
     try:
         module = build_module(config, scale, marks)
+        callbacks = build_callbacks(config.callbacks)
+        if config.trainer.world_size > 1:
+            end = EndTogether(lambda error: explained(error, trainer, module, folder), AGREED)
+            callbacks = [end, *callbacks]
         trainer = build_trainer(
             with_objects(until_validated(config.trainer, folder)),
-            build_callbacks(config.callbacks),
+            callbacks,
             build_loggers(config.logger, folder.path, folder.step),
             folder.path,
         )
@@ -302,53 +329,6 @@ def until_validated(config: TrainerConfig, folder: RunFolder) -> TrainerConfig:
     return config
 
 
-def _ended(
-    error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
-) -> Exception | SystemExit:
-    """What an error in training is to the user: one line, or a crash with all there is to know."""
-    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and module.has_started):
-        # a full disk, a folder that is gone, a file that reads other than it was written
-        return UserError(
-            f"{error}; {_last_good(folder)}; make room or put it right, then run the same command "
-            "again"
-        )
-    if isinstance(error, MisconfigurationException):
-        return UserError(brief(error))
-    if is_out_of_memory(error):
-        return UserError(
-            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size and raise "
-            f"trainer.accumulate_grad_batches, or set checkpoint_cells=true; {_last_good(folder)}"
-        )
-    if folder.checkpoint is not None and not module.has_started:
-        return UserError(
-            f"{folder.checkpoint} cannot be resumed from "
-            f"({brief(f'{type(error).__name__}: {error}', 200)}); remove it to go on from an "
-            "earlier one, or use resume=never"
-        )
-    traceback.print_exception(error)
-    print(
-        f"crashed at step {trainer.global_step}, epoch {trainer.current_epoch + 1}: "
-        f"{brief(f'{type(error).__name__}: {error}')}\n"
-        f"run folder: {folder.path}; {_last_good(folder)}\n"
-        "once the cause is gone, the same command goes on from there",
-        file=sys.stderr,
-    )
-    return SystemExit(1)
-
-
-def _last_good(folder: RunFolder) -> str:
-    last = step_checkpoints(folder.checkpoints)
-    return f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-
-
-def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
-    rate = config.optimizer.learning_rate / 2
-    return (
-        f"{_last_good(folder)}; go on with the same command and optimizer.learning_rate={rate:g}, "
-        "or callbacks.guard.on_divergence=rollback"
-    )
-
-
 def build_module(
     config: TrainConfig,
     learning_rate_scale: float | None = None,
@@ -363,12 +343,7 @@ def build_module(
     """
     recompute = config.checkpoint_cells
     if not isinstance(recompute, bool):  # auto
-        recompute = config.trainer.resolved_accelerator() == "gpu" and should_recompute(
-            config.build_model,
-            config.data.batch_size,
-            config.trainer.precision,
-            averages_on_device(config.callbacks),
-        )
+        recompute = _recomputes(config)
     return build(
         config.build_model,
         config.objective,
@@ -380,6 +355,24 @@ def build_module(
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
     )
+
+
+def _recomputes(config: TrainConfig) -> bool:
+    """Whether blocks are recomputed, on all ranks alike: if any that can talk by now has to."""
+    if config.trainer.resolved_accelerator() != "gpu":
+        return False
+
+    def here() -> bool:
+        return should_recompute(
+            config.build_model,
+            config.data.batch_size,
+            config.trainer.precision,
+            averages_on_device(config.callbacks),
+        )
+
+    if config.trainer.world_size == 1:
+        return here()
+    return any_rank(here()) if has_others() else bool(decided("recompute", here))
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:

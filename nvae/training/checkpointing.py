@@ -29,6 +29,7 @@ from nvae.training.pending import (
     validates_next,
 )
 from nvae.training.ranks import together
+from nvae.training.sending import from_first_rank
 from nvae.training.snapshot import averages, constant_until_next_step
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
@@ -73,8 +74,8 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain types, on the CPU."""
-        return load_checkpoint(path)
+        """Tensors and plain types, on the CPU; all ranks have to call this, and the first reads."""
+        return from_first_rank(lambda: load_checkpoint(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a file, if it is there."""

@@ -41,6 +41,15 @@ def collective_device() -> torch.device:
     return torch.device("cpu")
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on at least one rank."""
+    if not has_others():
+        return flag
+    found = torch.tensor(int(flag), device=collective_device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def raise_everywhere(error: Exception | None) -> None:
     """If any rank has met an error, let all of them raise one; waits for the slowest rank.
 
@@ -48,8 +57,8 @@ def raise_everywhere(error: Exception | None) -> None:
         error: that this rank has met, or None.
 
     Raises:
-        Exception: ``error`` itself, where there is one.
-        OtherRankError: on the other ranks; it names the first rank that failed.
+        Exception: ``error`` itself, on the first rank that has one: it is told once.
+        OtherRankError: on the others.
     """
     if has_others():
         world, rank = dist.get_world_size(), dist.get_rank()
@@ -58,8 +67,8 @@ def raise_everywhere(error: Exception | None) -> None:
         if failed := int(flag):
             message: list[Any] = [None if error is None else _described(error)]
             dist.broadcast_object_list(message, world - failed)
-            if error is None:
-                raise OtherRankError(world - failed, message[0])
+            if rank != world - failed:
+                raise OtherRankError(world - failed, message[0]) from error
     if error is not None:
         raise error
 
@@ -72,8 +81,8 @@ def together() -> Iterator[None]:
     What is no ``Exception``, such as Ctrl-C, leaves it at once.
 
     Raises:
-        Exception: what the block has raised.
-        OtherRankError: it has raised nothing here, but on another rank.
+        Exception: what the block has raised, on the first rank where it has.
+        OtherRankError: on the others.
     """
     error = None
     try:

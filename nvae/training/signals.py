@@ -23,8 +23,12 @@ import torch.distributed as dist
 from nvae.settings import check_fields
 from nvae.training.checkpointing import Checkpoints, is_last_batch
 
-AGREE_EVERY = 10
-"""Optimizer steps between two agreements of several ranks, each of which waits for the device."""
+AGREE_EVERY = 3.0
+"""Seconds between two agreements of several ranks, each of which waits for the device. A launcher
+may leave no more than 30 from its signal to the kill."""
+
+MOST_STEPS = 1000
+"""Optimizer steps between two agreements, however quick they are."""
 
 ONE_PRESS = 1.0
 """Seconds within which a further Ctrl-C is the same one: a terminal together with a launcher
@@ -59,6 +63,8 @@ class StopOnSignal(pl.Callback):
     def __post_init__(self) -> None:
         check_fields(self, "callbacks.signals.")
         self._received = 0
+        self._next_step = self._last_step = 0  # of agreements
+        self._last_time = 0.0
         self._pressed: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,6 +77,8 @@ class StopOnSignal(pl.Callback):
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
         self._launcher = trainer.strategy.launcher
+        self._next_step = self._last_step = trainer.global_step
+        self._last_time = time.monotonic()
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -98,7 +106,7 @@ class StopOnSignal(pl.Callback):
         """Save and stop, where a signal came and the optimizer step is whole."""
         if trainer.fit_loop._should_accumulate() or is_last_batch(trainer):
             return
-        if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
+        if trainer.world_size == 1 or trainer.global_step >= self._next_step:
             self._stop_if_told(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,11 +130,7 @@ class StopOnSignal(pl.Callback):
         self._stop_if_told(trainer)
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
-        received = self._received
-        if trainer.world_size > 1:
-            flag = torch.full((), received, device=trainer.strategy.root_device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            received = int(flag)
+        received = self._received if trainer.world_size == 1 else self._agreed(trainer)
         if not received:
             return
         savers = savers_of(trainer)
@@ -135,6 +139,26 @@ class StopOnSignal(pl.Callback):
         if self.requeue and trainer.is_global_zero:
             requeue_slurm_job()
         raise InterruptedRun(signal.Signals(received).name, trainer.global_step, bool(savers))
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any rank has received, or 0; and the step of the next agreement."""
+        step, now = trainer.global_step, time.monotonic()
+        steps = steps_until_next(step - self._last_step, now - self._last_time)
+        mine = torch.tensor([self._received, -steps], device=trainer.strategy.root_device)
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
+        received, minus_steps = mine.tolist()
+        self._last_step, self._last_time = step, now
+        self._next_step = step - minus_steps  # the slowest rank's wish
+        return int(received)
+
+
+def steps_until_next(steps: int, seconds: float) -> int:
+    """Optimizer steps until the next agreement, where the last ones have taken so long.
+
+    Between 1 and twice as many as they were: the first of a run, or after a pause, say little.
+    """
+    wished = AGREE_EVERY / max(seconds, 1e-9) * steps
+    return int(min(max(wished, 1), max(2 * steps, 1), MOST_STEPS))
 
 
 def savers_of(trainer: pl.Trainer) -> list[Checkpoints]:

@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
+from nvae.training.equal_ranks import EqualRanks
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -79,7 +80,7 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     cpu_threads: int | None = None
-    timeout: float = 1800.0
+    timeout: float = 600.0
     precision: str = "32"
     max_epochs: int | None = 400
     max_steps: int = -1
@@ -150,6 +151,12 @@ class TrainerConfig:
         has_epochs = self.max_epochs is not None and epochs >= self.max_epochs
         return has_epochs or 0 <= self.max_steps <= steps
 
+    def process_group_backend(self) -> str:
+        """Of a run of several processes."""
+        given = self.strategy if isinstance(self.strategy, dict) else {}  # type: ignore[attr-defined]
+        usual = "nccl" if self.resolved_accelerator() == "gpu" else "gloo"
+        return given.get("process_group_backend") or usual
+
     def resolved_accelerator(self) -> str:
         """``cpu`` or ``gpu``."""
         if self.accelerator == "auto":
@@ -195,6 +202,8 @@ def build_trainer(
     for name, kind in (("checkpointing", ModelCheckpoint), ("progress_bar", ProgressBar)):
         if arguments[f"enable_{name}"] is None:  # Lightning would add one of its own
             arguments[f"enable_{name}"] = any(isinstance(each, kind) for each in callbacks)
+    if config.world_size > 1:
+        callbacks = [*callbacks, EqualRanks()]
     arguments |= {"accelerator": accelerator, "plugins": plugins}
     return pl.Trainer(
         **arguments, default_root_dir=folder, callbacks=list(callbacks), logger=list(loggers)

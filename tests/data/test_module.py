@@ -1,10 +1,12 @@
 """The Lightning data module: the right input in every loop, and exact resume of training."""
 
+import atexit
 import json
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 
 from nvae.data.module import ImageDataModule
 
@@ -36,6 +38,11 @@ class RankRecorder(Recorder):
     def __init__(self, folder):
         super().__init__()
         self.folder = folder
+
+    def on_fit_start(self):
+        # Lightning leaves a gloo group to the interpreter's end, where one of its threads that
+        # wants Python aborts the process ("terminate called without an active exception")
+        atexit.register(dist.destroy_process_group)
 
     def on_fit_end(self):
         content = {"seen": [index for index, _ in self.seen], "evaluated": self.evaluated}

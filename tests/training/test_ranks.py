@@ -43,6 +43,7 @@ def _all(rank: int, world: int) -> list[str]:
         _caught(lambda: _block(rank, 7)),
         _caught(lambda: raise_everywhere(own)),
         _caught(lambda: raise_everywhere(None)),
+        _caught(lambda: raise_everywhere(OSError(f"of {rank}"))),
         str(dist.get_world_size()),
     ]
 
@@ -60,6 +61,7 @@ def test_what_one_rank_meets_reaches_all() -> None:
     assert first[4] == second[4] == "gave done"
     assert [first[5], second[5]] == ["OtherRankError: mine", "OSError: mine"]
     assert first[6] == second[6] == "gave None"
+    assert [first[7], second[7]] == ["OSError: of 0", "OtherRankError: of 0"]
 
 
 def test_one_process_alone_needs_no_group() -> None:
