@@ -73,7 +73,7 @@ def check(model: HierarchicalVAE) -> None:
             print(f"{what:24}{found.median:8.0f} ms  ({found.fastest:.0f} to {found.slowest:.0f})")
 
 
-def stall(model: HierarchicalVAE, *, averaged: bool, times: int = 3) -> None:
+def stall(model: HierarchicalVAE, *, averaged: bool, times: int = 2) -> None:
     """Print how long a step waits for its checkpoint."""
     content = content_of(model, averaged=averaged)
     tensors, writer = tensors_of(content), BackgroundWriter()

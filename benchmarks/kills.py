@@ -30,7 +30,7 @@ from nvae.checkpoint import CheckpointError, load_checkpoint, load_model
 from nvae.training.checkpointing import BEST, newest_checkpoint, step_checkpoints
 
 EVERY_STEPS = 3
-EPOCHS = 15
+EPOCHS = 8
 SETTINGS = [
     "data=random", "data.image_size=8", "data.channels=1", "data.bits=4", "data.train_size=64",
     "data.valid_size=32", "data.test_size=8", "model.num_scales=1", "model.groups_per_scale=2",

@@ -208,6 +208,7 @@ class Loss:
         terms: what is logged beside the KL per group: scalars by name, without gradient.
         kl_per_group: ``(G,)``, batch mean in nats, coarsest first, without gradient.
         coefficients: what is logged of the schedule, by name.
+        sigma_range: ``(4, G)``, smallest and largest sigma of the posterior and of the prior.
     """
 
     data: Tensor
@@ -215,6 +216,7 @@ class Loss:
     terms: dict[str, Tensor]
     kl_per_group: Tensor
     coefficients: dict[str, float]
+    sigma_range: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -315,6 +317,7 @@ class Objective(nn.Module):
             {name: term.detach() for name, term in terms.items()},
             output.kl_per_group.detach().mean(0),
             {"beta": beta, "lambda": weight},
+            sigma_range(output),
         )
 
     def extra_terms(self, output: Output, x: Tensor) -> dict[str, Tensor]:
@@ -351,6 +354,17 @@ class Objective(nn.Module):
                 "spectral": zero if self.spectral_norm is None else self.spectral_norm(),
                 "batchnorm": batchnorm_penalty(self._batchnorms) if self._batchnorms else zero,
             }
+
+
+@torch.no_grad()
+def sigma_range(output: Output) -> Tensor:
+    """Smallest and largest sigma of every group's posterior, then prior, ``(4, G)``."""
+    posteriors = [g.posterior.sigma.detach() for g in output.groups if g.posterior is not None]
+    rows = []
+    for sigmas in (posteriors, [g.prior.sigma.detach() for g in output.groups]):
+        smallest = torch._foreach_max(torch._foreach_neg(sigmas))
+        rows += [-torch.stack(smallest), torch.stack(torch._foreach_max(sigmas))]
+    return torch.stack(rows)
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective.name", Objective, {"elbo": Objective})

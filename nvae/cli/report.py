@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,15 +19,22 @@ from nvae.cli.common import float32_products, open_device, precision_name
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
 from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
-from nvae.data.dataset import ImageData
+from nvae.data.dataset import ImageBatch, ImageData
 from nvae.evaluation import EvaluationResult, evaluate
+from nvae.evaluation.likelihood import BoundSettings
 from nvae.files import write_json
 from nvae.models import HierarchicalVAE
 from nvae.pictures import save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
-from nvae.settings import check_fields
+from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint
+from nvae.training.ranks import has_others, on_first_rank, together
 from nvae.training.run_folder import RunFolder
+
+WHEN = ("end", "never")
+
+_PATIENCE = timedelta(days=7)
+"""A process that is done waits for the slowest, which may be far behind on another GPU."""
 
 
 @dataclass
@@ -33,18 +42,22 @@ class ReportConfig:
     """The report at the end of training.
 
     Attributes:
+        when: ``end`` of training, with all its processes; ``never``: left to a later start of the
+            same command.
         importance_samples: draws of the importance-weighted bound; 0: no evaluation.
         temperatures: of the latents, one sample grid each.
         samples: pictures in each grid.
         chunk: images, or rows of the evaluation, in one pass; bounds the memory.
     """
 
+    when: str = "end"
     importance_samples: int = 100
     temperatures: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.85, 1.0])
     samples: int = 64
     chunk: int = 256
 
     def __post_init__(self) -> None:
+        check_choice("report.when", self.when, WHEN)
         check_fields(
             self, "report.", importance_samples=(0, 1_000_000), temperatures=(0, 100),
             samples=(1, 65536), chunk=(1, 1 << 20),
@@ -64,7 +77,8 @@ def write_report(
     """Pictures and likelihood of the best checkpoint, and what to run next.
 
     What fails here is one line on stderr and not an error of the command: the training is done,
-    and a sweep goes on to its next run.
+    and a sweep goes on to its next run. Where there is a process group all ranks call this, and
+    share the likelihood's images; the first one draws the pictures and speaks.
 
     Args:
         console: says what there is.
@@ -74,19 +88,32 @@ def write_report(
         folder: of the run.
         tf32: of the run's trainer; the report says it.
     """
-    console.print()
+    is_first = not has_others() or dist.get_rank() == 0
     anew = shell(setting("name", folder.path.name), "resume=auto")
-    with _attempt("the report", folder, f"this command with {anew}"):
-        checkpoint = reported_checkpoint(folder.checkpoints)
-        if checkpoint.name != BEST:
+    if config.when == "never":
+        if is_first:
+            console.print(f"""
+no report, since report.when=never; this command with {anew} report.when=end makes it
+{tensorboard(folder.path)}""")
+        return
+    if is_first:
+        console.print()
+    with _attempt("the report", folder, f"this command with {anew}", said=is_first):
+        checkpoint = on_first_rank(lambda: reported_checkpoint(folder.checkpoints))
+        if checkpoint.name != BEST and is_first:
             console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
+        name = "cuda" if accelerator == "gpu" else "cpu"  # this rank's own GPU
         with float32_products(tf32=tf32):  # a sweep's next run has torch's own again
-            device = open_device("cuda" if accelerator == "gpu" else "cpu", tf32=tf32)
-            model = load_model(checkpoint).to(device)
-            images = ImageData(data)
-            images.setup()
-            _write_parts(console, config, model, images, checkpoint, folder, tf32)
-        console.print(f"""
+            with together():
+                model = load_model(checkpoint).to(open_device(name, tf32=tf32))
+                images = ImageData(data)
+                images.setup()
+            if is_first:
+                _draw_pictures(console, config, model, images, checkpoint, folder, tf32)
+            if config.importance_samples:
+                _evaluate(console, config, model, images, checkpoint, folder, tf32)
+        if is_first:
+            console.print(f"""
 checkpoint       {checkpoint}
 
 next: {command("sample.py", checkpoint=checkpoint, temperature=0.7)}
@@ -94,7 +121,7 @@ next: {command("sample.py", checkpoint=checkpoint, temperature=0.7)}
       {tensorboard(folder.path)}""")
 
 
-def _write_parts(
+def _draw_pictures(
     console: Console,
     config: ReportConfig,
     model: HierarchicalVAE,
@@ -103,7 +130,7 @@ def _write_parts(
     folder: RunFolder,
     tf32: bool,
 ) -> None:
-    """Pictures first: they take seconds, the likelihood can take hours."""
+    """They take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)
     root = root_to_give(data.config)
     file = folder.path / "samples.png"
@@ -120,26 +147,44 @@ def _write_parts(
     with _attempt(file.name, folder, again):
         reconstruction_grid(model, data, config, file)
         console.print(f"reconstructions  {file}")
-    if not config.importance_samples:
-        return
+
+
+def _evaluate(
+    console: Console,
+    config: ReportConfig,
+    model: HierarchicalVAE,
+    data: ImageData,
+    checkpoint: Path,
+    folder: RunFolder,
+    tf32: bool,
+) -> None:
+    """Every rank works on its share of the images."""
     file = folder.path / "test_likelihood.json"
     again = command(
-        "evaluate.py", checkpoint=checkpoint, chunk=fewer, data__root=root,
-        importance_samples=[config.importance_samples], tf32=tf32 or None,
+        "evaluate.py", checkpoint=checkpoint, chunk=max(1, config.chunk // 4),
+        data__root=root_to_give(data.config), importance_samples=[config.importance_samples],
+        tf32=tf32 or None,
     )  # fmt: skip
-    with _attempt(file.name, folder, again):
-        for line in likelihood_lines(test_likelihood(model, data, config, file)):
-            console.print(line)
-        if tf32:
-            console.print(f"computed in {precision_name(tf32=tf32)}")
+    is_first = not has_others() or dist.get_rank() == 0
+    with _attempt(file.name, folder, again, said=is_first):
+        result = test_likelihood(model, data, config)
+        if is_first:
+            precision = precision_name(tf32=tf32)
+            write_json(file, {**result.to_dict(), "precision": precision})
+            for line in likelihood_lines(result):
+                console.print(line)
+            if tf32:
+                console.print(f"computed in {precision}")
 
 
 @contextmanager
-def _attempt(what: str, folder: RunFolder, again: str) -> Iterator[None]:
+def _attempt(what: str, folder: RunFolder, again: str, *, said: bool = True) -> Iterator[None]:
     """Whatever goes wrong inside, from memory to a full disk, becomes one line on stderr."""
     try:
         yield
     except Exception as error:
+        if not said:  # but by the first rank
+            return
         reason = brief(f"{type(error).__name__}: {error}")
         print(
             f"the run is safe in {folder.path}, but {what} could not be written ({reason}); "
@@ -164,22 +209,41 @@ def reported_checkpoint(folder: Path) -> Path:
 
 
 def test_likelihood(
-    model: HierarchicalVAE, data: ImageData, config: ReportConfig, file: Path
+    model: HierarchicalVAE, data: ImageData, config: ReportConfig
 ) -> EvaluationResult:
-    """Evaluate the test images with a progress bar, and write the result to ``file``."""
-    with Progress(transient=True) as progress:
+    """Evaluate the test images with a progress bar; with several ranks every one calls this."""
+    rank, world = 0, 1
+    group: Any = None
+    if has_others():
+        rank, world = dist.get_rank(), dist.get_world_size()
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    samples = (config.importance_samples,)
+    size = BoundSettings(samples, chunk=config.chunk).images_per_pass
+    with Progress(transient=True, disable=rank > 0) as progress:
         images = len(data.split("test"))
-        task = progress.add_task("evaluating", total=images * config.importance_samples)
-        result = evaluate(
+        task = progress.add_task("evaluating", total=images * config.importance_samples / world)
+        return evaluate(
             model,
-            data.batches("test", model.device),
-            importance_samples=(config.importance_samples,),
+            passes_of(data.batches("test", model.device), size, rank, world),
+            importance_samples=samples,
             chunk=config.chunk,
             progress=lambda rows: progress.advance(task, rows),
+            distributed=world > 1,
+            group=group,
         )
-    precision = precision_name(tf32=torch.backends.cudnn.allow_tf32)
-    write_json(file, {**result.to_dict(), "precision": precision})
-    return result
+
+
+def passes_of(
+    batches: Iterator[ImageBatch], size: int, rank: int, world: int
+) -> Iterator[ImageBatch]:
+    """Every ``world``-th pass of ``size`` images, cut as one process cuts them: arithmetic rounds
+    by what it works on together."""
+    number = 0
+    for batch in batches:
+        for x, index in zip(batch.x.split(size), batch.index.split(size), strict=True):
+            if number % world == rank:
+                yield ImageBatch(x, index)
+            number += 1
 
 
 def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> None:

@@ -216,7 +216,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
                 console.print(f"stopped by {stop}; run the same command again to go on")
                 raise SystemExit(128 + signal.Signals[stop.signal_name]) from None
             raise SystemExit(0) from None  # the launcher takes any other code for a crash
-    if is_first:
+    if is_first or has_others():
         accelerator = config.trainer.resolved_accelerator()
         tf32 = config.trainer.tf32
         write_report(console, config.report, config.data, accelerator, folder, tf32)

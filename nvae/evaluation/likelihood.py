@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -100,6 +101,7 @@ def evaluate(
     progress: Progress | None = None,
     store: RecordStore | None = None,
     distributed: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> EvaluationResult:
     """Negative ELBO with its parts and importance-weighted NLL.
 
@@ -117,7 +119,8 @@ def evaluate(
         progress: called with the rows just done, also for those that ``store`` had already.
         store: finished images; those in it are not computed again.
         distributed: every rank of the process group calls this with its share of the images, and
-            every rank gets the result of all.
+            every rank gets the result of all, or an error where one rank meets one.
+        group: of the ranks; None: the default one.
 
     Raises:
         ValueError: no images, wrong sizes, impossible settings or a model in half precision.
@@ -128,14 +131,19 @@ def evaluate(
     if store is not None:
         groups, channels = model.num_groups, model.latent_channels
         store.check_shapes(groups, channels, len(settings.importance_samples))
+    records, error = None, None
     try:
         with model.evaluating():
             records = _all_records(model, batches, settings, progress, store)
+    except Exception as failure:  # the other ranks must hear of it
+        if not distributed:
+            raise
+        error = failure
     finally:
         if store is not None:
             store.save()
     if distributed:
-        records = pool_ranks(records)
+        records = pool_ranks(records, error, group)
     if records is None:
         raise ValueError("no images to evaluate: the data gave no batch")
     return summarize(records, model, settings.importance_samples)

@@ -62,11 +62,32 @@ def concatenate(parts: Sequence[ImageRecords]) -> ImageRecords:
     return ImageRecords(**{name: array[first] for name, array in arrays.items()})
 
 
-def pool_ranks(records: ImageRecords | None) -> ImageRecords:
-    """Every rank's records, on every rank; ranks may hold unequal numbers of images, or none."""
-    parts: list[ImageRecords | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, records)
-    return concatenate([part for part in parts if part is not None])
+def pool_ranks(
+    records: ImageRecords | None,
+    error: Exception | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> ImageRecords | None:
+    """Every rank's records, on every rank; ranks may hold unequal numbers of images, or none.
+
+    Args:
+        records: of this rank.
+        error: that this rank has met instead.
+        group: of the ranks; None: all of them, by the default group.
+
+    Raises:
+        Exception: ``error`` itself, where there is one.
+        RuntimeError: another rank has met one; it is named.
+    """
+    mine = records, None if error is None else f"{type(error).__name__}: {error}"
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(parts):
+        if message is not None:
+            raise RuntimeError(f"process {rank} has failed: {message}")
+    found = [part for part, _ in parts if part is not None]
+    return concatenate(found) if found else None
 
 
 def _check(records: ImageRecords) -> None:

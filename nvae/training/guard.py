@@ -6,6 +6,7 @@ their reduction, and the flag is reduced too, so ranks cannot disagree.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nvae.data.dataset import ImageBatch
 from nvae.regularizers import batchnorms
 from nvae.settings import check_choice, check_fields
+from nvae.training.bad_step import FirstBadStep, write_bad_step
 from nvae.training.module import NVAELightning
 
 ON_DIVERGENCE = ("stop", "rollback")
@@ -84,6 +87,9 @@ class RunningStatistics:
 class BadSteps(pl.Callback):
     """Leaves bad steps out: those whose loss or gradient is not finite, or too large.
 
+    The first of a streak is described in `bad_steps/step_N.json` in the Trainer's
+    `default_root_dir`: images, noise, and what their loss was made of.
+
     Attributes:
         skip_threshold: gradient norm beyond which a step is left out, before any clipping. null:
             only where the loss or a gradient is not finite.
@@ -116,6 +122,7 @@ class BadSteps(pl.Callback):
         self._steps = 0  # of this start, bad ones too
         self._trained: list[str] = []  # parameters with a gradient, in the order of their norms
         self._last_step = 0
+        self._described = 0  # steps left out at the last look
         self._accepted: int | None = None  # before this start
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,6 +144,10 @@ class BadSteps(pl.Callback):
         self._every_steps = min(every or self.max_consecutive_skips, self.max_consecutive_skips)
         self._step_begins = True
         self._last_step = trainer.global_step
+        self._first = FirstBadStep(
+            pl_module.seed, trainer.global_rank, trainer.accumulate_grad_batches
+        )
+        self._index = torch.zeros(0, dtype=torch.long)
         if self._accepted is None:  # a checkpoint of an earlier version does not say
             self._accepted = trainer.global_step
 
@@ -147,6 +158,16 @@ class BadSteps(pl.Callback):
         if self._step_begins:
             self._statistics.keep()
             self._step_begins = False
+        if isinstance(batch, ImageBatch):  # others have no indices
+            self._index = batch.index
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Remember whose loss it is."""
+        assert isinstance(pl_module, NVAELightning)
+        assert pl_module.last is not None
+        self._first.add(pl_module.last, trainer.fit_loop.total_batch_idx, self._index)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -168,12 +189,14 @@ class BadSteps(pl.Callback):
             # the loss is this rank's own
             dist.all_reduce(switch, dist.ReduceOp.MAX)
         self._steps += 1
-        self._count(switch, norm, norms, pl_module)
+        self._count(switch, norm, norms, pl_module, trainer.global_step + 1)
         self._statistics.restore_where(switch > 0)
         self._step_begins = True
         optimizer.found_inf = switch  # type: ignore[attr-defined]
 
-    def _count(self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning) -> None:
+    def _count(
+        self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning, step: int
+    ) -> None:
         assert module.last is not None
         if self._counters is None:
             self._counters = torch.zeros(6, dtype=torch.float64, device=norm.device)
@@ -183,6 +206,7 @@ class BadSteps(pl.Callback):
         # argmax takes a NaN for the largest
         now = (norms.argmax(), group, module.last.terms["reconstruction"].isfinite())
         begins = (switch > 0) & (streak == 0)
+        self._first.judge(begins, step, norm, now[0])
         self._counters = torch.stack(
             [
                 skipped + switch,
@@ -214,7 +238,7 @@ class BadSteps(pl.Callback):
         if step == self._last_step or step % self._every_steps:
             return
         self._last_step = step
-        reading = self.read()
+        reading = self._read_all(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"train/gradient_norm": reading.norm, "train/skipped_steps": reading.skipped}, step
@@ -228,7 +252,7 @@ class BadSteps(pl.Callback):
         Raises:
             DivergenceError: on every rank.
         """
-        reading = self.read()
+        reading = self._read_all(trainer)
         if not self._steps or not reading.streak:
             return
         assert isinstance(pl_module, NVAELightning)
@@ -236,6 +260,15 @@ class BadSteps(pl.Callback):
         most = min(self.max_consecutive_skips, MOST_BAD_AT_END, half)
         if reading.streak >= most or not self._accepted_now():
             raise self._divergence(reading, trainer.global_step, pl_module)
+
+    def _read_all(self, trainer: pl.Trainer) -> GuardReading:
+        """The counters; the first bad step goes to a file. Every rank calls this."""
+        reading = self.read()
+        if reading.skipped > self._described:
+            self._described = reading.skipped
+            folder = Path(trainer.default_root_dir)
+            write_bad_step(folder, self._first.take(), self._trained)
+        return reading
 
     def _divergence(
         self, reading: GuardReading, step: int, module: pl.LightningModule

@@ -150,8 +150,9 @@ def open_run_once(
     start = decided("start", decide)
     checkpoint = start["checkpoint"] and Path(start["checkpoint"])
     folder = RunFolder(
-        path, checkpoint, start["step"], start["epochs"], tuple(start["passed_over"])
-    )
+        path, checkpoint, start["step"], start["epochs"], tuple(start["passed_over"]),
+        start["is_pending"],
+    )  # fmt: skip
     return folder, start["changed"]
 
 

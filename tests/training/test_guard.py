@@ -172,3 +172,42 @@ def test_stop_says_where_and_how_to_go_on(tmp_path: Path) -> None:
     assert "\n" not in message
     assert "optimizer.learning_rate=0.005" in message
     assert "there is no checkpoint yet" in message
+
+
+def test_the_first_bad_step_leaves_a_file_that_names_it(tmp_path: Path) -> None:
+    """Read three steps later: images, noise, and which group was bad, of each micro-batch."""
+    config = small_config(tmp_path)
+    config.trainer.log_every_n_steps = 4
+    seen: dict[int, list[list[int]]] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            seen.setdefault(trainer.global_step + 1, []).append(batch.index.tolist())
+
+    folder, _ = run(config, Spoil(range(4, 6)), Spoil(range(13, 14)), Look())
+    files = sorted((folder / "bad_steps").iterdir())
+    assert [file.name for file in files] == ["step_00000005.json", "step_00000014.json"]
+    found = json.loads(files[0].read_text())
+    assert found["step"] == 5
+    assert found["gradient_norm"] == "nan"
+    first, second = found["micro_batches"]
+    assert [first["images"], second["images"]] == seen[5]
+    assert [first["noise_key"], second["noise_key"]] == [[0, 0, 8], [0, 0, 9]]
+    assert first["loss"]["reconstruction"] == "nan"
+    assert first["kl_per_group"][0] == "nan"
+    assert len(first["kl_per_group"]) == 3
+    low, high = first["prior_sigma"][0]
+    assert 0 < low <= high < 10  # the coarsest prior does not depend on the image
+    assert first["posterior_sigma"][0] == ["nan", "nan"]
+    assert "(" in found["worst_gradient"]
+
+
+def test_ever_bad_steps_leave_a_bounded_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvae.training.bad_step.MOST_FILES", 2)
+    callbacks = [Spoil(range(step, step + 1)) for step in (2, 5, 8, 11)]
+    folder, _ = run(small_config(tmp_path), *callbacks)
+    assert len(list((folder / "bad_steps").iterdir())) == 2
