@@ -55,7 +55,7 @@ def meet(config: TrainerConfig) -> None:
     if launcher is None or dist.is_initialized():
         return
     environment = launcher()
-    environment.validate_settings(config.devices, config.num_nodes)
+    environment.validate_settings(int(config.devices), config.num_nodes)
     device = None
     if config.resolved_accelerator() == "gpu":
         device = torch.device("cuda", environment.local_rank())
