@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,8 +305,7 @@ def _build(
         module = build_module(config, scale, marks)
         callbacks = build_callbacks(config.callbacks)
         if config.trainer.world_size > 1:
-            end = EndTogether(lambda error: explained(error, trainer, module, folder), AGREED)
-            callbacks = [end, *callbacks]
+            callbacks = [EndTogether(partial(explained, folder=folder), AGREED), *callbacks]
         trainer = build_trainer(
             with_objects(until_validated(config.trainer, folder)),
             callbacks,

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch.distributed as dist
@@ -60,13 +60,14 @@ class EndTogether(pl.Callback):
     Has to be the first of the callbacks. One process alone needs none.
 
     Args:
-        explain: text for the user, and exit code, of an error on this rank.
+        explain: text for the user, and exit code, of an error on this rank; it is asked with the
+            error, the trainer and the module.
         agreed: errors that all ranks raise at once, or that end the others in another way.
     """
 
     def __init__(
         self,
-        explain: Callable[[BaseException], tuple[str, int]],
+        explain: Callable[[BaseException, pl.Trainer, Any], tuple[str, int]],
         agreed: tuple[type[BaseException], ...],
     ) -> None:
         self._explain, self._agreed = explain, agreed
@@ -104,7 +105,7 @@ class EndTogether(pl.Callback):
             error = brief(exception, 200)
             failure = Failure(f"error: another rank is gone or does not answer ({error})", 1)
         else:
-            failure = Failure(*self._explain(exception))
+            failure = Failure(*self._explain(exception, trainer, pl_module))
         if self._rank == 0:
             self._end_all(failure)
         self._send(failure.line())

@@ -2,14 +2,21 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.runs import TINY, Ended
+from nvae.cli.training_errors import AGREED, explained
+from nvae.training.checkpointing import step_checkpoints
+from nvae.training.end_together import EndTogether
+from nvae.training.run_folder import RunFolder
+from tests.hostile.runs import TINY, Ended, has_logged
 from tests.training.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +47,8 @@ def fails(self, batch, batch_idx):
                 raise ZeroDivisionError("of a user's own")
             case "killed", 1:
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "first killed", 0:
+                os.kill(os.getpid(), signal.SIGKILL)
     return original_step(self, batch, batch_idx)
 
 def full(checkpoint, path):
@@ -63,15 +72,18 @@ train_command()
 """
 
 
+def _environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER", "NVAE"))}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def _ended(folder: Path, mode: str, *command: object) -> Ended:
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER", "NVAE"))}
-    more = {"MODE": mode, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(
         [sys.executable, *command, script, *TINY, "trainer.devices=2", "trainer.max_epochs=4000",
          "trainer.accelerator=cpu"],
-        cwd=folder, env=kept | more, start_new_session=True, text=True,
+        cwd=folder, env=_environment() | {"MODE": mode}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -123,6 +135,45 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert line.startswith("error: rank 1 (process ")
     assert "was ended by SIGKILL" in line
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_the_others_end_with_a_first_rank_that_is_killed(tmp_path: Path) -> None:
+    ended = _ended(tmp_path, "first killed")  # at once: whoever is left holds the pipe
+    assert ended.code == -signal.SIGKILL
+    assert "Traceback" not in ended.err
+
+
+def test_what_explains_an_error_goes_to_a_spawned_process() -> None:
+    end = EndTogether(partial(explained, folder=RunFolder(Path("run"))), AGREED)
+    assert isinstance(pickle.loads(pickle.dumps(end)), EndTogether)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"])],
+)
+def test_torchrun_hands_signals_on(tmp_path: Path, number: int, options: list[str]) -> None:
+    """And the run saves within the time that it leaves."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *options,
+         f"--master-port={free_port()}", ROOT / "train.py", *TINY, "trainer.devices=2",
+         "trainer.max_epochs=4000", "trainer.accelerator=cpu"],
+        cwd=tmp_path, env=_environment(), start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        while not has_logged(tmp_path):
+            assert job.poll() is None
+            time.sleep(0.1)
+        job.send_signal(number)
+        out, _ = job.communicate(timeout=150)
+        assert f"stopped by {signal.Signals(number).name}: saved at step" in out
+        assert step_checkpoints(tmp_path / "runs" / "r" / "checkpoints")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
