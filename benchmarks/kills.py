@@ -36,7 +36,7 @@ SETTINGS = [
     "data.valid_size=32", "data.test_size=8", "model.num_scales=1", "model.groups_per_scale=2",
     "model.preprocess_cells=1", "model.postprocess_cells=1", "model.encoder_channels=4",
     "model.decoder_channels=4", "model.latent_channels=2", "trainer.accelerator=cpu",
-    "trainer.cpu_threads=1", f"trainer.max_epochs={EPOCHS}", "optimizer.warmup_epochs=0",
+    "trainer.cpu_threads=1", "optimizer.warmup_epochs=0",
     "trainer.log_every_n_steps=1", "logger.tensorboard=null", "logger.csv=null",
     "callbacks.pictures.every_epochs=7", "callbacks.ema.decay=0.9",
     f"callbacks.checkpoint.every_steps={EVERY_STEPS}", "report.importance_samples=0",
@@ -86,7 +86,10 @@ class Processes:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        settings = [*SETTINGS, f"name={name}", f"data.batch_size={8 // ranks}"]
+        settings = [
+            *SETTINGS, f"name={name}", f"data.batch_size={8 // ranks}",
+            f"trainer.max_epochs={EPOCHS}",
+        ]  # fmt: skip
         self.ranks: list[BaseProcess] = []
         for rank in range(ranks):
             arguments = (folder, settings, rank, ranks, port)

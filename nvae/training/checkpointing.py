@@ -66,6 +66,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         path = Path(path)
         if storage_options is None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # callbacks of Lightning's rely on it
             write_checked(checkpoint, path)
         else:
             writer, constant = storage_options
