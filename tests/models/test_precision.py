@@ -40,7 +40,7 @@ def gpu_autocast() -> Iterator[None]:
 
 
 class Types:
-    """The types that go into and come out of a model's modules, by kind, over a pass."""
+    """The types of what modules take first and of what they give, by kind, over a pass."""
 
     def __init__(self, model: NVAE) -> None:
         self.inputs: dict[str, set[torch.dtype]] = defaultdict(set)
@@ -55,7 +55,7 @@ class Types:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             for kind in ["head"] if is_head else _kinds(module):
-                self.inputs[kind] |= {a.dtype for a in arguments if isinstance(a, Tensor)}
+                self.inputs[kind] |= {a.dtype for a in arguments[:1]}
                 self.outputs[kind] |= {t.dtype for t in outputs if isinstance(t, Tensor)}
 
         return hook
