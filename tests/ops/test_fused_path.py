@@ -265,6 +265,22 @@ def test_shared_statistics_pass_gradcheck(
     torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-12)
 
 
+def test_shared_statistics_compile_without_graph_breaks(group: dist.ProcessGroup) -> None:
+    """In a group that is not the default one, as layers have it."""
+    own = dist.new_group([0])
+
+    def norms(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = batch_norm(x, gamma, beta, group=own).output
+        return bn_swish(y, gamma, beta, group=own).output
+
+    args = inputs()[:3]
+    torch._dynamo.reset()
+    compiled = torch.compile(norms, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), norms(*args))
+    found, want = (torch.autograd.grad(f(*args).square().sum(), args) for f in (compiled, norms))
+    torch.testing.assert_close(found, want)
+
+
 def _rank(rank: int, folder: str) -> None:
     """Two ranks with uneven batches run both paths' chains."""
     torch.set_num_threads(1)
