@@ -270,7 +270,7 @@ class Objective(nn.Module):
             model: the one of the constructor, in training mode.
             x: images in [0, 1], ``(B, C, H, W)``.
             noise: of the posterior, one ``(B, L, h, w)`` a group, coarsest first.
-            step: position in the schedules: optimizer steps done, see nvae.training.position.
+            step: position in the schedules: optimizer steps done, see nvae.training.run_length.
             total_steps: of the whole run.
             input_noise: standard normal, like ``x``; needed where the configuration asks for it.
             regularize: add the regularizers, once an optimizer step.

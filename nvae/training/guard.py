@@ -256,7 +256,7 @@ class BadSteps(pl.Callback):
         if not self._steps or not reading.streak:
             return
         assert isinstance(pl_module, NVAELightning)
-        half = -(-pl_module.total_steps // 2)  # of a run that is shorter than all of these
+        half = -(-pl_module.length.total_steps // 2)  # of a run that is shorter than all of these
         most = min(self.max_consecutive_skips, MOST_BAD_AT_END, half)
         if reading.streak >= most or not self._accepted_now():
             raise self._divergence(reading, trainer.global_step, pl_module)

@@ -9,10 +9,8 @@
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
-from nvae.data.module import ImageDataModule
-from nvae.data.samplers import TrainSampler
 from nvae.models import HierarchicalVAE
 from nvae.models.layers import MOMENTUM
 from nvae.models.likelihoods import LIKELIHOODS
@@ -39,9 +35,9 @@ from nvae.training.optimizers import (
     learning_rate_factor,
     warmup_steps,
 )
-from nvae.training.position import ENTRY, recount_batches, steps_ahead
 from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
+from nvae.training.run_length import ENTRY, RunLength
 from nvae.training.shared_statistics import SHARING, SharedStatistics
 from nvae.training.throughput import Throughput
 from nvae.training.validation import ValidationSums, group_metrics
@@ -152,8 +148,6 @@ class NVAELightning(pl.LightningModule):
         self.latest: dict[str, float] = {}  # metrics at the last reading
         self._sums = ValidationSums(model)
         self._seen = 0  # images of this evaluation, on this rank
-        self.steps_ahead: float = 0  # see nvae.training.position
-        self._resumed_at = 0  # micro-batch of the epoch at hand
         self._speed = Throughput()
 
     def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
@@ -202,15 +196,15 @@ class NVAELightning(pl.LightningModule):
             self.model.check_range(x)
             self._has_checked_range = True
         self._speed.images += len(x) * self.trainer.world_size
-        weight, is_last = self._accumulation(batch_idx, len(x))
+        weight, is_last = self.length.weight_of(batch_idx, len(x))
         nominal = self.trainer.accumulate_grad_batches
         noise = self._noise(self.model, len(x), self.trainer.fit_loop.total_batch_idx)
         self.last = self.loss(
             self.model,
             x,
             noise,
-            step=self.position(self.global_step),
-            total_steps=self.total_steps,
+            step=self.length.position(self.global_step),
+            total_steps=self.length.total_steps,
             input_noise=self._noise.further(x) if self.loss.config.encoder_noise else None,
             regularize=is_last,
         )
@@ -251,7 +245,7 @@ class NVAELightning(pl.LightningModule):
         """Validation and checkpoints between epochs are no part of the speed."""
         self._speed.start()
         self._speed.wait()  # for the first batch
-        self._resumed_at = 0  # Lightning calls this at the beginning of an epoch alone
+        self.length.begin_epoch()  # not called where an epoch is resumed
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The loader has given a batch."""
@@ -334,21 +328,21 @@ class NVAELightning(pl.LightningModule):
             group["lr"] *= self.learning_rate_scale
             group["initial_lr"] = group["lr"]
             if "total_steps" in inspect.signature(kind).parameters:
-                arguments = {"total_steps": self.total_steps, **arguments}
+                arguments = {"total_steps": self.length.total_steps, **arguments}
             scheduler: Any = {"scheduler": kind(optimizer, **arguments), **lightning}
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
-        wanted = config.warmup_epochs * self.steps_per_epoch if config.warmup_epochs else 0
-        if wanted > self.total_steps:
-            warmup = warmup_steps(config, self.steps_per_epoch, self.total_steps)
+        wanted = config.warmup_epochs * self.length.steps_per_epoch if config.warmup_epochs else 0
+        if wanted > self.length.total_steps:
+            warmup = warmup_steps(config, self.length.steps_per_epoch, self.length.total_steps)
             if self.trainer.is_global_zero:
                 _LOG.warning(
                     "the warm-up of %g epochs is longer than the run: it takes half, %d steps",
                     config.warmup_epochs,
                     warmup,
                 )
-        factor = learning_rate_factor(config, self.steps_per_epoch, self.total_steps)
+        factor = learning_rate_factor(config, self.length.steps_per_epoch, self.length.total_steps)
         scheduler = LambdaLR(
-            optimizer, lambda step: self.learning_rate_scale * factor(self.position(step))
+            optimizer, lambda step: self.learning_rate_scale * factor(self.length.position(step))
         )
         return {
             "optimizer": optimizer,
@@ -357,8 +351,7 @@ class NVAELightning(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Another Trainer may bring other data."""
-        for name in ("batches_per_epoch", "_sampler"):
-            self.__dict__.pop(name, None)
+        self.length = RunLength(self.trainer)
 
     def on_fit_start(self) -> None:
         """Ranks draw different noise and share batch statistics.
@@ -366,15 +359,8 @@ class NVAELightning(pl.LightningModule):
         Raises:
             ValueError: the Trainer counts other micro-batches than the data module makes.
         """
-        sampler, accumulate = self._sampler, self.trainer.accumulate_grad_batches
-        if sampler is not None and sampler.global_batch is not None:
-            wanted = len(sampler.micro_batches)
-            if accumulate != wanted:
-                raise ValueError(
-                    f"data.global_batch={sampler.global_batch} takes {wanted} micro-batches a step "
-                    f"here: give the Trainer accumulate_grad_batches={wanted}"
-                )
-        span_whole_steps(self.model, accumulate)
+        self.length.check()
+        span_whole_steps(self.model, self.trainer.accumulate_grad_batches)
         self._noise = TrainingNoise(self.seed, self.global_rank)
         if self.trainer.world_size > 1:
             strategy: Any = self.trainer.strategy
@@ -427,9 +413,9 @@ class NVAELightning(pl.LightningModule):
         """Make the checkpoint readable by :func:`nvae.checkpoint.load_model`."""
         checkpoint.update(describe(self.model, self.run_config))
         checkpoint["learning_rate_scale"] = self.learning_rate_scale
-        images = self.images_per_step
+        images = self.length.images_per_step
         if images is not None:
-            seen = round(self.position(checkpoint["global_step"]) * images)
+            seen = round(self.length.position(checkpoint["global_step"]) * images)
             checkpoint[ENTRY] = {"seen": seen, "a_step": images}
         if self.fingerprint is not None:
             checkpoint["fingerprint"] = self.fingerprint
@@ -451,102 +437,7 @@ class NVAELightning(pl.LightningModule):
         if "current_model_state" in checkpoint and not keeps_average:
             # the optimizer's state belongs to the raw weights; no one else would take them
             checkpoint["state_dict"] = checkpoint["current_model_state"]
-        if self._sampler is not None and self.images_per_step is not None:
-            self.steps_ahead = steps_ahead(checkpoint, self.images_per_step, self.run_config)
-            if "loops" in checkpoint:  # Lightning takes weights alone, too
-                batches = int(self.batches_per_epoch)
-                self._resumed_at = recount_batches(checkpoint["loops"], self._sampler, batches)
-
-    @cached_property
-    def _sampler(self) -> TrainSampler | None:
-        """Of our data module in training; None elsewhere, where images cannot be counted."""
-        trainer = self._trainer
-        data = getattr(trainer, "datamodule", None)
-        if trainer is None or trainer.state.fn != "fit" or not isinstance(data, ImageDataModule):
-            return None
-        order = data.train_dataloader().order
-        return order if isinstance(order, TrainSampler) else None
-
-    @property
-    def images_per_step(self) -> int | None:
-        """Images of a whole optimizer step, over all ranks; None where they cannot be counted."""
-        if self._sampler is None:
-            return None
-        if self._sampler.global_batch is not None:
-            return self._sampler.global_batch
-        return self._sampler.global_batch_size * self.trainer.accumulate_grad_batches
-
-    def position(self, step: int) -> float:
-        """Where in the schedules a count of optimizer steps is, of :attr:`total_steps`."""
-        return max(step + self.steps_ahead, 0)  # torch asks for step 0 first, whatever is loaded
-
-    @cached_property
-    def batches_per_epoch(self) -> float:
-        """Micro-batches of an epoch on this rank; infinite where the loader has no length.
-
-        For our data module not Lightning's: asked for while the optimizer is being made, Lightning
-        sets the loaders up before their state has been read from the checkpoint, and a resumed
-        epoch starts over.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ImageDataModule):
-            self.trainer.fit_loop.setup_data()
-            return self.trainer.num_training_batches
-        limit = self.trainer.limit_train_batches
-        batches = len(data.train_dataloader())
-        return min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps of an epoch; infinite where the loader has no length."""
-        batches = self.batches_per_epoch
-        if math.isinf(batches):
-            return batches
-        return -(-int(batches) // self.trainer.accumulate_grad_batches)
-
-    @property
-    def total_steps(self) -> int:
-        """Length of the schedules, T: the whole run in steps of this start's batch.
-
-        Raises:
-            ValueError: the run has no known end.
-        """
-        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
-        bounds = [self.position(steps)] if steps is not None and steps >= 0 else []
-        if epochs is not None and epochs >= 0:
-            bounds.append(epochs * self.steps_per_epoch)
-        total = min(bounds, default=math.inf)
-        if math.isinf(total):
-            raise ValueError(
-                "the KL coefficient and the learning rate go by the length of the run, which is "
-                "not known: give the Trainer max_steps=..., or max_epochs=... and a loader that "
-                "has a length"
-            )
-        return int(total)
-
-    def _accumulation(self, batch_idx: int, images: int) -> tuple[float, bool]:
-        """Weight of a micro-batch's mean in the step, and whether the step ends with it.
-
-        Lightning divides the sum by the nominal number of micro-batches, and the mean over ranks
-        by theirs; with both undone the step is the mean over its images.
-
-        Args:
-            batch_idx: of the micro-batch, in its epoch.
-            images: it has on this rank.
-        """
-        nominal = self.trainer.accumulate_grad_batches
-        start = batch_idx - batch_idx % nominal
-        # an epoch's last step may be shorter, and the first one after resuming
-        end = int(min(start + nominal, self.batches_per_epoch))
-        if self._resumed_at <= batch_idx:
-            start = max(start, self._resumed_at)
-        sampler = self._sampler
-        if sampler is None or sampler.global_batch is None:  # all micro-batches are alike
-            weight = nominal / (end - start)
-        else:
-            whole = sum(sampler.micro_batches[: end - start])
-            weight = images * self.trainer.world_size * nominal / whole
-        return weight, batch_idx == end - 1
+        self.length.resume(checkpoint, self.run_config)
 
 
 def span_whole_steps(model: nn.Module, micro_batches: int) -> None:

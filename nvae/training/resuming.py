@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nvae.checkpoint import CheckpointError
-from nvae.training.position import ENTRY, images_a_step, processes
+from nvae.training.run_length import ENTRY, images_a_step, processes
 
 Plain = dict[str, Any]
 

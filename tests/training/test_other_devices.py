@@ -20,8 +20,8 @@ from nvae.objective import kl_coefficient
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.optimizers import learning_rate_factor
-from nvae.training.position import steps_ahead
 from nvae.training.run_folder import open_run
+from nvae.training.run_length import steps_ahead
 from tests.training.other_devices_job import config_of, train
 from tests.training.runs import StopAt, last_checkpoint, run
 
