@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.training.module import synchronize_batchnorm
+from nvae.regularizers import batchnorms
 from nvae.training.recompute import compile_blocks, recompute_segments
 from tests.training.ranks import run_ranks
 
@@ -76,7 +76,8 @@ def _both(rank: int, world: int) -> int:
     part = slice(rank * 4 // world, (rank + 1) * 4 // world)
     meetings = []
     for model in (plain, recomputed):
-        synchronize_batchnorm(model)
+        for norm in batchnorms(model):
+            norm.group = dist.group.WORLD
         with pytest.MonkeyPatch.context() as patch:
             counted = _Counted(dist.all_reduce)
             patch.setattr(dist, "all_reduce", counted)
