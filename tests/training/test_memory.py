@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -15,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops import library
+from nvae.regularizers import batchnorms
 from nvae.training import memory
 from nvae.training.memory import MemoryEstimate, estimate_memory
 from nvae.training.recompute import recompute_segments, should_recompute
-from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
@@ -78,7 +79,8 @@ def measured(rank: int, world: int, precision: str, kernels: bool, recompute: bo
         x = torch.rand(BATCH, 3, 16, 16).to(memory_format=torch.channels_last)
         if world == 1:
             return [held_after(lambda: step(x))]
-        SharedStatistics(step)
+        for norm in batchnorms(step):
+            norm.group = dist.group.WORLD
 
         def whole() -> DistributedDataParallel:
             wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
+from nvae.regularizers import batchnorms
 from nvae.training.recompute import compile_blocks, recompute_segments
-from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
@@ -76,7 +76,8 @@ def _both(rank: int, world: int) -> int:
     part = slice(rank * 4 // world, (rank + 1) * 4 // world)
     meetings = []
     for model in (plain, recomputed):
-        SharedStatistics(model)
+        for norm in batchnorms(model):
+            norm.group = dist.group.WORLD
         with pytest.MonkeyPatch.context() as patch:
             counted = _Counted(dist.all_reduce)
             patch.setattr(dist, "all_reduce", counted)
