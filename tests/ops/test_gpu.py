@@ -1,12 +1,14 @@
 """The kernels on a GPU: correctness, layouts, determinism, compile, CUDA graphs, autocast, size."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
 
 from .cases import Case, make_problem, relative_error, tolerance
 from .test_host_kernels import CASES
@@ -78,6 +80,21 @@ def test_chain_against_the_reference_in_float64(case: Case) -> None:
     close = 5 * tolerance(case.dtype)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < close
+
+
+@pytest.mark.parametrize("case", [Case(4, 90, 9, 9), Case(8, 64, 16, 16, dtype=BFLOAT)], ids=str)
+def test_shared_statistics_against_float64(case: Case, tmp_path: Path) -> None:
+    """The path of several ranks, in a group of one."""
+    args = chain_inputs(case)[:3]
+    wide = [a.detach().double().requires_grad_() for a in args]
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        got = run(lambda *a: batch_norm(*a, group=dist.group.WORLD).output, args)
+    finally:
+        dist.destroy_process_group()
+    want = run(lambda *a: batch_norm(*a).output, wide)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 5 * tolerance(case.dtype)
 
 
 def test_evaluation_uses_running_statistics() -> None:
