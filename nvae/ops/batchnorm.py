@@ -155,7 +155,9 @@ def input_moments(
     sums, elements = synchronize(sums, n, group)
     mean, rstd, var = _Moments.apply(sums, elements, float(n), eps)
     count = n if elements is None else elements
-    return x, BatchMoments(mean, rstd, Statistics(mean.detach().to(dtype), var.to(dtype), count))
+    # var has no gradient already, but torch 2.11's compiler takes it for one that has
+    statistics = Statistics(mean.detach().to(dtype), var.detach().to(dtype), count)
+    return x, BatchMoments(mean, rstd, statistics)
 
 
 class _BnSwish(torch.autograd.Function):
