@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvae.ops import kernels, reference
+from nvae.ops.adamax import adamax_formula, adamax_kernel
 from nvae.ops.cuda import CompileError, compile_kernel
 from nvae.ops.kernels import DTYPES, doubles, like, nhwc
 from nvae.ops.tiling import MAX_KERNEL
@@ -294,4 +295,12 @@ _define(
     _fused_backward_kernel,
     _fused_backward_formula,
     _fused_backward_fake,
+)
+_define(
+    "adamax_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] averages, "
+    "Tensor(d!)[] norms, Tensor(e!) step, Tensor learning_rate, Tensor? switched_off, float beta1, "
+    "float beta2, float eps, float weight_decay) -> ()",
+    adamax_kernel,
+    adamax_formula,
+    lambda *_: None,
 )

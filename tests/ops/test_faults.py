@@ -9,6 +9,7 @@ import torch
 
 from .cases import Case
 from .host import HostLauncher
+from .test_adamax_kernel import check_adamax
 from .test_host_kernels import check_bn_swish, check_depthwise, check_moments
 
 BFLOAT = torch.bfloat16
@@ -137,6 +138,15 @@ FAULTS = [
           depthwise(TILES)),
     Fault("negative variance", "vectors", "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
     Fault("eps left out", "vectors", "sqrt(var + a.eps)", "sqrt(var)", check_moments),
+    Fault("elements behind the last vector", "adamax", "int i = done + threadIdx.x; i < n",
+          "int i = done + threadIdx.x; i < done", check_adamax),
+    Fault("every chunk the first", "adamax", "static_cast<long long>(a.chunks[2 * blockIdx.x + 1])",
+          "0LL", check_adamax),
+    Fault("alignment not asked", "adamax", "& 15) == 0)", "& 15) != 99)", check_adamax),
+    Fault("a step left out is counted", "adamax", "(is_taken ? 1 : 0)", "1", check_adamax),
+    Fault("weight decay left out", "adamax", "a.weight_decay * e.weight", "0.f", check_adamax),
+    Fault("eps outside the maximum", "adamax", "fabsf(gradient) + a.eps)", "fabsf(gradient))",
+          check_adamax),
     Fault("rounding to zero", "common", "store_one(elem* p, float v) {\n#if ELEM == 32",
           "store_one(elem* p, float v) {\n    v *= 0.98f;\n#if ELEM == 32", depthwise(ODD)),
 ]  # fmt: skip
