@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 
 struct Args {
     const long long* tensors;   // (T, 5): addresses of weight, gradient, average, norm; elements
-    const int* chunks;          // (blocks, 2): tensor, chunk of it
+    const long long* chunks;    // (blocks, 2): tensor, first of its elements
     const float* coefficients;  // (2), of MODE_COEFFICIENTS
     float rate1;                // 1 - beta1
     float beta2;
@@ -55,8 +55,8 @@ __device__ __forceinline__ Element updated(const Args& a, float size, Element e,
 extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
     if (a.coefficients[0] == 0.f) return;
     const float size = a.coefficients[1];
-    const long long* entry = a.tensors + 5 * static_cast<long long>(a.chunks[2 * blockIdx.x]);
-    const long long begin = static_cast<long long>(a.chunks[2 * blockIdx.x + 1]) * CHUNK;
+    const long long* entry = a.tensors + 5 * a.chunks[2 * blockIdx.x];
+    const long long begin = a.chunks[2 * blockIdx.x + 1];
     const int n = static_cast<int>(min(entry[4] - begin, static_cast<long long>(CHUNK)));
     float* weight = reinterpret_cast<float*>(entry[0]) + begin;
     const float* gradient = reinterpret_cast<const float*>(entry[1]) + begin;

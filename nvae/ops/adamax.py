@@ -18,14 +18,13 @@ Both functions take the arguments of ``torch.ops.nvae.adamax_`` and work in plac
 """
 
 import struct
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from nvae.ops.cuda import Launch, Launcher
-from nvae.ops.kernels import CUDA
+from nvae.ops.kernels import CUDA, block_table
 
 CHUNK = 8192
 """Elements of a block."""
@@ -61,7 +60,7 @@ def adamax_kernel(
         return
     device = step.device
     rows = tuple((*(t.data_ptr() for t in row), row[0].numel()) for row in tensors)
-    table, chunks = _table(device, rows)
+    table, chunks = block_table(device, rows, tuple(w.numel() for w in weights), CHUNK)
     coefficients = torch.empty(2, device=device)
     switch = None if switched_off is None else switched_off.float()
     for mode, blocks, arguments, scalars in (
@@ -83,18 +82,6 @@ def adamax_kernel(
 def _is_taken(weight: Tensor, *others: Tensor) -> bool:
     return weight.dtype == torch.float32 and all(
         each.dtype == torch.float32 and each.stride() == weight.stride() for each in others
-    )
-
-
-@lru_cache(maxsize=8)  # gradients may alternate between a few addresses
-def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """Addresses and elements of every tensor, ``(T, 5)``; tensor and chunk of every block."""
-    chunks = [
-        (index, chunk) for index, row in enumerate(rows) for chunk in range(-(-row[-1] // CHUNK))
-    ]
-    return (
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor(chunks, dtype=torch.int32).to(device),
     )
 
 

@@ -5,6 +5,7 @@ storage type of its input. Images are made channels_last, parameters float32, wh
 """
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -268,6 +269,25 @@ def _launch_bn(
 
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
 VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3}
+
+
+@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+def block_table(
+    device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
+) -> tuple[Tensor, Tensor]:
+    """What a launch over many tensors reads to find them, copied to the device once.
+
+    Args:
+        device: where to.
+        rows: of every tensor what the kernel wants to know: addresses, sizes.
+        counts: items of every tensor.
+        per_block: items of a block.
+
+    Returns:
+        The rows as int64, and for every block its tensor and its first item, ``(blocks, 2)`` int64.
+    """
+    blocks = [(t, first) for t, n in enumerate(counts) for first in range(0, n, per_block)]
+    return torch.tensor(rows).to(device), torch.tensor(blocks).to(device)
 
 
 def _sum_rows(partial: Tensor, dtype: torch.dtype, launcher: Launcher) -> Tensor:

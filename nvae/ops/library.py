@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nvae.ops import kernels, reference
+from nvae.ops import kernels, reference, weight_norm
 from nvae.ops.adamax import adamax_formula, adamax_kernel
 from nvae.ops.cuda import CompileError, compile_kernel
 from nvae.ops.kernels import DTYPES, doubles, like, nhwc
@@ -303,4 +303,18 @@ _define(
     adamax_kernel,
     adamax_formula,
     lambda *_: None,
+)
+_define(
+    "weight_norms(Tensor[] weights, Tensor[] gains, ScalarType dtype) "
+    "-> (Tensor[], Tensor, Tensor)",
+    weight_norm.weight_norms_kernel,
+    weight_norm.weight_norms_formula,
+    weight_norm.weight_norms_fake,
+)
+_define(
+    "weight_norms_backward(Tensor[] gradients, Tensor[] weights, Tensor[] norms, Tensor[] scales) "
+    "-> (Tensor[], Tensor[])",
+    weight_norm.weight_norms_backward_kernel,
+    weight_norm.weight_norms_backward_formula,
+    weight_norm.weight_norms_backward_fake,
 )
