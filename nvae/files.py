@@ -4,8 +4,10 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ LARGEST_ARRAYS = 1 << 34
 """Bytes of all arrays of an npz file; features of a million images have 8 GiB."""
 
 _ARRAYS_FORMAT = 1
+_UMASK = threading.Lock()
 _DEEPEST = 50
 _MOST_NODES = 1_000_000
 _OF_CONSTRUCTORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)
@@ -62,6 +65,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically; where the file system has no links, a copy.
+
+    Raises:
+        OSError: neither can be done; an older ``target`` is left as it was.
+    """
+    temporary = target.with_name(f".link.{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        temporary.replace(target)
+    except OSError:
+        with replacing(target) as copy:
+            shutil.copyfile(source, copy)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming one name of a file to another does nothing
+
+
 def _flush_to_disk(path: Path) -> None:
     """Without this a power cut could leave the new name with none of its content."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -72,8 +93,9 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:  # two threads at once would leave 0 behind
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

@@ -50,7 +50,7 @@ class Elbo:
 
 
 def kl_coefficient(
-    step: int,
+    step: float,
     total_steps: int,
     anneal_portion: float = 0.3,
     constant_portion: float = 1e-4,
@@ -99,7 +99,7 @@ def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
         kl_per_group: ``(B, G)``, in nats, over the whole batch on this device.
         alpha: from :func:`balancing_alpha`.
     """
-    mean = mean_over_ranks(kl_per_group.detach().abs().mean(0))
+    mean = mean_over_ranks(kl_per_group.detach().abs().mean(0), len(kl_per_group))
     share = (mean + 0.01) / alpha.to(kl_per_group)
     return share / share.mean()
 
@@ -127,7 +127,8 @@ def elbo(
         weights = balancing_weights(kl_per_group, alpha)
     optimized = kl_per_group
     if free_bits > 0:
-        is_free = mean_over_ranks(kl_per_group.detach().mean(0)) < free_bits
+        mean = mean_over_ranks(kl_per_group.detach().mean(0), len(kl_per_group))
+        is_free = mean < free_bits
         optimized = torch.where(is_free, free_bits, kl_per_group)
     return Elbo(
         reconstruction=-log_likelihood,
@@ -256,7 +257,7 @@ class Objective(nn.Module):
         x: Tensor,
         noise: Sequence[Tensor],
         *,
-        step: int,
+        step: float,
         total_steps: int,
         input_noise: Tensor | None = None,
         regularize: bool = True,
@@ -267,7 +268,7 @@ class Objective(nn.Module):
             model: the one of the constructor, in training mode.
             x: images in [0, 1], ``(B, C, H, W)``.
             noise: of the posterior, one ``(B, L, h, w)`` a group, coarsest first.
-            step: optimizer steps done.
+            step: position in the schedules: optimizer steps done, see nvae.training.position.
             total_steps: of the whole run.
             input_noise: standard normal, like ``x``; needed where the configuration asks for it.
             regularize: add the regularizers, once an optimizer step.
@@ -326,7 +327,7 @@ class Objective(nn.Module):
         del output, x
         return {}
 
-    def beta(self, step: int, total_steps: int) -> float:
+    def beta(self, step: float, total_steps: int) -> float:
         """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
         c = self.config
         portions = c.kl_anneal_portion, c.kl_constant_portion
@@ -360,13 +361,18 @@ def build_objective(model: HierarchicalVAE, config: ObjectiveConfig) -> Objectiv
     return OBJECTIVES[config.name](model, config)
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of ``x`` over the ranks; no gradient. Of one process: ``x``."""
+def mean_over_ranks(mean: Tensor, images: int) -> Tensor:
+    """Mean over the images of all ranks, no gradient. Of one process: ``mean``.
+
+    Args:
+        mean: ``(G,)``, over this rank's images.
+        images: of this rank; ranks may have different numbers of them.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
+        sums = torch.cat([mean * images, mean.new_full((1,), images)])
+        dist.all_reduce(sums)
+        mean = sums[:-1] / sums[-1]
+    return mean
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:

@@ -8,9 +8,11 @@ from functools import partial
 from importlib import import_module
 
 from nvae.command_line import interruptible
+from nvae.started import end_with_first_process
 
 
 def _command(module: str) -> int | None:
+    end_with_first_process()
     with interruptible():
         return import_module(module).main()
 

@@ -25,6 +25,7 @@ from nvae.bn_recalibration import (
     recalibrate,
     save_statistics,
 )
+from nvae.gpus import is_gpu_usable
 from nvae.models import HierarchicalVAE
 
 _M_TRIM_THRESHOLD = -1
@@ -68,7 +69,7 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
             and moves a likelihood in its fourth digit.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or with ``auto`` a GPU that is of no use.
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]{1,6}))?", name)
     if not found:
@@ -77,7 +78,7 @@ def open_device(name: str, *, tf32: bool) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if is_gpu_usable("device=cpu") else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     index = int(found[1] or 0)

@@ -23,11 +23,13 @@ from pytorch_lightning.loggers import Logger
 from nvae.cli.report import ReportConfig
 from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
+from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
 from nvae.training.ema import MovingAverage
+from nvae.training.log_guard import guard
 from nvae.training.optimizers import OptimizerConfig
 from nvae.training.trainer import TrainerConfig
 
@@ -51,9 +53,9 @@ class TrainConfig:
         resume: ``auto`` goes on where the run's folder left off, ``never`` starts anew in a folder
             beside it, ``must`` refuses to start anew.
         compile: compile every residual cell; checkpoints keep their keys.
-        checkpoint_cells: recompute every cell in the backward pass: about a quarter more time for
-            a fraction of the memory. ``true`` | ``false`` | ``auto``: where the estimate of a
-            step's memory exceeds what the device has.
+        checkpoint_cells: recompute every latent group, and every cell around them, in the backward
+            pass: about a quarter more time for a fraction of the memory. ``true`` | ``false`` |
+            ``auto``: where the estimate of a step's memory exceeds what the device has.
         optimized_metric: what a job of a sweep returns, to be minimized: ``valid/negative_elbo`` is
             that of the best validation, in nats; of any other metric the last value.
         architecture: the model's class: a name in ``MODELS``, or ``package.module:Class``.
@@ -91,6 +93,7 @@ class TrainConfig:
         if not isinstance(self.model, wanted):
             raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
         self._check_model_reads_data()
+        self._accumulate()
         build_callbacks(self.callbacks)
         check_loggers(self.logger)
 
@@ -114,6 +117,22 @@ class TrainConfig:
                     f"set data.{of_data}, the model follows it"
                 )
         LIKELIHOODS[self.model.likelihood].check_data(self.model, self.data.bits)
+
+    def _accumulate(self) -> None:
+        """With `data.global_batch` the micro-batches a step follow from devices and memory."""
+        if self.data.global_batch is None:
+            return
+        follows = micro_batches_a_step(
+            self.data.global_batch, self.trainer.world_size, self.data.batch_size
+        )
+        given = self.trainer.accumulate_grad_batches
+        if given not in (1, follows):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={given}, but with data.global_batch="
+                f"{self.data.global_batch} it follows from devices and data.batch_size: it is "
+                f"{follows} here; leave it out, or set data.global_batch=null"
+            )
+        self.trainer = dataclasses.replace(self.trainer, accumulate_grad_batches=follows)
 
     def build_model(self) -> HierarchicalVAE:
         """The network, with random weights."""
@@ -194,7 +213,7 @@ def check_installed(entries: Entries) -> None:
 
 
 def build_loggers(entries: Entries, folder: Path, start_step: int) -> list[Logger]:
-    """The loggers that are not null.
+    """The loggers that are not null; what fails in them is a warning.
 
     Args:
         entries: of the configuration.
@@ -209,7 +228,7 @@ def build_loggers(entries: Entries, folder: Path, start_step: int) -> list[Logge
         known = inspect.signature(_target("logger", name, entry)).parameters
         more = {"save_dir": str(folder), "start_step": start_step}
         more = {key: value for key, value in more.items() if key in known and key not in entry}
-        loggers.append(_made("logger", name, entry | more, Logger))
+        loggers.append(guard(_made("logger", name, entry | more, Logger), f"logger.{name}"))
     return loggers
 
 

@@ -39,21 +39,23 @@ from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
+from nvae.data.samplers import Shard
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
+from nvae.training.decisions import decided, is_started_by_launcher, meet
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
+from nvae.training.ranks import OtherRankError, any_rank, has_others, together
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (
     Claim,
     RunFolder,
     describe_start,
-    is_started_by_launcher,
-    open_run,
+    open_run_once,
 )
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
-from nvae.training.trainer import build_trainer
+from nvae.training.trainer import TrainerConfig, build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""
@@ -93,11 +95,18 @@ def train(composed: DictConfig) -> float | None:
             Path(job.runtime.output_dir).rmdir()  # Hydra has made it; only an empty one goes
         raise
     path = Path(config.runs_dir) / config.name
+    try:
+        _train(path, config, in_sweep, job.overrides.task)
+    except OtherRankError:  # which has said why
+        raise SystemExit(1) from None
+    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
+
+
+def _train(path: Path, config: TrainConfig, in_sweep: bool, overrides: list[str]) -> None:
     if in_sweep and config.trainer.world_size > 1 and not is_started_by_launcher():
-        _train_apart(config, job.overrides.task)
+        _train_apart(config, overrides)
     else:
         _train_here(path, config)
-    return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
 
 
 def _train_apart(config: TrainConfig, overrides: list[str]) -> None:
@@ -135,6 +144,7 @@ def _train_here(path: Path, config: TrainConfig) -> None:
             keep_freed_memory()
         if config.trainer.cpu_threads is not None:
             torch.set_num_threads(config.trainer.cpu_threads)
+        meet(config.trainer)
         claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
     try:
         with claim:
@@ -177,15 +187,20 @@ def final_metric(path: Path, name: str) -> float:
 def _train_in(path: Path, config: TrainConfig) -> None:
     """Train in a folder that no other run works in."""
     with checked():
-        data = ImageDataModule(config.data)
-        data.prepare_data()
-        data.setup()
-        marks = fingerprint(config, data)
-        folder, changed = open_run(path, config.resume, config.to_dict(), marks)
+        with together():
+            data = ImageDataModule(config.data)
+            data.prepare_data()
+            data.setup()
+            data.train_sampler(Shard(0, config.trainer.world_size))  # are there images for a step?
+            marks = fingerprint(config, data)
+        folder, changed = open_run_once(
+            path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
+        )
         console = Console(highlight=False, soft_wrap=True)
-        if _is_first_process():
-            describe_start(folder, config.to_dict(), sys.argv)
-            _announce(console, config, folder, changed)
+        with together():
+            if _is_first_process():
+                describe_start(folder, config.to_dict(), sys.argv)
+                _announce(console, config, folder, changed)
     is_first = _is_first_process()
     if not is_finished(folder, config):
         try:
@@ -210,8 +225,8 @@ def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
 
 
 def is_finished(folder: RunFolder, config: TrainConfig) -> bool:
-    """Whether all epochs are done."""
-    return config.trainer.is_over(folder.epochs, folder.step)
+    """Whether all epochs are done, the last one's validation too."""
+    return config.trainer.is_over(folder.epochs, folder.step) and not folder.is_pending
 
 
 def fit(
@@ -241,7 +256,8 @@ def fit(
     """
     rollbacks, scale = 0, None
     while True:
-        module, trainer = _build(config, folder, scale, marks)
+        with together():
+            module, trainer = _build(config, folder, scale, marks)
         try:
             with StopsNow(trainer), log_errors_once():
                 trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
@@ -252,7 +268,9 @@ def fit(
                 raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
             rollbacks += 1
             scale = module.learning_rate_scale * guard.rollback_factor
-            folder, _ = open_run(folder.path, "auto", config.to_dict())
+            folder, _ = open_run_once(
+                folder.path, "auto", config.to_dict(), processes=config.trainer.world_size
+            )
             if _is_first_process():
                 console.print(
                     f"{error}; going back to step {folder.step} with "
@@ -276,7 +294,7 @@ def _build(
     try:
         module = build_module(config, scale, marks)
         trainer = build_trainer(
-            with_objects(config.trainer),
+            with_objects(until_validated(config.trainer, folder)),
             build_callbacks(config.callbacks),
             build_loggers(config.logger, folder.path, folder.step),
             folder.path,
@@ -293,6 +311,14 @@ def _build(
     return module, trainer
 
 
+def until_validated(config: TrainerConfig, folder: RunFolder) -> TrainerConfig:
+    """As it is; where all steps are done but the last validation, bounded by epochs: Lightning
+    begins nothing once ``max_steps`` are done."""
+    if folder.is_pending and 0 <= config.max_steps <= folder.step:
+        return replace(config, max_steps=-1, max_epochs=folder.epochs + 1)
+    return config
+
+
 def _ended(
     error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
 ) -> Exception | SystemExit:
@@ -307,8 +333,9 @@ def _ended(
         return UserError(brief(error))
     if is_out_of_memory(error):
         return UserError(
-            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size and raise "
-            f"trainer.accumulate_grad_batches, or set checkpoint_cells=true; {_last_good(folder)}"
+            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size (with "
+            "data.global_batch the step stays what it is; else raise "
+            f"trainer.accumulate_grad_batches), or set checkpoint_cells=true; {_last_good(folder)}"
         )
     if folder.checkpoint is not None and not module.has_started:
         return UserError(
@@ -354,12 +381,7 @@ def build_module(
     """
     recompute = config.checkpoint_cells
     if not isinstance(recompute, bool):  # auto
-        recompute = config.trainer.resolved_accelerator() == "gpu" and should_recompute(
-            config.build_model,
-            config.data.batch_size,
-            config.trainer.precision,
-            averages_on_device(config.callbacks),
-        )
+        recompute = _recomputes(config)
     return build(
         config.build_model,
         config.objective,
@@ -371,6 +393,26 @@ def build_module(
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
     )
+
+
+def _recomputes(config: TrainConfig) -> bool:
+    """Whether blocks are recomputed, on all ranks alike: if any that can talk by now has to."""
+    if config.trainer.resolved_accelerator() != "gpu":
+        return False
+
+    def here() -> bool:
+        return should_recompute(
+            config.build_model,
+            config.data.batch_size,
+            config.trainer.precision,
+            averages_on_device(config.callbacks),
+            objective=config.objective,
+            synchronized=config.trainer.world_size > 1,
+        )
+
+    if config.trainer.world_size == 1:
+        return here()
+    return any_rank(here()) if has_others() else bool(decided("recompute", here))
 
 
 def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed: list[str]) -> None:

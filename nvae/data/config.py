@@ -53,6 +53,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "pad": (0, 2048),
     "crop_box": (0, LARGEST_SIDE),
     "batch_size": (1, 65_536),
+    "global_batch": (1, MOST_IMAGES),
     "eval_batch_size": (1, 65_536),
     "num_workers": (0, 256),
     "on_device_limit": (0, 1 << 24),
@@ -103,7 +104,10 @@ class DataConfig:
             (the picture is squeezed).
         crop_box: (left, top, right, bottom) in pixels of the source image; null takes all.
         resize: filter used when source and prepared sizes differ.
-        batch_size: training images a step on each device.
+        global_batch: training images an optimizer step, over all devices: each takes its share, in
+            micro-batches of at most `batch_size`. null: `batch_size` on each device, times
+            `trainer.accumulate_grad_batches`.
+        batch_size: the most training images that a device takes at once.
         eval_batch_size: images a step in validation and test, on each device.
         num_workers: threads that read ahead; 0 reads in the calling thread.
         on_device: keep the whole set on the device: `always`, `never`, or `auto` (when it takes
@@ -141,6 +145,7 @@ class DataConfig:
     crop: str = "center"
     crop_box: list[int] | None = None
     resize: str = "bilinear"
+    global_batch: int | None = None
     batch_size: int = 32
     eval_batch_size: int = 100
     num_workers: int = 2

@@ -27,15 +27,13 @@ from nvae.data.conversion import geometry, prepare_if_missing
 from nvae.data.loader import (
     DenseSplit,
     EvalLoader,
-    EvalSampler,
     RawBatch,
-    Shard,
     Split,
     TrainLoader,
-    TrainSampler,
 )
 from nvae.data.places import prepared_folder
 from nvae.data.readers import TOO_FEW, plan_splits
+from nvae.data.samplers import EvalSampler, Shard, TrainSampler
 from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
 from nvae.data.transforms import fit_array, model_input
 from nvae.random import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
@@ -124,14 +122,25 @@ class ImageData:
             "pin_memory": device.type == "cuda",
         }
 
+    def train_sampler(self, shard: Shard = _ALONE) -> TrainSampler:
+        """Which training images a process reads, and when.
+
+        Raises:
+            ValueError: There are fewer images than devices, or than `data.global_batch`.
+        """
+        config = self.config
+        return TrainSampler.fitting(
+            len(self.split(TRAIN)), config.batch_size, config.seed, shard, config.global_batch
+        )
+
     def train_loader(self, shard: Shard = _ALONE, device: torch.device = _CPU) -> TrainLoader:
         """Shuffled, resumable loader of the training images.
 
         Where there are fewer images than a batch, it is as large as they allow; the first process
-        says so, once.
+        says so, once. A `data.global_batch` is taken as it is.
         """
         split, config = self.split(TRAIN), self.config
-        sampler = TrainSampler.fitting(len(split), config.batch_size, config.seed, shard)
+        sampler = self.train_sampler(shard)
         if sampler.batch_size != config.batch_size and not self._noted and not shard.rank:
             self._noted = True
             print(

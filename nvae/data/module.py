@@ -5,7 +5,8 @@ import torch
 
 from nvae.data.config import TEST, TRAIN, VALID, DataConfig
 from nvae.data.dataset import ImageBatch, ImageData
-from nvae.data.loader import EvalLoader, RawBatch, Shard, TrainLoader
+from nvae.data.loader import EvalLoader, RawBatch, TrainLoader
+from nvae.data.samplers import Shard
 
 
 class ImageDataModule(ImageData, pl.LightningDataModule):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
@@ -22,8 +21,10 @@ from nvae.models.layers import (
     FactorizedSkip,
     PlainConv2d,
     SqueezeExcitation,
+    UpsampleNearest,
     UpsampleSkip,
     WeightNormConv2d,
+    upsample_nearest,
 )
 from nvae.ops import bn_swish_depthwise
 from nvae.settings import Registry
@@ -93,11 +94,6 @@ class CellFamily:
     decoder: tuple[OpSpec, ...]
     preprocess: tuple[OpSpec, ...]
     postprocess: tuple[OpSpec, ...]
-
-
-def upsample_nearest(x: Tensor) -> Tensor:
-    """Repeat every pixel of ``(B, C, H, W)`` in a 2x2 block."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class ActConv(nn.Module):
@@ -176,7 +172,7 @@ class MobileConv(nn.Module):
             _fold_after(self.project, self.norm_out),
         ]
         if self.upsample:
-            layers.insert(2, nn.Upsample(scale_factor=2, mode="nearest"))
+            layers.insert(2, UpsampleNearest())
         return nn.Sequential(*layers)
 
 

@@ -174,8 +174,15 @@ class HierarchicalVAE(nn.Module, ABC):
         """Final top-down state to likelihood parameters ``(B, K, H, W)``."""
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated blocks: each may be compiled, or recomputed in the backward pass."""
+        """The repeated blocks, each of which may be compiled."""
         return []
+
+    def segments(self) -> list[nn.Module]:
+        """What may be recomputed in the backward pass, each as a whole; none inside another.
+
+        Their randomness must come in as arguments: they are run a second time.
+        """
+        return self.blocks()
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample, without gradients."""

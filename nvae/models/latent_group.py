@@ -9,14 +9,18 @@ from torch import Tensor, nn
 
 from nvae.models.cells import CELL_FAMILIES, Cell
 from nvae.models.config import ModelConfig, Scale
-from nvae.models.distributions import Normal
+from nvae.models.distributions import Normal, at_least_float32
 from nvae.models.flows import Flow
 from nvae.models.hierarchical import GroupSample
-from nvae.models.layers import WeightNormConv2d
+from nvae.models.layers import WeightNormConv2d, without_autocast
 
 
 class NormalHead(nn.Module):
-    """Convolution from features to the raw parameters of a Normal."""
+    """Convolution from features to the raw parameters of a Normal, in float32 at least.
+
+    In bfloat16 a mean near 4 is off by up to 0.0156, which is about the smallest sigma, and the
+    KL pays for it. So the head computes in its weights' type under mixed precision too.
+    """
 
     def __init__(self, in_channels: int, latent_channels: int, kernel_size: int, elu: bool) -> None:
         super().__init__()
@@ -25,7 +29,9 @@ class NormalHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, C, h, w)`` to mean and log-sigma, ``(B, L, h, w)`` each, unclamped."""
-        mean, log_sigma = self.conv(self.activation(x)).chunk(2, dim=1)
+        with without_autocast(x):
+            raw = self.conv(self.activation(x.to(self.conv.weight.dtype)))
+        mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
         return mean, log_sigma
 
 
@@ -100,7 +106,7 @@ class LatentGroup(nn.Module):
         else:
             assert noise is not None
             sample = GroupSample(prior.sample(noise), prior)
-        z = sample.z.to(state.dtype)
+        z = sample.z.to(state.dtype)  # the one rounding: the convolution takes this type
         merged = self.merge_latent(z if self.vanilla else torch.cat([state, z], dim=1))
         return merged, sample
 
@@ -123,7 +129,7 @@ class LatentGroup(nn.Module):
             encoder_map = encoder_map + self.merge_encoder(state)
         mean, log_sigma = self.posterior(encoder_map)
         if self.residual and self.prior is not None:
-            # q = Normal(mu_p + d_mu, log sigma_p + d_log_sigma), section 3.2
+            # q = Normal(mu_p + d_mu, log sigma_p + d_log_sigma), section 3.2; both float32
             mean, log_sigma = mean + prior_parameters[0], log_sigma + prior_parameters[1]
         posterior = Normal.from_parameters(mean, log_sigma)
         drawn = posterior.sample(noise)

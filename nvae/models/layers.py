@@ -4,6 +4,7 @@ A convolution here knows the matrices that spectral regularization looks at
 (:meth:`SpectralConv.spectral_matrices`), so that the regularizer needs no list of special cases.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,33 @@ from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 EPS = 1e-5
 MOMENTUM = 0.05
 NORM_INIT_EPS = 1e-2
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Mixed precision off for the device of ``x`` inside the block; operands keep their types.
+
+    Where it is off already nothing is entered, so that an exported program has no context either.
+    """
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """Repeat every pixel of ``(B, C, H, W)`` in a 2x2 block, in x's own type.
+
+    Autocast would make it float32 on a GPU, and with it all that follows up to a convolution.
+    """
+    with without_autocast(x):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class UpsampleNearest(nn.Module):
+    """:func:`upsample_nearest` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
+        return upsample_nearest(x)
 
 
 @dataclass(frozen=True)
@@ -159,6 +187,11 @@ class DataInitConv2d(WeightNormConv2d):
     Without batch normalization in front, the output would start at an arbitrary scale: at the
     first training batch its mean is removed and its standard deviation set to 1/5, per channel
     (Salimans & Kingma 2016, section 3). All ranks use the same, averaged statistics.
+
+    Attributes:
+        initialized: saved with the weights.
+        checked: whether ``initialized`` has been read from the device; nothing is initialized
+            where it is true.
     """
 
     initialized: Tensor
@@ -166,15 +199,15 @@ class DataInitConv2d(WeightNormConv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("initialized", torch.tensor(False))
-        self._checked = False
+        self.checked = False
 
     def forward(self, x: Tensor) -> Tensor:
         """As the parent; the first call in training mode initializes."""
         # the flag is read from the device once, not at every step
-        if self.training and not self._checked:
+        if self.training and not self.checked:
             if not self.initialized:
                 self._initialize(x)
-            self._checked = True
+            self.checked = True
         return super().forward(x)
 
     @torch.no_grad()
@@ -209,6 +242,7 @@ class BatchNorm(nn.Module):
     Attributes:
         group: process group whose ranks share batch statistics in training; None: this rank's
             own.
+        momentum: share of a batch in the running statistics.
         frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
     """
@@ -217,6 +251,7 @@ class BatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     group: dist.ProcessGroup | None = None
+    momentum: float = MOMENTUM
     frozen: bool = False
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
@@ -258,9 +293,9 @@ class BatchNorm(nn.Module):
         if not self.training or self.frozen:
             return
         n = self.repeats * statistics.elements
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean), MOMENTUM)
+        self.running_mean.lerp_(statistics.mean.to(self.running_mean), self.momentum)
         unbiased = statistics.var * (n / (n - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var), MOMENTUM)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         self.num_batches_tracked += 1
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -333,8 +368,10 @@ class UpsampleSkip(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C_in, H, W)`` to ``(B, C_out, 2H, 2W)``."""
-        return F.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)
+        """``(B, C_in, H, W)`` to ``(B, C_out, 2H, 2W)``, of the convolution's type."""
+        y = self.conv(x)
+        # in float32 under autocast, since the backward pass adds up to nine terms a pixel
+        return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True).to(y.dtype)
 
 
 class SqueezeExcitation(nn.Module):

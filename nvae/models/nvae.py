@@ -24,7 +24,7 @@ from nvae.models.config import (
 )
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import WeightNormConv2d
+from nvae.models.layers import WeightNormConv2d, without_autocast
 from nvae.models.likelihoods import logit_channels
 
 
@@ -164,8 +164,10 @@ class NVAE(HierarchicalVAE):
         return state, tuple(samples)
 
     def decode_state(self, state: Tensor) -> Tensor:
-        """Final top-down state to likelihood parameters ``(B, K, H, W)``."""
-        return self.image_head(self.postprocess(state))
+        """Final top-down state to likelihood parameters ``(B, K, H, W)``, float32 at least."""
+        features = self.postprocess(state)
+        with without_autocast(features):
+            return self.image_head(features.to(next(self.image_head.parameters()).dtype))
 
     @classmethod
     def least_tensors(cls, config: ModelConfig) -> int:
@@ -177,6 +179,11 @@ class NVAE(HierarchicalVAE):
     def blocks(self) -> list[nn.Module]:
         """The residual cells."""
         return [module for module in self.modules() if isinstance(module, Cell)]
+
+    def segments(self) -> list[nn.Module]:
+        """The latent groups with all that is in them, and the residual cells around them."""
+        inside = {id(cell) for group in self.groups for cell in group.modules()}
+        return [*self.groups, *(cell for cell in self.blocks() if id(cell) not in inside)]
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample: encoder and posteriors are gone."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nvae.ops import library, reference
+from nvae.ops import library
 from nvae.ops.library import OPS, Impl
 
 
@@ -92,12 +92,10 @@ def batch_norm(
         mean, var = gamma.new_zeros(gamma.shape), gamma.new_ones(gamma.shape)
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
         return Normalized(y, Statistics(mean, var * ((n - 1) / n), n))
-    sums, elements = synchronize(reference.channel_sums(x), n, group)
-    assert elements is not None
-    mean, rstd, var = reference.moments(sums, elements, n, eps)
-    y = reference.normalize(x, gamma, beta, mean, rstd)[0]
-    statistics = Statistics(mean.detach().to(gamma.dtype), var.detach().to(gamma.dtype), elements)
-    return Normalized(y.to(x.dtype), statistics)
+    # by kernels where there are any: x is all that is kept, 2 bytes an element in bfloat16
+    x, moments = input_moments(x, gamma.dtype, running=None, sums=None, eps=eps, group=group)
+    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, False)
+    return Normalized(y, moments.statistics)
 
 
 def bn_swish(
@@ -128,7 +126,7 @@ def bn_swish(
     # two passes forward (three with the sums of x); the backward pass recomputes from x, the only
     # tensor of its size that is kept
     x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
-    y = _BnSwish.apply(x, gamma, beta, moments.mean, moments.rstd)
+    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, True)
     return Normalized(y, moments.statistics)
 
 
@@ -160,20 +158,23 @@ def input_moments(
     return x, BatchMoments(mean, rstd, statistics)
 
 
-class _BnSwish(torch.autograd.Function):
+class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool
     ) -> Tensor:
         ctx.save_for_backward(x, gamma, beta, mean, rstd)
-        y: Tensor = OPS.bn_swish(x, gamma, beta, mean, rstd)
+        ctx.swish = swish
+        y: Tensor = OPS.batch_norm(x, gamma, beta, mean, rstd, swish)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        dx, (dgamma, dbeta), (dmean, drstd) = OPS.bn_swish_backward(dy, *ctx.saved_tensors)
-        return dx, dgamma, dbeta, dmean, drstd
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, (dgamma, dbeta), (dmean, drstd) = OPS.batch_norm_backward(
+            dy, *ctx.saved_tensors, ctx.swish
+        )
+        return dx, dgamma, dbeta, dmean, drstd, None
 
 
 def count_elements(x: Tensor, group: dist.ProcessGroup | None) -> int:

@@ -1,7 +1,8 @@
-// Passes over one tensor that a BN + Swish layer makes. One kernel a MODE:
+// Passes over one tensor that a BN layer makes, alone or with Swish. One kernel a MODE:
 //
-//   MODE_APPLY     y  = Swish(v),  v = (x - mean) scale + beta,  scale = gamma rstd
-//   MODE_BACKWARD  dx = g scale,   g = dy Swish'(v), recomputed from x;
+//   MODE_APPLY     y  = v or, with SWISH, Swish(v);  v = (x - mean) scale + beta,
+//                  scale = gamma rstd
+//   MODE_BACKWARD  dx = g scale,   g = dy or, with SWISH, dy Swish'(v), recomputed from x;
 //                  sums of g and of g (x - mean)
 //   MODE_SUMS      sums of x and of x^2
 //   MODE_FOLD      y  = dx + dS1 + 2 dS2 x: adds the gradient through the sums of x
@@ -9,7 +10,7 @@
 // Pixels are rows of C channels. A block takes CB channels of a run of pixels; a thread keeps one
 // vector of channels, so that the layer's parameters sit in registers, and steps over pixels.
 //
-// Macros: MODE, CB, THREADS.
+// Macros: MODE, SWISH, CB, THREADS.
 
 #define MODE_APPLY 0
 #define MODE_BACKWARD 1
@@ -91,12 +92,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 #if HAS_BN
                 const float centered = x[i] - mean[i];
                 const float v = fmaf(centered, scale[i], shift[i]);
+#if SWISH
                 const float s = sigmoid(v);
 #endif
+#endif
 #if MODE == MODE_APPLY
+#if SWISH
                 out[i] = v * s;
+#else
+                out[i] = v;
+#endif
 #elif MODE == MODE_BACKWARD
+#if SWISH
                 const float g = dy[i] * fmaf(v * s, 1.f - s, s);  // Swish' = s + v s (1 - s)
+#else
+                const float g = dy[i];
+#endif
                 out[i] = g * scale[i];
                 sum[i] += g;
                 moment[i] = fmaf(g, centered, moment[i]);

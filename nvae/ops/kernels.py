@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nvae.ops.cuda import CudaLauncher, Launch, Launcher
+from nvae.ops.cuda import CompileError, CudaLauncher, Launch, Launcher
 from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
 
 CUDA = CudaLauncher()
@@ -131,21 +131,21 @@ def depthwise_backward(
     )
 
 
-def bn_swish_forward(x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA) -> Tensor:
-    """Swish(BN(x))."""
+def bn_forward(x: Tensor, bn: BatchNormVectors, swish: bool, launcher: Launcher = CUDA) -> Tensor:
+    """BN(x), or Swish(BN(x))."""
     x = nhwc(x)
     y = torch.empty_like(x)
-    _launch_bn("MODE_APPLY", x, None, bn, None, y, launcher)
+    _launch_bn("MODE_APPLY", x, None, bn, None, y, launcher, swish)
     return y
 
 
-def bn_swish_backward(
-    dy: Tensor, x: Tensor, bn: BatchNormVectors, launcher: Launcher = CUDA
+def bn_backward(
+    dy: Tensor, x: Tensor, bn: BatchNormVectors, swish: bool, launcher: Launcher = CUDA
 ) -> tuple[Tensor, Tensor]:
     """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
     x, dy = nhwc(x), nhwc(dy.to(x.dtype))
     dx = torch.empty_like(x)
-    sums = _launch_bn("MODE_BACKWARD", x, dy, bn, None, dx, launcher)
+    sums = _launch_bn("MODE_BACKWARD", x, dy, bn, None, dx, launcher, swish)
     assert sums is not None
     return dx, sums
 
@@ -243,7 +243,10 @@ def _launch_bn(
     dsums: Tensor | None,
     out: Tensor | None,
     launcher: Launcher,
+    swish: bool = False,
 ) -> Tensor | None:
+    if x.dtype not in DTYPES:
+        raise CompileError(f"no kernel for {x.dtype}")
     c = x.shape[1]
     pixels = x.numel() // c
     columns = channel_blocks(c, BN_CHANNELS)
@@ -257,7 +260,7 @@ def _launch_bn(
     scalars = struct.pack("2qi4x", pixels, run, c)
     macros = {
         "ELEM": DTYPES[x.dtype], "VIO": vio, "MODE": BN_MODES[mode],
-        "CB": BN_CHANNELS, "THREADS": BN_THREADS,
+        "SWISH": int(swish), "CB": BN_CHANNELS, "THREADS": BN_THREADS,
     }  # fmt: skip
     blocks = columns * rows
     launch = Launch("bn_swish", tuple(macros.items()), blocks, BN_THREADS, 0, tensors, scalars)

@@ -5,7 +5,9 @@ Each has a kernel (CUDA), a formula (CPU, and CUDA where the kernel does not com
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -24,6 +26,20 @@ OLDEST_ARCH = 80
 OPS = torch.ops.nvae
 LIBRARY = torch.library.Library("nvae", "DEF")
 _warned: set[str] = set()
+_assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
+
+
+@contextmanager
+def assuming_kernels(available: bool | None) -> Iterator[None]:
+    """Inside, GPUs have kernels, or none, whatever this machine has; None asks it as ever.
+
+    For tracing with tensors that have no storage: nothing may be run with it.
+    """
+    token = _assumed.set(available)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
@@ -61,7 +77,7 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
-    if x.device.type != "cuda" or torch.version.cuda is None:
+    if x.device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, the input is on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
@@ -74,6 +90,11 @@ def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
 
 def _unavailable(device: int, warn: bool) -> str | None:
     """Why a device has no kernels, or None. torch.compile runs it while tracing."""
+    assumed = _assumed.get()
+    if assumed is not None:
+        return None if assumed else "assumed to be absent"
+    if torch.version.cuda is None:
+        return "the kernels need an NVIDIA GPU"
     reason = _try(*torch.cuda.get_device_capability(device))
     if reason is not None and warn:
         warn_once("unavailable", f"CUDA kernels are off: {reason}")
@@ -130,10 +151,16 @@ def _define(
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
+    launch = kernel_or_formula(f"nvae::{schema.partition('(')[0]}", kernel, plain)
+
+    def on_gpu(*args: Any) -> Any:
+        reason = _unavailable(args[0].device.index, True)
+        return launch(*args) if reason is None else plain(*args)
+
     schema = schema.replace("BN", "Tensor gamma, Tensor beta, Tensor mean, Tensor rstd")
     name = f"nvae::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel_or_formula(name, kernel, plain), "CUDA")
+    LIBRARY.impl(name, on_gpu, "CUDA")
     LIBRARY.impl(name, plain, "CPU")
     torch.library.register_fake(name, fake, lib=LIBRARY)
 
@@ -169,36 +196,38 @@ _define(
     lambda sums, *_: doubles(sums, 2, sums.shape[1]),
 )
 _define(
-    "bn_swish(Tensor x, BN) -> Tensor",
-    lambda x, *bn: kernels.bn_swish_forward(x, bn),
-    lambda x, *bn: nhwc(reference.bn_swish(x, *bn)),
+    "batch_norm(Tensor x, BN, bool swish) -> Tensor",
+    lambda x, *bn: kernels.bn_forward(x, bn[:4], bn[4]),
+    lambda x, *bn: nhwc(reference.bn_forward(x, *bn[:4], swish=bn[4])),
     lambda x, *bn: like(x, *x.shape),
 )
 
 
-def _bn_swish_backward_kernel(dy: Tensor, x: Tensor, *bn: Tensor) -> tuple[Tensor, ...]:
+def _bn_backward_kernel(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *bn, swish = args
     gamma, _, _, rstd = bn
-    dx, sums = kernels.bn_swish_backward(dy, x, bn)  # type: ignore[arg-type]
+    dx, sums = kernels.bn_backward(dy, x, tuple(bn), swish)
     params, moments = kernels.bn_gradients(sums, gamma, rstd)
     return dx, params.to(gamma.dtype), moments  # kernels return float32
 
 
-def _bn_swish_backward_formula(dy: Tensor, x: Tensor, *bn: Tensor) -> tuple[Tensor, ...]:
+def _bn_backward_formula(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *bn, swish = args
     gamma, _, _, rstd = bn
-    dx, sums = reference.bn_swish_backward(dy, x, *bn)
+    dx, sums = reference.bn_backward(dy, x, *bn, swish=swish)
     return nhwc(dx), *reference.bn_gradients(sums, gamma, rstd)
 
 
-def _bn_swish_backward_fake(dy: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _bn_backward_fake(dy: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
     c = x.shape[1]
     return like(x, *x.shape), gamma.new_empty(2, c), doubles(x, 2, c)
 
 
 _define(
-    "bn_swish_backward(Tensor dy, Tensor x, BN) -> (Tensor, Tensor, Tensor)",
-    _bn_swish_backward_kernel,
-    _bn_swish_backward_formula,
-    _bn_swish_backward_fake,
+    "batch_norm_backward(Tensor dy, Tensor x, BN, bool swish) -> (Tensor, Tensor, Tensor)",
+    _bn_backward_kernel,
+    _bn_backward_formula,
+    _bn_backward_fake,
 )
 _define(
     "depthwise(Tensor x, Tensor weight, int stride) -> Tensor",
@@ -243,7 +272,7 @@ def _fused_kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _fused_formula(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *bn, weight, stride, want_sums = args
-    y = reference.depthwise(reference.bn_swish(x, *bn), weight, stride)
+    y = reference.depthwise(reference.bn_forward(x, *bn, swish=True), weight, stride)
     return nhwc(y), reference.channel_sums(y) if want_sums else doubles(x, 0)
 
 
@@ -277,16 +306,16 @@ def _fused_backward_formula(
 ) -> tuple[Tensor, ...]:
     *bn, weight, stride = args
     dy = dy if dsums is None else reference.fold(dy, y, dsums)
-    activation = reference.bn_swish(x, *bn)
+    activation = reference.bn_forward(x, *bn, swish=True)
     da, dw = reference.depthwise_backward(dy, activation, weight, stride, True, True)
-    return *_bn_swish_backward_formula(da, x, *bn), dw.contiguous()
+    return *_bn_backward_formula(da, x, *bn, True), dw.contiguous()
 
 
 def _fused_backward_fake(
     dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *bn, weight, _ = args
-    return *_bn_swish_backward_fake(dy, x, *bn), weight.new_empty(weight.shape)
+    return *_bn_backward_fake(dy, x, *bn), weight.new_empty(weight.shape)
 
 
 _define(

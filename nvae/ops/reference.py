@@ -1,9 +1,8 @@
 """The kernels' mathematics in plain PyTorch, op by op.
 
-This is what the registered ops compute on the CPU, and on a GPU where a kernel does not compile;
-the forward functions are differentiable and make up the reference path. Float64 stays float64;
-anything narrower is computed in float32 and rounded to its storage type at the end, as in the
-kernels. Shapes and names as in :mod:`nvae.ops.kernels`.
+This is what the registered ops compute on the CPU, and on a GPU where a kernel does not compile.
+Float64 stays float64; anything narrower is computed in float32 and rounded to its storage type at
+the end, as in the kernels. Shapes and names as in :mod:`nvae.ops.kernels`.
 """
 
 import torch
@@ -17,14 +16,15 @@ _CACHE = 1 << 20
 
 def channel_sums(x: Tensor) -> Tensor:
     """Sum and sum of squares of every channel, ``(2, C)`` float64."""
-    wide = x.double()
-    return torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+    n = x.numel() // x.shape[1]
+    mean, var = (t.double() for t in torch.batch_norm_update_stats(x.to(_wide(x)), None, None, 0.0))
+    return n * torch.stack([mean, var + mean * mean])
 
 
 def fold(dx: Tensor, x: Tensor, dsums: Tensor) -> Tensor:
     """Gradient of x from that of (x, channel_sums(x)): dx + dS1 + 2 dS2 x."""
-    first, second = dsums[:, None, :, None, None].to(_wide(x))
-    return (dx + first + 2 * second * x).to(x.dtype)
+    first, twice = torch.stack([dsums[0], 2 * dsums[1]])[:, None, :, None, None].to(_wide(x))
+    return torch.addcmul(first, x.to(first.dtype), twice).add_(dx).to(x.dtype)
 
 
 def moments(sums: Tensor, elements: Tensor | None, n: float, eps: float) -> Tensor:
@@ -44,21 +44,33 @@ def moments_backward(
     return torch.stack([dmean - 2 * mean * dvar, dvar]) / count
 
 
-def bn_swish(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Swish(v), v = (x - mean) gamma rstd + beta."""
-    return F.silu(normalize(x, gamma, beta, mean, rstd)[0]).to(x.dtype)
+def bn_forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
+) -> Tensor:
+    """v or Swish(v), v = (x - mean) gamma rstd + beta."""
+    if not swish:
+        return _normalize(x, gamma, beta, mean, rstd)
+    return F.silu(_normalize(x.to(_wide(x)), gamma, beta, mean, rstd)).to(x.dtype)
 
 
-def bn_swish_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
+def bn_backward(
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
-    v, centered, scale = normalize(x, gamma, beta, mean, rstd)
-    s = torch.sigmoid(v)
-    g = dy.to(v.dtype) * s * (1 + v * (1 - s))
-    wide = g.double()
-    sums = torch.stack([wide.sum((0, 2, 3)), (wide * centered).sum((0, 2, 3))])
-    return (g * scale).to(x.dtype), sums
+    g, stored = dy.to(x.dtype), x
+    if swish:
+        x = x.to(_wide(x))
+        v = _normalize(x, gamma, beta, mean, rstd)
+        g = torch.ops.aten.silu_backward(dy.to(v.dtype), v)
+    gamma, mean, rstd = (t.to(_wide(x)) for t in (gamma, mean, rstd))
+    # in evaluation mode: mean and variance are constants. By rows: on the CPU, images of two memory
+    # formats give wrong gradients where the batch is 1
+    dx, moment, total = torch.ops.aten.native_batch_norm_backward(
+        _rows(g), _rows(x), gamma, mean, rstd**-2, None, None, False, 0.0, [True, True, True]
+    )
+    b, c, h, w = x.shape
+    dx = dx.view(b, h, w, c).permute(0, 3, 1, 2).to(stored.dtype)
+    return dx, torch.stack([total, moment / rstd]).double()
 
 
 def bn_gradients(sums: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,14 +101,15 @@ def depthwise_backward(
     return dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 
-def normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """v = (x - mean) gamma rstd + beta, x - mean, and gamma rstd, in at least float32."""
-    dtype = _wide(x)
-    gamma, beta, mean, rstd = (t.to(dtype).view(1, -1, 1, 1) for t in (gamma, beta, mean, rstd))
-    centered, scale = x.to(dtype) - mean, gamma * rstd
-    return centered * scale + beta, centered, scale
+def _normalize(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """v = (x - mean) gamma rstd + beta, of x's type."""
+    gamma, beta, mean, rstd = (t.to(_wide(x)) for t in (gamma, beta, mean, rstd))
+    return F.batch_norm(x, mean, rstd**-2, gamma, beta, False, 0.0, 0.0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` as ``(B H W, C)``, a view of channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,31 +1,62 @@
 """Exponential moving average of the weights, by Lightning's weight averaging."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nvae.models.folding import forget
+from nvae.training.host_copy import HostCopy
+
+Place = tuple[dict[str, Tensor | None], str]
+"""Where a module keeps a tensor; the tensor there may be another one at every step."""
 
 
-def ema_of_floats(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """torch's moving average for floating tensors; counters and flags are copied."""
-    average = get_ema_multi_avg_fn(decay)
+class _Averaged:
+    """The tensors of one type: their averages, the model's own, and how to update the former."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        if averaged[0].is_floating_point():
-            average(averaged, current, count)
+    def __init__(self, averages: list[Tensor], places: list[Place], decay: float) -> None:
+        self._averages, self._places = averages, places
+        self._weight = 1 - decay
+        current = self._current()
+        self._lerps = averages[0].is_floating_point()
+        # of a model on another device the average is updated from a copy beside it
+        self.is_apart = _apart(averages[0], current[0])
+        self._copy = HostCopy(current) if self.is_apart else None
+
+    def _current(self) -> list[Tensor]:
+        return [kept[name] for kept, name in self._places]  # type: ignore[misc]
+
+    def start(self) -> None:
+        """Queue the copy, where one is needed."""
+        if self._copy is not None:
+            self._copy.start(self._current())
+
+    @torch.no_grad()
+    def update(self, first: bool) -> None:
+        """One multi-tensor operation: the average moves; counters and flags are copied."""
+        if self._copy is None:
+            current = self._current()
         else:
-            torch._foreach_copy_(averaged, current)
-
-    return update
+            self._copy.wait()
+            current = self._copy.copies
+        if self._lerps and not first:
+            torch._foreach_lerp_(self._averages, current, self._weight)
+        else:
+            torch._foreach_copy_(self._averages, current)
 
 
 class MovingAverage(WeightAveraging):
     """Averages parameters and running statistics after every optimizer step.
+
+    The arithmetic is that of :func:`torch.optim.swa_utils.get_ema_multi_avg_fn`. A step is one
+    multi-tensor operation a type of tensor, on the device that the average is on, and nothing
+    waits: an average in the host's memory is updated by a thread, from copies that arrive while
+    training goes on.
 
     Validation and pictures use the average. It is the `state_dict` of every checkpoint, and the raw
     weights are `current_model_state` there: in `step_N.ckpt` by Lightning's hook, in `best.ckpt` by
@@ -37,8 +68,11 @@ class MovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float, device: str | None = None) -> None:
-        super().__init__(device=device, multi_avg_fn=ema_of_floats(decay))
-        self.device = device
+        super().__init__(device=device)
+        self.decay, self.device = decay, device
+        self._groups: list[_Averaged] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._update: Future[None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the average; its counter stays on the host, which looks at it at every update."""
@@ -49,8 +83,55 @@ class MovingAverage(WeightAveraging):
         if self._average_model is not None:
             self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The model is on its device: remember its tensors."""
+        self._settle()
+        assert self._average_model is not None
+        pairs: dict[torch.dtype, tuple[list[Tensor], list[Place]]] = defaultdict(lambda: ([], []))
+        averages = [kept[name] for kept, name in _places(self._average_model.module)]
+        for average, place in zip(averages, _places(pl_module), strict=True):
+            assert average is not None
+            same, places = pairs[average.dtype]
+            same.append(average)
+            places.append(place)
+        self._groups = [_Averaged(*lists, self.decay) for lists in pairs.values()]
+        apart = any(group.is_apart for group in self._groups)
+        self._thread = ThreadPoolExecutor(1, "moving-average") if apart else None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """After an optimizer step: update. The first average is the weights themselves."""
+        if trainer.global_step <= self._latest_update_step:
+            return
+        assert self._average_model is not None
+        assert self._groups is not None
+        first = not self._average_model.n_averaged
+        self._settle()
+        for group in self._groups:
+            group.start()
+        if self._thread is not None:
+            self._update = self._thread.submit(self._move, first)
+        else:
+            self._move(first)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
+
+    def _move(self, first: bool) -> None:
+        assert self._groups is not None
+        for group in self._groups:
+            group.update(first)
+
+    def _settle(self) -> None:
+        """Wait for the update that a thread may be at."""
+        update, self._update = self._update, None
+        if update is not None:
+            update.result()
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in; through ``.data``, which derived weights do not see."""
+        self._settle()
         super().on_validation_epoch_start(trainer, pl_module)
         forget(pl_module)
 
@@ -59,14 +140,49 @@ class MovingAverage(WeightAveraging):
         super().on_validation_epoch_end(trainer, pl_module)
         forget(pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The model ends with the average."""
+        self._settle()
+        super().on_train_end(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Average and raw weights are those of the same step."""
+        self._settle()
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End the thread."""
+        self._settle()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
     def averaged_state(self) -> dict[str, Tensor]:
         """The average, under the names that the module's own ``state_dict`` uses.
 
         Not inside a validation, where the module holds the average and this the raw weights.
         """
+        self._settle()
         assert self._average_model is not None
         module: nn.Module = self._average_model.module
         return dict(module.state_dict())
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    return a.device != b.device
+
+
+def _places(module: nn.Module) -> list[Place]:
+    """Of every parameter and buffer, each once."""
+    found: dict[int, Place] = {}
+    for child in module.modules():
+        for kept in (child._parameters, child._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (kept, name))  # type: ignore[arg-type]
+    return list(found.values())
 
 
 def moving_average(decay: float | None = None, device: str | None = None) -> MovingAverage | None:

@@ -4,10 +4,11 @@ Lightning's loggers work as they are; these put their files into the run's folde
 when the run is resumed. All but JSON lines are Lightning's own with other defaults.
 """
 
+import errno
 import importlib.util
 import json
+import os
 import secrets
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -24,16 +25,17 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from nvae.command_line import brief
 from nvae.files import replacing
+from nvae.models import HierarchicalVAE
 from nvae.pictures import save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
+from nvae.training.log_guard import Warnings
 from nvae.training.module import NVAELightning
 
 
 class LogWriteError(OSError):
-    """A reading could not be written; the log is as it was, but for a last line cut short."""
+    """A reading could not be written; the log is as it was."""
 
 
 class JsonLinesLogger(Logger):
@@ -41,7 +43,8 @@ class JsonLinesLogger(Logger):
 
     Args:
         save_dir: folder of `metrics.jsonl`; lines of steps after ``start_step`` are dropped, for
-            a resumed run writes them again.
+            a resumed run writes them again. So is one of that step which it begins with: of a
+            validation that is done once more.
         start_step: optimizer step that the run starts from.
     """
 
@@ -75,25 +78,38 @@ class JsonLinesLogger(Logger):
         line |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
         try:
             if not self._trimmed:
-                self._trim()
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                self._trim(line)
+            with self.path.open("ab", buffering=0) as file:
+                self._append(file, (json.dumps(line) + "\n").encode())
         except OSError as error:
             raise LogWriteError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def _trim(self) -> None:
-        self._trimmed = True
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text().splitlines() if self._is_earlier(line)]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-
-    def _is_earlier(self, line: str) -> bool:
+    @staticmethod
+    def _append(file: IO[bytes], line: bytes) -> None:
+        before = file.tell()
         try:
-            return int(json.loads(line)["step"]) <= self.start_step
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)  # the next line must not go on where this one was cut
+            raise
+
+    def _trim(self, first: dict[str, Any]) -> None:
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if self._stays(line, first)]
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+        self._trimmed = True
+
+    def _stays(self, line: str, first: dict[str, Any]) -> bool:
+        try:
+            found = json.loads(line)
+            step = int(found["step"])
         except (ValueError, KeyError, TypeError):  # the line a killed process was writing
             return False
+        is_again = step == first["step"] and found.keys() == first.keys()
+        return step <= self.start_step and not is_again
 
 
 class RunTensorBoard(TensorBoardLogger):
@@ -114,6 +130,8 @@ class RunTensorBoard(TensorBoardLogger):
 class RunCSV(CSVLogger):
     """`metrics.csv`, a new one at each start: Lightning's writer deletes the file it finds.
 
+    Every line is written when it is made.
+
     Args:
         save_dir: the run's folder.
         start_step: optimizer step that the run starts from.
@@ -121,7 +139,11 @@ class RunCSV(CSVLogger):
     """
 
     def __init__(self, save_dir: str | Path, start_step: int = 0, **more: Any) -> None:
-        own = {"name": "csv", "version": f"from_step_{start_step:08d}"}
+        own: dict[str, Any] = {
+            "name": "csv",
+            "version": f"from_step_{start_step:08d}",
+            "flush_logs_every_n_steps": 1,  # a killed run leaves its lines
+        }
         super().__init__(save_dir, **own | more)
 
 
@@ -181,7 +203,8 @@ def log_errors_once() -> Iterator[None]:
 @dataclass(eq=False)
 class Pictures(pl.Callback):
     """Writes grids of samples and reconstructions to `pictures/` in the Trainer's
-    `default_root_dir`, to TensorBoard and to Weights & Biases; the first rank alone.
+    `default_root_dir`, to TensorBoard and to Weights & Biases; the first rank alone. One that
+    fails is a line on stderr.
 
     The noise is the same every time, so that one can watch a picture form.
 
@@ -203,6 +226,7 @@ class Pictures(pl.Callback):
         if not self.temperatures:
             raise ValueError("callbacks.pictures.temperatures is []; it takes one or more numbers")
         self._x: Tensor | None = None
+        self._warnings = Warnings()
 
     def _are_due(self, trainer: pl.Trainer) -> bool:
         every = self.every_epochs
@@ -224,29 +248,31 @@ class Pictures(pl.Callback):
         if not self._are_due(trainer):
             return
         assert isinstance(pl_module, NVAELightning)
-        model = pl_module.model
+        with self._warnings.instead("callbacks.pictures", "samples"):
+            self._draw_samples(trainer, pl_module.model)
+        with self._warnings.instead("callbacks.pictures", "reconstructions"):
+            self._draw_reconstructions(trainer, pl_module.model)
+        self._x = None
+
+    def _draw_samples(self, trainer: pl.Trainer, model: HierarchicalVAE) -> None:
         samples = [
             sample_images(model, range(self.columns), temperature=t, pixel_temperature="mean")
             for t in self.temperatures
         ]
         labels = [f"temperature {t:g}" for t in self.temperatures]
         self._write(trainer, "samples", samples, labels)
+
+    def _draw_reconstructions(self, trainer: pl.Trainer, model: HierarchicalVAE) -> None:
         if self._x is None:
             return
         means = decode(model, encode(model, self._x, self._index), "mean")
         labels = ["validation image", "reconstruction"]
         self._write(trainer, "reconstructions", [self._x.cpu(), means], labels)
-        self._x = None
 
     def _write(self, trainer: pl.Trainer, name: str, rows: list[Tensor], labels: list[str]) -> None:
         step = trainer.global_step
         file = Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:08d}.png"
-        try:
-            save_rows(file, rows, labels)
-        except OSError as error:  # a picture less is no reason to stop
-            reason = brief(error.strerror or error)
-            print(f"{file} could not be written: {reason}; training goes on", file=sys.stderr)
-            return
+        save_rows(file, rows, labels)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with Image.open(file) as picture:

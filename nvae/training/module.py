@@ -28,7 +28,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
 from nvae.data.module import ImageDataModule
+from nvae.data.samplers import TrainSampler
 from nvae.models import HierarchicalVAE
+from nvae.models.layers import MOMENTUM
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
@@ -38,7 +40,8 @@ from nvae.training.optimizers import (
     learning_rate_factor,
     warmup_steps,
 )
-from nvae.training.recompute import compile_blocks, recompute_blocks
+from nvae.training.position import ENTRY, recount_batches, steps_ahead
+from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.validation import ValidationSums, group_metrics
 
@@ -85,8 +88,8 @@ class NVAELightning(pl.LightningModule):
     bit: black below 128/255, white from there), and where the likelihood counts a window of the
     model's image (``counted_size``), images of the window's size get zeros around them.
 
-    The KL coefficient and the learning rate go by the length of the run: the Trainer needs
-    ``max_epochs`` or ``max_steps``, ``max_time`` alone does not do.
+    The KL coefficient and the learning rate go by the share of the run's images that were seen:
+    the Trainer needs ``max_epochs`` or ``max_steps``, ``max_time`` alone does not do.
 
     Logged, in nats per image: ``train/loss`` and its parts every ``log_every_n_steps`` optimizer
     steps, which is when the device is read, ``valid/negative_elbo`` and its parts at each
@@ -142,6 +145,8 @@ class NVAELightning(pl.LightningModule):
         self.latest: dict[str, float] = {}  # metrics at the last reading
         self._sums = ValidationSums(model)
         self._seen = 0  # images of this evaluation, on this rank
+        self.steps_ahead: float = 0  # see nvae.training.position
+        self._resumed_at = 0  # micro-batch of the epoch at hand
         self._start_clock()
 
     def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
@@ -190,20 +195,19 @@ class NVAELightning(pl.LightningModule):
             self.model.check_range(x)
             self._has_checked_range = True
         self._images += len(x) * self.trainer.world_size
-        window, is_last = self._accumulation(batch_idx)
+        weight, is_last = self._accumulation(batch_idx, len(x))
         nominal = self.trainer.accumulate_grad_batches
         noise = self._noise(self.model, len(x), self.trainer.fit_loop.total_batch_idx)
         self.last = self.loss(
             self.model,
             x,
             noise,
-            step=self.global_step,
+            step=self.position(self.global_step),
             total_steps=self.total_steps,
             input_noise=self._noise.further(x) if self.loss.config.encoder_noise else None,
             regularize=is_last,
         )
-        # Lightning divides by the nominal window; an epoch's last one may be shorter
-        loss = self.last.data * (nominal / window)
+        loss = self.last.data * weight
         if self.last.penalty is not None:
             # once per optimizer step, whatever the number of micro-batches
             loss = loss + self.last.penalty * nominal
@@ -239,6 +243,7 @@ class NVAELightning(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Validation and checkpoints between epochs are no part of the speed."""
         self._start_clock()
+        self._resumed_at = 0  # Lightning calls this at the beginning of an epoch alone
 
     def _start_clock(self) -> None:
         self._images = 0  # on all ranks
@@ -322,14 +327,34 @@ class NVAELightning(pl.LightningModule):
                     warmup,
                 )
         factor = learning_rate_factor(config, self.steps_per_epoch, self.total_steps)
-        scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_scale * factor(step))
+        scheduler = LambdaLR(
+            optimizer, lambda step: self.learning_rate_scale * factor(self.position(step))
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def setup(self, stage: str) -> None:
+        """Another Trainer may bring other data."""
+        for name in ("batches_per_epoch", "_sampler"):
+            self.__dict__.pop(name, None)
+
     def on_fit_start(self) -> None:
-        """Ranks draw different noise and share batch statistics."""
+        """Ranks draw different noise and share batch statistics.
+
+        Raises:
+            ValueError: the Trainer counts other micro-batches than the data module makes.
+        """
+        sampler, accumulate = self._sampler, self.trainer.accumulate_grad_batches
+        if sampler is not None and sampler.global_batch is not None:
+            wanted = len(sampler.micro_batches)
+            if accumulate != wanted:
+                raise ValueError(
+                    f"data.global_batch={sampler.global_batch} takes {wanted} micro-batches a step "
+                    f"here: give the Trainer accumulate_grad_batches={wanted}"
+                )
+        span_whole_steps(self.model, accumulate)
         self._noise = TrainingNoise(self.seed, self.global_rank)
         if self.trainer.world_size > 1:
             synchronize_batchnorm(self.model)
@@ -365,6 +390,10 @@ class NVAELightning(pl.LightningModule):
         """Make the checkpoint readable by :func:`nvae.checkpoint.load_model`."""
         checkpoint.update(describe(self.model, self.run_config))
         checkpoint["learning_rate_scale"] = self.learning_rate_scale
+        images = self.images_per_step
+        if images is not None:
+            seen = round(self.position(checkpoint["global_step"]) * images)
+            checkpoint[ENTRY] = {"seen": seen, "a_step": images}
         if self.fingerprint is not None:
             checkpoint["fingerprint"] = self.fingerprint
 
@@ -385,6 +414,34 @@ class NVAELightning(pl.LightningModule):
         if "current_model_state" in checkpoint and not keeps_average:
             # the optimizer's state belongs to the raw weights; no one else would take them
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+        if self._sampler is not None and self.images_per_step is not None:
+            self.steps_ahead = steps_ahead(checkpoint, self.images_per_step, self.run_config)
+            if "loops" in checkpoint:  # Lightning takes weights alone, too
+                batches = int(self.batches_per_epoch)
+                self._resumed_at = recount_batches(checkpoint["loops"], self._sampler, batches)
+
+    @cached_property
+    def _sampler(self) -> TrainSampler | None:
+        """Of our data module in training; None elsewhere, where images cannot be counted."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        if trainer is None or trainer.state.fn != "fit" or not isinstance(data, ImageDataModule):
+            return None
+        order = data.train_dataloader().order
+        return order if isinstance(order, TrainSampler) else None
+
+    @property
+    def images_per_step(self) -> int | None:
+        """Images of a whole optimizer step, over all ranks; None where they cannot be counted."""
+        if self._sampler is None:
+            return None
+        if self._sampler.global_batch is not None:
+            return self._sampler.global_batch
+        return self._sampler.global_batch_size * self.trainer.accumulate_grad_batches
+
+    def position(self, step: int) -> float:
+        """Where in the schedules a count of optimizer steps is, of :attr:`total_steps`."""
+        return step + self.steps_ahead
 
     @cached_property
     def batches_per_epoch(self) -> float:
@@ -412,13 +469,13 @@ class NVAELightning(pl.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, T.
+        """Length of the schedules, T: the whole run in steps of this start's batch.
 
         Raises:
             ValueError: the run has no known end.
         """
         steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
-        bounds = [float(steps)] if steps is not None and steps >= 0 else []
+        bounds = [self.position(steps)] if steps is not None and steps >= 0 else []
         if epochs is not None and epochs >= 0:
             bounds.append(epochs * self.steps_per_epoch)
         total = min(bounds, default=math.inf)
@@ -430,12 +487,41 @@ class NVAELightning(pl.LightningModule):
             )
         return int(total)
 
-    def _accumulation(self, batch_idx: int) -> tuple[int, bool]:
-        """Micro-batches of the step that ``batch_idx`` belongs to, and whether it is the last."""
+    def _accumulation(self, batch_idx: int, images: int) -> tuple[float, bool]:
+        """Weight of a micro-batch's mean in the step, and whether the step ends with it.
+
+        Lightning divides the sum by the nominal number of micro-batches, and the mean over ranks
+        by theirs; with both undone the step is the mean over its images.
+
+        Args:
+            batch_idx: of the micro-batch, in its epoch.
+            images: it has on this rank.
+        """
         nominal = self.trainer.accumulate_grad_batches
         start = batch_idx - batch_idx % nominal
-        window = int(min(nominal, self.batches_per_epoch - start))
-        return window, batch_idx == start + window - 1
+        # an epoch's last step may be shorter, and the first one after resuming
+        end = int(min(start + nominal, self.batches_per_epoch))
+        if self._resumed_at <= batch_idx:
+            start = max(start, self._resumed_at)
+        sampler = self._sampler
+        if sampler is None or sampler.global_batch is None:  # all micro-batches are alike
+            weight = nominal / (end - start)
+        else:
+            whole = sum(sampler.micro_batches[: end - start])
+            weight = images * self.trainer.world_size * nominal / whole
+        return weight, batch_idx == end - 1
+
+
+def span_whole_steps(model: nn.Module, micro_batches: int) -> None:
+    """Let running statistics span as many images as if each step were a single batch.
+
+    After K updates of momentum 1 - (1 - m)^(1/K) as much is left of the past as after one of m.
+    """
+    momentum = MOMENTUM
+    if micro_batches > 1:  # with one the power would round
+        momentum = 1 - (1 - MOMENTUM) ** (1 / micro_batches)
+    for norm in batchnorms(model):
+        norm.momentum = momentum
 
 
 def synchronize_batchnorm(model: nn.Module) -> None:
@@ -471,7 +557,7 @@ def build_module(
         optimizer: see there.
         seed: of initial weights and noise.
         compile: compile the model's blocks.
-        recompute: recompute the blocks' activations in the backward pass.
+        recompute: recompute the segments' activations in the backward pass.
         more: see there.
     """
     torch.manual_seed(seed)  # the same initial weights on every rank
@@ -479,5 +565,5 @@ def build_module(
     if compile:
         compile_blocks(model)
     if recompute:
-        recompute_blocks(model)
+        recompute_segments(model)
     return NVAELightning(model, objective, optimizer, seed=seed, **more)

@@ -307,7 +307,7 @@ def build_optimizer(
 
 def learning_rate_factor(
     config: OptimizerConfig, steps_per_epoch: float, total_steps: int
-) -> Callable[[int], float]:
+) -> Callable[[float], float]:
     """Learning rate of a step, divided by ``config.learning_rate``, as a function of the step.
 
     Step s (from 0) of W warm-up steps takes (s + 1) / W; after that the cosine runs from 1 to
@@ -317,7 +317,7 @@ def learning_rate_factor(
     warmup = warmup_steps(config, steps_per_epoch, total_steps)
     least = config.min_learning_rate / config.learning_rate
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if config.decay_every == "epoch" and math.isfinite(steps_per_epoch):

@@ -74,7 +74,7 @@ class RunProgress(ProgressBar):
         self._printed = time.monotonic()
         self._started, self._start_step = time.monotonic(), trainer.global_step
         assert isinstance(pl_module, NVAELightning)
-        self._total = pl_module.total_steps
+        self._total = round(pl_module.total_steps - pl_module.steps_ahead)
         if not (self._enabled and self._console.is_terminal):
             return
         self._progress = _TwoLines(

@@ -1,20 +1,22 @@
-"""What may be done to a model's repeated blocks: compiling, and gradient checkpointing.
+"""What may be done to parts of a model: compiling its blocks, recomputing its segments.
 
-A recomputed block's activations are not kept for the backward pass but computed again: memory for
-time. The second computation must not count: batch normalization would move its running statistics
-twice a step.
+A recomputed segment's activations are not kept for the backward pass but computed again (gradient
+checkpointing): memory for time. The second computation must not count: batch normalization would
+move its running statistics twice a step. Several ranks repeat a segment's collectives in the order
+of their backward passes, which is the same on all.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
 from nvae.models.layers import BatchNorm
+from nvae.objective import ObjectiveConfig
 from nvae.training.memory import estimate_memory
 
 USABLE_MEMORY = 0.8
@@ -39,28 +41,35 @@ def _contexts(
     return nullcontext(), frozen_statistics(norms)
 
 
-def _checkpointed(forward: Callable[[Tensor], Tensor], norms: list[BatchNorm], x: Tensor) -> Tensor:
-    y: Tensor = checkpoint(
-        forward, x, use_reentrant=False, preserve_rng_state=False,
-        context_fn=partial(_contexts, norms),
+def _checkpointed(
+    forward: Callable[..., Any], norms: list[BatchNorm], *arguments: Any, **more: Any
+) -> Any:
+    return checkpoint(
+        forward, *arguments, use_reentrant=False, preserve_rng_state=False,
+        context_fn=partial(_contexts, norms), **more,
     )  # fmt: skip
-    return y
 
 
-def recompute_blocks(model: HierarchicalVAE) -> None:
-    """Let every block of ``model`` recompute its activations in the backward pass.
+def recompute_segments(model: HierarchicalVAE) -> None:
+    """Let every segment of ``model`` recompute its activations in the backward pass.
 
-    Blocks draw no random numbers, so no generator state is kept. Parameters keep their names;
+    Segments draw no random numbers, so no generator state is kept. Parameters keep their names;
     without gradients (evaluation) nothing changes.
     """
-    for block in model.blocks():
-        norms = [m for m in block.modules() if isinstance(m, BatchNorm)]
-        # a partial of a bound method is copied with its block (the weights' average does so)
-        block.forward = partial(_checkpointed, block.forward, norms)
+    for segment in model.segments():
+        norms = [m for m in segment.modules() if isinstance(m, BatchNorm)]
+        # a partial of a bound method is copied with its segment (the weights' average does so)
+        segment.forward = partial(_checkpointed, segment.forward, norms)
 
 
 def should_recompute(
-    build: Callable[[], HierarchicalVAE], batch_size: int, precision: str, average_on_device: bool
+    build: Callable[[], HierarchicalVAE],
+    batch_size: int,
+    precision: str,
+    average_on_device: bool,
+    *,
+    objective: ObjectiveConfig | None = None,
+    synchronized: bool = False,
 ) -> bool:
     """Whether a training step would not fit in the GPU's memory without it, by estimate.
 
@@ -69,11 +78,14 @@ def should_recompute(
         batch_size: images of a micro-batch.
         precision: as in the trainer's configuration.
         average_on_device: a moving average of the weights lives beside the model.
+        objective: of the run.
+        synchronized: there are several ranks.
     """
-    estimate = estimate_memory(
-        build, batch_size, precision=precision, average_on_device=average_on_device
-    )
-    return estimate.total > USABLE_MEMORY * torch.cuda.get_device_properties(0).total_memory
+    plain, _ = estimate_memory(
+        build, batch_size, precision=precision, objective=objective,
+        average_on_device=average_on_device, synchronized=synchronized,
+    )  # fmt: skip
+    return plain.total > USABLE_MEMORY * torch.cuda.get_device_properties(0).total_memory
 
 
 def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
@@ -82,5 +94,5 @@ def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
     # default of eight graphs the rest would silently stay uncompiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for block in model.blocks():
-        # the method and not the module, so that a recomputed block is compiled inside
+        # the method and not the module, so that what is recomputed is compiled inside
         block.forward = torch.compile(block.forward, backend=backend)

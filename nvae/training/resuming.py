@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nvae.checkpoint import CheckpointError
+from nvae.training.position import ENTRY, images_a_step, processes
 
 Plain = dict[str, Any]
 
@@ -30,6 +31,7 @@ _TYPES: dict[str, type] = {
 }
 _TYPES_IF_THERE: dict[str, type] = {
     "fingerprint": dict,
+    ENTRY: dict,
     "current_model_state": dict,
     "averaging_state": dict,
 }
@@ -41,13 +43,14 @@ _PROGRESSES = ("batch_progress", "scheduler_progress", "val_loop.batch_progress"
 _FIXED = (
     "seed",
     "data.seed",
-    "data.batch_size",
-    "trainer.accumulate_grad_batches",
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
     "optimizer.name",
 )
 """Settings on which the schedule, the order of the data or the optimizer's state depends."""
+
+_FIXED_WITH_LIMITS = ("data.global_batch", "data.batch_size", "trainer.accumulate_grad_batches")
+"""Settings that may change because everything else is counted in images."""
 
 _FIXED_WITHOUT_FINGERPRINT = ("data.train_size", "data.split_seed")
 """What stands for the images themselves in checkpoints of earlier versions."""
@@ -77,6 +80,11 @@ def _check_content(checkpoint: Plain, path: Path) -> None:
             _check_type(name, checkpoint[name], kind)
     for section in ("data", "trainer", "optimizer", "model"):
         _check_type(f"run_config.{section}", checkpoint["run_config"][section], dict)
+    for name in (*_FIXED_WITH_LIMITS, "trainer.devices", "trainer.num_nodes"):
+        value = _lookup(checkpoint["run_config"], name)
+        if value is not None:  # earlier versions do not say all of them
+            _check_count(f"run_config.{name}", value)
+    images_a_step(checkpoint["run_config"])
     step = checkpoint["global_step"]
     named = re.fullmatch(r"step_(\d+)\.ckpt", path.name)
     if step < 0 or (named is not None and step != int(named[1])):
@@ -84,6 +92,9 @@ def _check_content(checkpoint: Plain, path: Path) -> None:
     scale = checkpoint["learning_rate_scale"]
     if not _is_number(scale) or not 0 < scale <= 1:
         raise ValueError(f"learning_rate_scale is {scale!r}, not above 0 and at most 1")
+    if ENTRY in checkpoint:
+        for name in ("seen", "a_step"):
+            _check_count(f"{ENTRY}.{name}", checkpoint[ENTRY][name])
     if "fingerprint" in checkpoint:
         _check_fingerprint(checkpoint["fingerprint"])
     _check_callbacks(checkpoint["callbacks"], step)
@@ -296,9 +307,7 @@ def conflicts(checkpoint: Plain, config: Plain, fingerprint: Plain | None) -> li
         was, now = _lookup(old, name), _lookup(config, name)
         if was != now:
             lines.append(f"{name}: {was} -> {now}")
-    was, now = (_processes(settings) for settings in (old, config))
-    if was != now:
-        lines.append(f"processes (trainer.devices x num_nodes): {was} -> {now}")
+    lines += _other_batches(old, config)
     if before is not None and fingerprint is not None:
         lines += _other_images(before["data"]["splits"], fingerprint["data"]["splits"])
         for name, was, now in (
@@ -308,6 +317,27 @@ def conflicts(checkpoint: Plain, config: Plain, fingerprint: Plain | None) -> li
             if was != now:
                 lines.append(f"{name}: {was} -> {now}")
     return list(dict.fromkeys(lines))
+
+
+def _other_batches(old: Plain, config: Plain) -> list[str]:
+    """What may not change about batches where something is counted in them, not in images."""
+    if old["optimizer"].get("schedule") and images_a_step(old) != images_a_step(config):
+        # one of torch's, which knows steps alone
+        return [f"images a step, of optimizer.schedule: {images_a_step(old)} -> "
+                f"{images_a_step(config)}"]  # fmt: skip
+    limits = ("trainer.limit_train_batches", "trainer.overfit_batches")
+    if not any(_lookup(old, name) for name in limits):
+        return []
+    lines = []
+    for name in _FIXED_WITH_LIMITS:
+        was, now = _lookup(old, name), _lookup(config, name)
+        if was != now:
+            lines.append(f"{name}: {was} -> {now}")
+    if processes(old) != processes(config):
+        lines.append(
+            f"processes (trainer.devices x num_nodes): {processes(old)} -> {processes(config)}"
+        )
+    return lines
 
 
 def _other_images(before: Plain, now: Plain) -> list[str]:
@@ -326,12 +356,6 @@ def _lookup(settings: Plain, name: str) -> Any:
     for part in name.split("."):
         value = value[part] if isinstance(value, dict) and part in value else None
     return value
-
-
-def _processes(settings: Plain) -> Any:
-    devices, nodes = settings["trainer"].get("devices", 1), settings["trainer"].get("num_nodes", 1)
-    is_known = all(isinstance(each, int) for each in (devices, nodes))
-    return devices * nodes if is_known else (devices, nodes)
 
 
 def epochs_begun_and_done(checkpoint: Plain) -> tuple[int, int]:

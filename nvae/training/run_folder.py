@@ -2,8 +2,8 @@
 
 One process at a time works in it: the first one of a run holds a lock, which the kernel keeps and
 drops when the process ends, however that happens; a file that a dead process left behind locks
-nothing. The first process also chooses the folder and tells the others: were each to look for
-itself, those that come late would find it taken.
+nothing. The first process also chooses the folder and the checkpoint and tells the others, which
+neither list nor read what is there.
 """
 
 import errno
@@ -17,22 +17,17 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
-from lightning_fabric.plugins.environments import (
-    ClusterEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 
 from nvae.files import read_bytes, replacing
 from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
+from nvae.training.decisions import decided
+from nvae.training.pending import is_pending
 from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
 
 LOCK_FILE = ".lock"
@@ -40,9 +35,6 @@ LOCK_FILE = ".lock"
 _PACKAGES = ("nvae", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What file systems without locks answer."""
-
-_HANDED_DOWN = "NVAE_RUN_FOLDER"
-"""Environment variable that tells the processes which Lightning starts."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class RunFolder:
         step: optimizer steps done already.
         epochs: whole epochs done already.
         passed_over: newer checkpoints that cannot be read, and why; a line each.
+        is_pending: a validation is to be done before anything else.
     """
 
     path: Path
@@ -62,6 +55,7 @@ class RunFolder:
     step: int = 0
     epochs: int = 0
     passed_over: tuple[str, ...] = ()
+    is_pending: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -122,8 +116,43 @@ def open_run(
             f"{path} is in epoch {begun} already, beyond trainer.max_epochs={epochs}; give more "
             "epochs, or another name=..."
         )
-    folder = RunFolder(path, found.path, checkpoint_step(checkpoint), done, found.passed_over)
+    folder = RunFolder(
+        path, found.path, checkpoint_step(checkpoint), done, found.passed_over,
+        is_pending(checkpoint),
+    )  # fmt: skip
     return folder, differences(before, config)
+
+
+def open_run_once(
+    path: Path,
+    resume: str,
+    config: Plain,
+    fingerprint: Plain | None = None,
+    *,
+    processes: int = 1,
+) -> tuple[RunFolder, list[str]]:
+    """:func:`open_run` in the first process of several; all have to call this, and get its answer.
+
+    Raises:
+        Exception: as :func:`open_run`, in the first process.
+        OtherRankError: in the others.
+    """
+    if processes == 1:
+        return open_run(path, resume, config, fingerprint)
+
+    def decide() -> Plain:
+        folder, changed = open_run(path, resume, config, fingerprint)
+        checkpoint = folder.checkpoint and str(folder.checkpoint)
+        return asdict(folder) | {
+            "path": str(path), "checkpoint": checkpoint, "changed": changed,
+        }  # fmt: skip
+
+    start = decided("start", decide)
+    checkpoint = start["checkpoint"] and Path(start["checkpoint"])
+    folder = RunFolder(
+        path, checkpoint, start["step"], start["epochs"], tuple(start["passed_over"])
+    )
+    return folder, start["changed"]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -338,7 +367,9 @@ class Claim:
     def __init__(self, path: Path, *, beside: bool = False, processes: int = 1) -> None:
         self._asked, self._beside = path, beside
         self._lock: RunLock | None = None
-        self.path = self._take() if processes == 1 else shared_path(self._take)
+        self.path = (
+            self._take() if processes == 1 else Path(decided("folder", lambda: str(self._take())))
+        )
 
     def _take(self) -> Path:
         try:
@@ -356,74 +387,3 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
-
-
-def _launcher() -> type[ClusterEnvironment] | None:
-    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
-    return next((kind for kind in kinds if kind.detect()), None)
-
-
-def is_started_by_launcher() -> bool:
-    """Whether torchrun or SLURM starts all processes of the run."""
-    return _launcher() is not None
-
-
-def shared_path(choose: Callable[[], Path]) -> Path:
-    """What ``choose`` gives in the first process, on every one; all of them have to call this.
-
-    Three ways, by how the processes came to be: a process group that is there already (a sweep's
-    second run), the address where torchrun's or SLURM's processes are about to meet, and the
-    environment of those that Lightning starts from the first, later on.
-
-    Raises:
-        ValueError: the first process's, on all of them.
-    """
-    if dist.is_available() and dist.is_initialized():
-        return _told_in_group(choose)
-    launcher = _launcher()
-    if launcher is not None:
-        return _told_through_store(launcher(), choose)
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _HANDED_DOWN in os.environ:
-        return Path(os.environ[_HANDED_DOWN])
-    here = choose()
-    os.environ[_HANDED_DOWN] = str(here)
-    return here
-
-
-def _answer(choose: Callable[[], Path]) -> str:
-    """The path, or the error, as one text for all."""
-    try:
-        return f"+{choose()}"
-    except ValueError as error:
-        return f"-{error}"
-
-
-def _understood(answer: str) -> Path:
-    if answer.startswith("-"):
-        raise ValueError(answer[1:])
-    return Path(answer[1:])
-
-
-def _told_in_group(choose: Callable[[], Path]) -> Path:
-    answer = [_answer(choose) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(answer)
-    return _understood(answer[0])
-
-
-def _told_through_store(environment: ClusterEnvironment, choose: Callable[[], Path]) -> Path:
-    rank, world = environment.global_rank(), environment.world_size()
-    if world == 1:
-        return choose()
-    # no process group: its keys would stay in torchrun's store and mislead the one to come
-    url = f"tcp://{environment.main_address}:{environment.main_port}"
-    server, *_ = next(dist.rendezvous(url, rank, world))
-    store = dist.PrefixStore("nvae_run_folder", server)
-    if rank:
-        answer = store.get("path").decode()
-        store.set(f"read_{rank}", "")
-        return _understood(answer)
-    answer = _answer(choose)
-    store.set("path", answer)
-    # on SLURM the store is this process's own, and ends with this function
-    store.wait([f"read_{other}" for other in range(1, world)])
-    return _understood(answer)

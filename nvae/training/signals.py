@@ -96,14 +96,29 @@ class StopOnSignal(pl.Callback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Save and stop, where a signal came and the optimizer step is whole."""
-        # Lightning's loops cannot be resumed from between an epoch's last batch and its validation
         if trainer.fit_loop._should_accumulate() or is_last_batch(trainer):
             return
         if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
             self._stop_if_told(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same after an epoch's last batch: a resumed run does the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_last_batch(trainer):
+            self._stop_if_told(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """In the validation too, where it was saved before; not with several ranks, whose numbers
+        of batches may differ."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1:
+            savers = savers_of(trainer)
+            if savers and all(each.is_saved(trainer) for each in savers):
+                self._stop_if_told(trainer)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same after an epoch's last batch and its validation."""
+        """The same after an epoch."""
         self._stop_if_told(trainer)
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
@@ -114,12 +129,17 @@ class StopOnSignal(pl.Callback):
             received = int(flag)
         if not received:
             return
-        savers = [c for c in trainer.callbacks if isinstance(c, Checkpoints)]  # type: ignore[attr-defined]
+        savers = savers_of(trainer)
         for checkpoints in savers:
             checkpoints.save(trainer)
         if self.requeue and trainer.is_global_zero:
             requeue_slurm_job()
         raise InterruptedRun(signal.Signals(received).name, trainer.global_step, bool(savers))
+
+
+def savers_of(trainer: pl.Trainer) -> list[Checkpoints]:
+    """The callbacks that can save where the run is."""
+    return [c for c in trainer.callbacks if isinstance(c, Checkpoints)]  # type: ignore[attr-defined]
 
 
 def requeue_slurm_job() -> None:

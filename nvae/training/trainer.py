@@ -17,8 +17,10 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 
+from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
+from nvae.training.processes import AUTO, count_processes
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -52,7 +54,9 @@ class TrainerConfig:
 
     Attributes:
         accelerator: ``auto`` | ``cpu`` | ``gpu``.
-        devices: processes on this machine, one for each device.
+        devices: processes on each machine, one for each device; ``auto``: those that torchrun or
+            srun started, else all devices that torch sees (on the CPU one process). Counted here:
+            afterwards it is a number.
         num_nodes: machines.
         cpu_threads: of torch, in each process (not Lightning's); null: one for every core. A small
             network on a machine that does other work too is fastest with 1.
@@ -60,7 +64,7 @@ class TrainerConfig:
         precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
         max_epochs: of the whole run; null: `max_steps` alone ends it.
         max_steps: optimizer steps of the whole run; -1: `max_epochs` alone ends it.
-        accumulate_grad_batches: micro-batches of `data.batch_size` a step.
+        accumulate_grad_batches: micro-batches a step; with `data.global_batch` it follows.
         check_val_every_n_epoch: epochs between two validations.
         limit_train_batches: batches an epoch, or a share of them up to 1.0; null: all.
         limit_val_batches: batches a validation, or a share of them; null: all.
@@ -76,7 +80,7 @@ class TrainerConfig:
     """
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: int | str = 1
     num_nodes: int = 1
     cpu_threads: int | None = None
     timeout: float = 1800.0
@@ -116,13 +120,27 @@ class TrainerConfig:
         if self.max_epochs is None and self.max_steps < 1:
             raise ValueError("trainer.max_epochs is null; then give trainer.max_steps=...")
         self._check_slurm()
+        if isinstance(self.devices, str):
+            check_choice("trainer.devices", self.devices, (AUTO,))
+        self.devices, self.num_nodes = count_processes(
+            self.devices, self.num_nodes, self.resolved_accelerator(), self._has_environment()
+        )
         self._check_device()
 
-    def _check_slurm(self) -> None:
+    def _plugins(self) -> list[str]:
+        """Names of their classes."""
         plugins = getattr(self, "plugins", None) or []
-        for plugin in plugins if isinstance(plugins, list | tuple) else [plugins]:
-            target = plugin.get("_target_") if isinstance(plugin, dict) else type(plugin).__name__
-            if str(target).endswith(SLURMEnvironment.__name__) and "SLURM_NTASKS" not in os.environ:
+        return [
+            str(each.get("_target_")) if isinstance(each, dict) else type(each).__name__
+            for each in (plugins if isinstance(plugins, list | tuple) else [plugins])
+        ]
+
+    def _has_environment(self) -> bool:
+        return any(name.endswith("Environment") for name in self._plugins())
+
+    def _check_slurm(self) -> None:
+        for name in self._plugins():
+            if name.endswith(SLURMEnvironment.__name__) and "SLURM_NTASKS" not in os.environ:
                 raise ValueError(
                     "trainer=slurm, but this is no SLURM job: start it with srun, or use "
                     "trainer=ddp"
@@ -134,7 +152,7 @@ class TrainerConfig:
                 raise ValueError(
                     "trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed"
                 )
-            if self.devices > MOST_CPU_PROCESSES:
+            if int(self.devices) > MOST_CPU_PROCESSES:
                 raise ValueError(
                     f"trainer.devices is {self.devices}; on the CPU it must be at most "
                     f"{MOST_CPU_PROCESSES} processes"
@@ -143,18 +161,24 @@ class TrainerConfig:
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        return self.devices * self.num_nodes
+        return int(self.devices) * self.num_nodes
 
     def is_over(self, epochs: int, steps: int) -> bool:
         """Whether a run that has done so much is at its end."""
         has_epochs = self.max_epochs is not None and epochs >= self.max_epochs
         return has_epochs or 0 <= self.max_steps <= steps
 
+    def process_group_backend(self) -> str:
+        """Of a run of several processes."""
+        given = self.strategy if isinstance(self.strategy, dict) else {}  # type: ignore[attr-defined]
+        usual = "nccl" if self.resolved_accelerator() == "gpu" else "gloo"
+        return given.get("process_group_backend") or usual
+
     def resolved_accelerator(self) -> str:
         """``cpu`` or ``gpu``."""
         if self.accelerator == "auto":
-            return "gpu" if torch.cuda.is_available() else "cpu"
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            return "gpu" if is_gpu_usable("trainer.accelerator=cpu") else "cpu"
+        if self.accelerator == "gpu" and not is_gpu_usable("trainer.accelerator=cpu"):
             raise ValueError("trainer.accelerator=gpu, but torch sees no GPU; use cpu or auto")
         return self.accelerator
 

@@ -1,5 +1,6 @@
 """Every shipped configuration composes; every mistake is one line before any work."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) 
 
 def test_all_experiments_are_there() -> None:
     papers = {"mnist", "cifar10", "celeba64", "imagenet32", "celebahq256", "ffhq256"}
-    assert set(_choices("experiment")) >= {"digits"} | papers | {f"{p}_1gpu" for p in papers}
+    assert set(_choices("experiment")) >= {"digits"} | papers
 
 
 def test_objective_of_the_presets() -> None:
@@ -140,30 +141,32 @@ def test_objective_of_the_presets() -> None:
         "ffhq256": (1e-1, 1.0, 5, 200, 8e-3),
     }
     for name, expected in table.items():
-        for variant in (name, f"{name}_1gpu"):
-            c = composed(f"experiment={variant}")
-            assert expected == (
-                c.objective.spectral_weight, c.objective.spectral_weight_initial,
-                c.optimizer.warmup_epochs, c.trainer.max_epochs, c.optimizer.learning_rate,
-            ), variant  # fmt: skip
-            assert (c.optimizer.name, c.optimizer.epsilon) == ("adamax", 1e-3)
-            assert c.optimizer.min_learning_rate == 1e-4
-            assert c.model.latent_channels == 20
+        c = composed(f"experiment={name}")
+        assert expected == (
+            c.objective.spectral_weight, c.objective.spectral_weight_initial,
+            c.optimizer.warmup_epochs, c.trainer.max_epochs, c.optimizer.learning_rate,
+        ), name  # fmt: skip
+        assert (c.optimizer.name, c.optimizer.epsilon) == ("adamax", 1e-3)
+        assert c.optimizer.min_learning_rate == 1e-4
+        assert c.model.latent_channels == 20
 
 
-def test_one_gpu_makes_the_papers_batch_by_accumulation() -> None:
-    for name in ("mnist", "cifar10", "celeba64", "imagenet32", "celebahq256", "ffhq256"):
-        paper, single = composed(f"experiment={name}"), composed(f"experiment={name}_1gpu")
-        assert single.trainer.world_size == 1
-        batch = single.data.batch_size * single.trainer.accumulate_grad_batches
-        assert batch == paper.data.batch_size * paper.trainer.world_size, name
+def test_accumulation_follows_from_the_images_of_a_step() -> None:
+    """What the user gives may agree; a null leaves it to the user, as ever."""
+    batch = ("data.global_batch=100", "data.batch_size=16")
+    assert composed(*batch).trainer.accumulate_grad_batches == 7
+    c = composed(*batch, "trainer.devices=2", "trainer.accumulate_grad_batches=4")
+    assert c.trainer.accumulate_grad_batches == 4
+    again = dataclasses.replace(c, name="again")
+    assert again.trainer.accumulate_grad_batches == 4
+    assert composed("trainer.accumulate_grad_batches=3").trainer.accumulate_grad_batches == 3
 
 
 def test_single_overrides_change_depth_width_and_devices() -> None:
     c = composed("experiment=mnist", "model.groups_per_scale=15", "model.encoder_channels=64")
     assert (c.model.groups_per_scale, c.model.encoder_channels) == (15, 64)
-    c = composed("trainer=ddp", "trainer.devices=8", "trainer.num_nodes=3")
-    assert c.trainer.world_size == 24
+    c = composed("trainer=ddp", "trainer.devices=8")
+    assert c.trainer.world_size == 8
 
 
 def test_model_follows_the_data() -> None:
@@ -195,7 +198,25 @@ MISTAKES = {
     "report.temperatures=[-1]": "must be at least 0",
     "name=a/b": "is no folder name",
     "trainer=slurm": "start it with srun",
+    "trainer.devices=all": "trainer.devices='all' is unknown; allowed: auto",
+    "trainer.num_nodes=3": "was started alone: start it with torchrun --nnodes 3 or srun",
+    "data.global_batch=0": "data.global_batch is 0; it must be at least 1",
 }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.accumulate_grad_batches=2"], "=2, but with data.global_batch=100 it follows"),
+        (["trainer.devices=80", "data.batch_size=1"], "leaves some of 80 devices without an image"),
+        (["trainer.devices=128"], "leaves some of 128 devices without an image"),
+    ],
+)
+def test_a_step_that_cannot_be_shared_is_one_line(overrides: list[str], words: str) -> None:
+    overrides = ["data.global_batch=100", "data.batch_size=16", *overrides]
+    with pytest.raises(ValueError, match=words) as caught:
+        composed(*overrides)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("override", MISTAKES)

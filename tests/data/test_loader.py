@@ -9,13 +9,11 @@ import torch
 from nvae.data.loader import (
     DenseSplit,
     EvalLoader,
-    EvalSampler,
     RaggedSplit,
-    Shard,
     TrainLoader,
-    TrainSampler,
 )
 from nvae.data.module import ImageDataModule
+from nvae.data.samplers import EvalSampler, Shard, TrainSampler
 
 N = 50
 

@@ -139,14 +139,14 @@ def test_interrupt_outside_training_is_one_line(tmp_path: Path, where: str) -> N
     assert ended.err == "interrupted; run the same command again\n"
 
 
-def _two_ranks(folder: Path) -> subprocess.Popen[str]:
+def _two_ranks(folder: Path, script: Path = ROOT / "train.py") -> subprocess.Popen[str]:
     """A command that starts its second rank itself, in a process group of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *TINY, "trainer.devices=2", "trainer.max_epochs=4000",
+        [sys.executable, script, *TINY, "trainer.devices=2", "trainer.max_epochs=4000",
          "trainer.accelerator=cpu"],
-        cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=folder, env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -189,6 +189,34 @@ def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool
         while _ranks_left(job.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not _ranks_left(job.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+INTERRUPTED_AT_ITS_START = """
+import signal, subprocess
+from nvae.cli import train_command
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if "LOCAL_RANK" in (options.get("env") or {}):
+            signal.raise_signal(signal.SIGINT)  # and Lightning never lists this process
+
+subprocess.Popen = Interrupted
+train_command()
+"""
+
+
+@pytest.mark.slow
+def test_interrupt_while_a_rank_is_being_started_leaves_none(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(INTERRUPTED_AT_ITS_START)
+    job = _two_ranks(tmp_path, script)
+    try:
+        _, err = job.communicate(timeout=60)  # whoever is left holds the pipe
+        assert (job.returncode, err) == (130, "interrupted; run the same command again\n")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)

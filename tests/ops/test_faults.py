@@ -10,7 +10,7 @@ import torch
 from .cases import Case
 from .host import HostLauncher
 from .test_adamax_kernel import check_adamax
-from .test_host_kernels import check_bn_swish, check_depthwise, check_moments
+from .test_host_kernels import check_batch_norm, check_depthwise, check_moments
 
 BFLOAT = torch.bfloat16
 ODD = Case(3, 90, 7, 9)
@@ -39,7 +39,7 @@ def depthwise(case: Case) -> Callable[[HostLauncher], None]:
 
 
 def bn_swish(case: Case) -> Callable[[HostLauncher], None]:
-    return lambda host: check_bn_swish(case, host)
+    return lambda host: check_batch_norm(case, host)
 
 
 FORWARD, BACKWARD = "depthwise_forward", "depthwise_backward"
@@ -132,6 +132,10 @@ FAULTS = [
           "const int live = CB * TAPS", depthwise(ODD), True),
     Fault("tail of the pixels", "bn_swish", "const bool inside = p + u * GROUPS < end",
           "const bool inside = true", bn_swish(ODD), True),
+    Fault("Swish where there is none", "bn_swish", "out[i] = v;", "out[i] = v * sigmoid(v);",
+          bn_swish(ODD)),
+    Fault("Swish's derivative where there is none", "bn_swish", "const float g = dy[i];",
+          "const float g = dy[i] * sigmoid(v);", bn_swish(ODD)),
     Fault("fold without its constant", "bn_swish", "fmaf(slope[i], x[i], constant[i])",
           "slope[i] * x[i]", bn_swish(ODD)),
     Fault("a row left out", "vectors", "int row = group;", "int row = group + 1;",

@@ -3,7 +3,7 @@
 There the ops compute their formulas; that the kernels compute the same is test_host_kernels.py's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d, library
+from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d, library
 
 EPS = 1e-5
 Chain = Callable[..., tuple[Tensor, ...]]
@@ -203,8 +203,8 @@ def opcheck_inputs() -> dict[str, tuple[object, ...]]:
         "fold": (x, x, sums),
         "moments": (sums, None, 90.0, EPS),
         "moments_backward": (sums, n, 90.0, EPS, mean, rstd),
-        "bn_swish": (x, *bn),
-        "bn_swish_backward": (x, x, *bn),
+        "batch_norm": (x, *bn, True),
+        "batch_norm_backward": (x, x, *bn, False),
         "depthwise": (x, w, 2),
         "depthwise_backward": (x, x, w, 1, True, False),
         "bn_swish_depthwise": (x, *bn, w, 1, True),
@@ -216,6 +216,53 @@ def opcheck_inputs() -> dict[str, tuple[object, ...]]:
 def test_opcheck(name: str) -> None:
     """Schema, fake against real, tracing with dynamic shapes."""
     torch.library.opcheck(getattr(torch.ops.nvae, name).default, opcheck_inputs()[name])
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone: the path of several ranks."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [batch_norm, bn_swish])
+def test_ranks_keep_nothing_but_the_raw_input(
+    norm: Callable[..., tuple[Tensor, Statistics]], dtype: torch.dtype, group: dist.ProcessGroup
+) -> None:
+    """Statistics that ranks share cost 2C + 1 numbers, not tensors of the input's size."""
+    x, gamma, beta, *_ = inputs(torch.float32, c=8)
+    x = x.detach().to(dtype).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        norm(x, gamma, beta, group=group)
+    images = x.numel() * x.element_size()
+    swished = norm is bn_swish  # the CPU's Swish is not of the same op, and keeps its input
+    assert sum(n for n in kept.values() if n >= images) == images * (1 + swished)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shared_statistics_pass_gradcheck(
+    batch: int, layout: torch.memory_format, group: dist.ProcessGroup
+) -> None:
+    """In either memory format, that of the gradient being another or not."""
+    x, gamma, beta, *_ = inputs(c=2, size=(2, 3))
+    x = x.detach()[:batch].contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: batch_norm(*a, group=group).output, (x, gamma, beta))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    alone, shared = (
+        torch.autograd.grad((batch_norm(x, gamma, beta, group=g).output * dy).sum(), [x, beta])
+        for g in (None, group)
+    )
+    torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-12)
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -59,19 +59,20 @@ def check_depthwise(case: Case, launcher: HostLauncher) -> None:
         assert relative_error(moments, p.dmoments) < close
 
 
-def check_bn_swish(case: Case, launcher: HostLauncher) -> None:
+def check_batch_norm(case: Case, launcher: HostLauncher) -> None:
     """The element-wise passes of one case against their formulas in float64."""
     p = make_problem(case)
     close = tolerance(case.dtype)
     wide, bn = p.x.double(), tuple(t.double() for t in p.bn)
     dy = torch.randn(p.x.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
 
-    y = kernels.bn_swish_forward(p.x, p.bn, launcher)
-    assert relative_error(y, reference.bn_swish(wide, *bn)) < close
-    dx, sums = kernels.bn_swish_backward(dy, p.x, p.bn, launcher)
-    dx64, sums64 = reference.bn_swish_backward(dy.double(), wide, *bn)
-    assert relative_error(dx, dx64) < close
-    assert relative_error(sums, sums64) < 1e-5
+    for swish in (False, True):
+        y = kernels.bn_forward(p.x, p.bn, swish, launcher)
+        assert relative_error(y, reference.bn_forward(wide, *bn, swish=swish)) < close
+        dx, sums = kernels.bn_backward(dy, p.x, p.bn, swish, launcher)
+        dx64, sums64 = reference.bn_backward(dy.double(), wide, *bn, swish=swish)
+        assert relative_error(dx, dx64) < close
+        assert relative_error(sums, sums64) < 1e-5
     assert relative_error(kernels.channel_sums(p.x, launcher), reference.channel_sums(wide)) < 1e-5
     folded = kernels.fold(dy, p.x, p.dsums, launcher)
     assert relative_error(folded, reference.fold(dy.double(), wide, p.dsums)) < close
@@ -107,8 +108,8 @@ def test_depthwise_matches_float64_autograd(case: Case, host: HostLauncher) -> N
     [Case(3, 90, 7, 9), Case(2, 64, 9, 33, dtype=BFLOAT), Case(2, 7, 5, 5, dtype=HALF)],
     ids=str,
 )
-def test_bn_swish_matches_float64_formulas(case: Case, host: HostLauncher) -> None:
-    check_bn_swish(case, host)
+def test_batch_norm_matches_float64_formulas(case: Case, host: HostLauncher) -> None:
+    check_batch_norm(case, host)
 
 
 def test_moments_match_autograd(host: HostLauncher) -> None:
@@ -197,7 +198,7 @@ def test_clean_under_sanitizers(case: Case, host_folder: Path) -> None:
     host = HostLauncher(host_folder, sanitize=True)
     check_depthwise(case, host)
     if case.k == 5 and case.s == 1:
-        check_bn_swish(replace(case, w=case.w + 30), host)
+        check_batch_norm(replace(case, w=case.w + 30), host)
 
 
 @pytest.mark.slow

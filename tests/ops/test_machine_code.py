@@ -68,8 +68,9 @@ def recorded(
         y, x, weight, s, bn if fused else None, (y, sums) if fused else None, launcher=recorder
     )
     if fused:
-        kernels.bn_swish_forward(x, bn, recorder)
-        kernels.bn_swish_backward(x, x, bn, recorder)
+        for swish in (False, True):
+            kernels.bn_forward(x, bn, swish, recorder)
+            kernels.bn_backward(x, x, bn, swish, recorder)
         kernels.channel_sums(x, recorder)
         kernels.fold(x, x, sums, recorder)
     return recorder.launches

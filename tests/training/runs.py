@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from nvae.cli.config import TrainConfig, build_callbacks, build_loggers, with_objects
-from nvae.cli.train import build_module, fingerprint
+from nvae.cli.train import build_module, fingerprint, until_validated
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.models import ModelConfig
@@ -96,7 +96,7 @@ def _train(
     marks: dict[str, Any],
 ) -> pl.Trainer:
     trainer = build_trainer(
-        with_objects(config.trainer),
+        with_objects(until_validated(config.trainer, folder)),
         build_callbacks(config.callbacks),
         build_loggers(config.logger, folder.path, folder.step),
         folder.path,

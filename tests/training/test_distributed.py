@@ -14,7 +14,7 @@ from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import NVAE, ModelConfig
-from nvae.objective import Objective, ObjectiveConfig
+from nvae.objective import Objective, ObjectiveConfig, elbo
 from nvae.training.module import TrainingNoise, synchronize_batchnorm
 from tests.training.ranks import run_ranks
 
@@ -40,7 +40,8 @@ def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
     mine_noise = [eps[mine] for eps in noise]
     loss = objective(model, x[mine], mine_noise, step=9, total_steps=100)  # beta is 0.3
     assert loss.penalty is not None
-    (loss.data + loss.penalty).backward()
+    weight = (mine.stop - mine.start) * world / total  # as in NVAELightning.training_step
+    (loss.data * weight + loss.penalty).backward()
     result = {}
     for name, p in model.named_parameters():
         assert p.grad is not None, name
@@ -62,6 +63,30 @@ def test_two_ranks_equal_one_with_the_double_batch() -> None:
             np.testing.assert_allclose(
                 half[name], value, rtol=1e-8, atol=1e-12 * scale, err_msg=name
             )
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_with_unlike_shares_equal_one_with_all(world: int) -> None:
+    """Seven images on two and three ranks: every mean over ranks counts images, not ranks."""
+    (whole,) = run_ranks(_gradients, 1, 7)
+    scale = max(np.abs(v).max() for v in whole.values())
+    for share in run_ranks(_gradients, world, 7):
+        for name, value in whole.items():
+            np.testing.assert_allclose(
+                share[name], value, rtol=1e-8, atol=1e-12 * scale, err_msg=name
+            )
+
+
+def _is_free(rank: int, world: int) -> list[float]:
+    """KL term of one group: an image of 8 nats on one rank, three of 2 on the other."""
+    kl = torch.full((1, 1), 8.0) if rank == 0 else torch.full((3, 1), 2.0)
+    output: Any = SimpleNamespace(kl_per_group=kl)
+    return elbo(output, torch.zeros(len(kl)), free_bits=4.0).kl_term.tolist()
+
+
+def test_free_bits_count_images_not_ranks() -> None:
+    """The mean of the four images is 3.5 nats, below the 4 that are free; that of the ranks 5."""
+    assert run_ranks(_is_free, 2) == [[4.0], [4.0] * 3]
 
 
 def test_statistics_are_this_ranks_own_without_a_group() -> None:

@@ -1,15 +1,23 @@
-"""The moving average: where it lives."""
+"""The moving average: where it lives, its bits, and what an update takes."""
 
+import time
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.cli.train import build_module
+from nvae.training import ema, host_copy
 from nvae.training.ema import MovingAverage
-from tests.training.runs import small_config
+from nvae.training.host_copy import HostCopy
+from nvae.training.module import NVAELightning
+from tests.training.runs import last_checkpoint, run, small_config
 
 
 @pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
@@ -47,3 +55,165 @@ def test_swapping_reaches_the_derived_weights(tmp_path: Path) -> None:
     average.on_validation_epoch_end(trainer, module)
     assert not torch.allclose(averaged, raw)
     assert torch.equal(model.sample_logits(2, noise=noise), raw)
+
+
+class Steps:
+    """Optimizer steps of a module, as its trainer would make them, and an average of them."""
+
+    def __init__(self, module: NVAELightning) -> None:
+        self.module = module
+        self.trainer: Any = SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0
+        )
+        self.average = MovingAverage(0.9)
+        self.average.setup(self.trainer, module, "fit")
+        self.average.on_train_start(self.trainer, module)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for tensor in (*self.module.parameters(), *self.module.buffers()):
+                if tensor.is_floating_point():
+                    tensor += torch.randn(tensor.shape, generator=self._generator)
+                elif tensor.dtype == torch.bool:
+                    tensor.fill_(True)
+                else:
+                    tensor += 1
+        self.trainer.global_step += 1
+        self.update()
+
+    def update(self) -> None:
+        self.average.on_train_batch_end(self.trainer, self.module, None, None, 0)
+
+
+@pytest.fixture(params=["beside", "apart"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Apart: as if the model were on a GPU and the average in the host's memory."""
+    if request.param == "apart":
+        monkeypatch.setattr(ema, "_apart", lambda *_: True)
+        monkeypatch.setattr(host_copy, "CHUNK", 100)
+    return request.param
+
+
+@pytest.mark.usefixtures("where")
+def test_bits_are_those_of_torchs_average(tmp_path: Path) -> None:
+    """Floats are averaged from the second update on, counters and flags copied."""
+    steps = Steps(build_module(small_config(tmp_path)))
+
+    def update(averaged: list[Any], current: list[Any], count: Any) -> None:
+        if averaged[0].is_floating_point():
+            get_ema_multi_avg_fn(0.9)(averaged, current, count)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    expected = AveragedModel(deepcopy(steps.module), multi_avg_fn=update, use_buffers=True)
+    for _ in range(4):
+        steps.step()
+        expected.update_parameters(steps.module)
+        state = steps.average.averaged_state()
+        want = expected.module.state_dict()
+        assert state.keys() == want.keys()
+        assert all(torch.equal(state[name], want[name]) for name in want)
+    assert steps.average._average_model is not None
+    assert int(steps.average._average_model.n_averaged) == int(expected.n_averaged) == 4
+    steps.average.teardown(steps.trainer, steps.module, "fit")
+
+
+class Operations(TorchDispatchMode):
+    """Names of all that is computed, copied or made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_one_operation_a_type(tmp_path: Path) -> None:
+    """Whatever the number of tensors; the other two are on the host's own counter."""
+    steps = Steps(build_module(small_config(tmp_path)))
+    steps.step()
+    steps.trainer.global_step += 1
+    with Operations() as operations:
+        steps.update()
+    assert sorted(operations.names) == [
+        "aten::_foreach_copy_", "aten::_foreach_copy_", "aten::_foreach_lerp_",
+        "aten::_local_scalar_dense", "aten::add_",
+    ]  # fmt: skip
+
+
+def test_between_steps_nothing_is_updated(tmp_path: Path) -> None:
+    """After a micro-batch that is not the last of its step."""
+    steps = Steps(build_module(small_config(tmp_path)))
+    steps.step()
+    with Operations() as operations:
+        steps.update()
+    assert operations.names == []
+
+
+def test_a_replaced_buffer_is_found(tmp_path: Path) -> None:
+    """A module may assign a new tensor to a buffer instead of writing to the old one."""
+    steps = Steps(build_module(small_config(tmp_path)))
+    steps.step()
+    norm = next(m for m in steps.module.modules() if hasattr(m, "running_mean"))
+    norm.num_batches_tracked = torch.tensor(77)
+    steps.trainer.global_step += 1
+    steps.update()
+    assert any(int(t) == 77 for t in steps.average.averaged_state().values() if t.numel() == 1)
+
+
+def test_readers_wait_for_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update on the host is never seen half done, and its error is not lost."""
+    monkeypatch.setattr(ema, "_apart", lambda *_: True)
+    update = ema._Averaged.update
+
+    def slow(self: Any, first: bool) -> None:
+        time.sleep(0.1)
+        update(self, first)
+
+    monkeypatch.setattr(ema._Averaged, "update", slow)
+    steps = Steps(build_module(small_config(tmp_path)))
+    steps.step()
+    state = steps.average.averaged_state()
+    assert all(torch.equal(state[name], value) for name, value in steps.module.state_dict().items())
+
+    def broken(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(ema._Averaged, "update", broken)
+    steps.step()
+    with pytest.raises(MemoryError, match="no room"):
+        steps.average.averaged_state()
+    steps.average.teardown(steps.trainer, steps.module, "fit")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 10_000])
+def test_host_copies_keep_values_and_memory_formats(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "CHUNK", chunk)
+    conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    tensors = [
+        torch.tensor(2.0), conv.weight, torch.randn(5), torch.ones(1).expand(4), torch.randn(0),
+        torch.randn(3, 2).t(), torch.randn(20)[3:10:2],
+    ]  # fmt: skip
+    copy = HostCopy(tensors)
+    for _ in range(2):
+        copy.start(tensors)
+        copy.wait()
+        for made, tensor in zip(copy.copies, tensors, strict=True):
+            assert torch.equal(made, tensor)
+            assert made.stride() == torch.empty_like(tensor).stride()
+        with torch.no_grad():
+            conv.weight.add_(1)  # written to later: the next copy has it
+
+
+def test_a_checkpoint_says_what_it_always_said(tmp_path: Path) -> None:
+    """Lightning's own names, so that earlier checkpoints resume, and these do elsewhere."""
+    folder, _ = run(small_config(tmp_path))
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint["averaging_state"].keys() == {"n_averaged"}
+    assert int(checkpoint["averaging_state"]["n_averaged"]) == checkpoint["global_step"] == 24
+    assert checkpoint["state_dict"].keys() == checkpoint["current_model_state"].keys()

@@ -6,7 +6,7 @@ import torch
 
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.training.recompute import compile_blocks, recompute_blocks
+from nvae.training.recompute import compile_blocks, recompute_segments
 
 CONFIG = ModelConfig(
     image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=2,
@@ -38,7 +38,7 @@ def test_equals_plain_training_pass() -> None:
     torch.manual_seed(0)
     plain = NVAE(CONFIG).double()
     recomputed = copy.deepcopy(plain)
-    recompute_blocks(recomputed)
+    recompute_segments(recomputed)
     (loss_a, held_a), (loss_b, held_b) = _step(plain), _step(recomputed)
     assert torch.equal(loss_a, loss_b)
     assert held_b < 0.6 * held_a
@@ -60,7 +60,7 @@ def test_copy_recomputes_its_own_weights() -> None:
     """A deep copy (the weights' average) must not run the original's cells."""
     torch.manual_seed(0)
     model = NVAE(CONFIG).double()
-    recompute_blocks(model)
+    recompute_segments(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for p in copied.parameters():
@@ -82,7 +82,7 @@ def test_compiled_cells_keep_their_names_and_numbers() -> None:
     compiled = NVAE(config)
     compiled.load_state_dict(plain.state_dict())
     compile_blocks(compiled, backend="aot_eager")
-    recompute_blocks(compiled)
+    recompute_segments(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     x = torch.rand(2, 1, 8, 8).round()
     noise = plain.draw_noise(2)

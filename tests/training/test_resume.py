@@ -21,7 +21,7 @@ from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, 
 VOLATILE = ("time", "images_per_second")
 
 
-def _lines(folder: Path) -> list[dict[str, float]]:
+def read_lines(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines]
 
@@ -55,7 +55,7 @@ def test_resume_is_exact(tmp_path: Path, whole: Path, stop: tuple[int, ...]) -> 
     best, again = (load_checkpoint(path / "checkpoints/best.ckpt") for path in (whole, folder))
     for key in ("global_step", "state_dict", "current_model_state"):
         assert_identical(best[key], again[key])
-    assert _lines(folder) == _lines(whole)
+    assert read_lines(folder) == read_lines(whole)
 
 
 def test_checkpoint_is_readable_by_everyone(whole: Path) -> None:
@@ -70,7 +70,7 @@ def test_best_is_the_lowest_validation_elbo(whole: Path) -> None:
     """And a resumed run keeps it: the value is in the checkpoint."""
     values = {
         line["step"]: line["valid/negative_elbo"]
-        for line in _lines(whole)
+        for line in read_lines(whole)
         if "valid/negative_elbo" in line
     }
     assert len(values) == 3
@@ -130,7 +130,7 @@ def test_a_stored_best_that_is_no_number_is_beaten(tmp_path: Path, stored: float
     checkpoint = last_checkpoint(folder)
     checkpoint["callbacks"]["Checkpoints"]["best"] = stored
     save_checkpoint(checkpoint, path)
-    (folder / "checkpoints" / "best.ckpt").unlink()
+    (folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
     run(config)
     assert (folder / "checkpoints" / "best.ckpt").exists()
 
