@@ -8,6 +8,7 @@ draws from the priors.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Self
 
@@ -24,7 +25,7 @@ from nvae.models.config import (
 )
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import WeightNormConv2d, without_autocast
+from nvae.models.layers import WeightNormConv2d, normalized_together, without_autocast
 from nvae.models.likelihoods import logit_channels
 
 
@@ -128,7 +129,7 @@ class NVAE(HierarchicalVAE):
             for _ in range(config.postprocess_cells - 1):
                 self.postprocess.append(cell(family.postprocess, width, width))
         self.image_head = nn.Sequential(
-            nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3)
+            nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3, full_precision=True)
         )
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -179,6 +180,10 @@ class NVAE(HierarchicalVAE):
     def blocks(self) -> list[nn.Module]:
         """The residual cells."""
         return [module for module in self.modules() if isinstance(module, Cell)]
+
+    def training_pass(self) -> AbstractContextManager[None]:
+        """All convolutions' weights are normalized together."""
+        return normalized_together([m for m in self.modules() if isinstance(m, WeightNormConv2d)])
 
     def segments(self) -> list[nn.Module]:
         """The latent groups with all that is in them, and the residual cells around them."""

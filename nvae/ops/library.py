@@ -68,6 +68,11 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
     return reason is None and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels that take many tensors at once run on a device."""
+    return device.type == "cuda" and _unavailable(device.index or 0, True) is None
+
+
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """x as a convolution under autocast would take it."""
     device = x.device.type
