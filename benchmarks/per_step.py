@@ -36,7 +36,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def floats_averaged(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
+def floats_averaged(averaged: Any, current: Any, count: Any) -> None:
     """torch's average; counters are copied."""
     if averaged[0].is_floating_point():
         get_ema_multi_avg_fn(DECAY)(averaged, current, count)

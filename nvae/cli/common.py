@@ -60,6 +60,28 @@ def keep_freed_memory() -> bool:
     return bool(blocks and kept)
 
 
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Inside, whether matrix products and convolutions of float32 may round to TF32 on a GPU.
+
+    Both are said, for torch's own defaults differ (convolutions may, products may not). The flags
+    are those that Lightning and torch's compiler read; torch's newer ``fp32_precision`` makes their
+    reading an error, so the two are not mixed.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def precision_name(*, tf32: bool) -> str:
+    """The arithmetic of an evaluation, as its results name it."""
+    return "float32 with tf32" if tf32 else "float32"
+
+
 def open_device(name: str, *, tf32: bool) -> torch.device:
     """The device called ``name``; ``auto`` takes a GPU where there is one.
 

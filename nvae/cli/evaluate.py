@@ -27,6 +27,7 @@ from nvae.cli.checkpoint_data import (
 from nvae.cli.common import (
     file_sha256,
     open_device,
+    precision_name,
     progress_bar,
     recalibrated,
     short_hash,
@@ -179,7 +180,7 @@ def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData)
         "elbo_samples": config.elbo_samples,
         "seed": config.seed,
         "batch_norm": recalibration if config.recalibrate_bn else "running statistics",
-        "precision": "float32 with tf32" if config.tf32 else "float32",
+        "precision": precision_name(tf32=config.tf32),
     }
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nvae.checkpoint import CheckpointError, load_model
-from nvae.cli.common import open_device
+from nvae.cli.common import float32_products, open_device, precision_name
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
 from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
@@ -54,7 +54,12 @@ class ReportConfig:
 
 
 def write_report(
-    console: Console, config: ReportConfig, data: DataConfig, accelerator: str, folder: RunFolder
+    console: Console,
+    config: ReportConfig,
+    data: DataConfig,
+    accelerator: str,
+    folder: RunFolder,
+    tf32: bool = False,
 ) -> None:
     """Pictures and likelihood of the best checkpoint, and what to run next.
 
@@ -67,6 +72,7 @@ def write_report(
         data: all images are read, not a rank's share.
         accelerator: that trained, ``cpu`` | ``gpu``.
         folder: of the run.
+        tf32: of the run's trainer; the report says it.
     """
     console.print()
     anew = shell(setting("name", folder.path.name), "resume=auto")
@@ -74,11 +80,12 @@ def write_report(
         checkpoint = reported_checkpoint(folder.checkpoints)
         if checkpoint.name != BEST:
             console.print(f"no {BEST}, for no validation gave a number: {checkpoint.name} instead")
-        with _plain_float32("cuda" if accelerator == "gpu" else "cpu") as device:
+        with float32_products(tf32=tf32):  # a sweep's next run has torch's own again
+            device = open_device("cuda" if accelerator == "gpu" else "cpu", tf32=tf32)
             model = load_model(checkpoint).to(device)
             images = ImageData(data)
             images.setup()
-            _write_parts(console, config, model, images, checkpoint, folder)
+            _write_parts(console, config, model, images, checkpoint, folder, tf32)
         console.print(f"""
 checkpoint       {checkpoint}
 
@@ -94,6 +101,7 @@ def _write_parts(
     data: ImageData,
     checkpoint: Path,
     folder: RunFolder,
+    tf32: bool,
 ) -> None:
     """Pictures first: they take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)
@@ -117,11 +125,13 @@ def _write_parts(
     file = folder.path / "test_likelihood.json"
     again = command(
         "evaluate.py", checkpoint=checkpoint, chunk=fewer, data__root=root,
-        importance_samples=[config.importance_samples],
+        importance_samples=[config.importance_samples], tf32=tf32 or None,
     )  # fmt: skip
     with _attempt(file.name, folder, again):
         for line in likelihood_lines(test_likelihood(model, data, config, file)):
             console.print(line)
+        if tf32:
+            console.print(f"computed in {precision_name(tf32=tf32)}")
 
 
 @contextmanager
@@ -136,17 +146,6 @@ def _attempt(what: str, folder: RunFolder, again: str) -> Iterator[None]:
             f"to do it again: {again}",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def _plain_float32(device: str) -> Iterator[torch.device]:
-    """The arithmetic of `evaluate.py`; a sweep's next run has torch's own again."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        yield open_device(device, tf32=False)
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def reported_checkpoint(folder: Path) -> Path:
@@ -178,7 +177,8 @@ def test_likelihood(
             chunk=config.chunk,
             progress=lambda rows: progress.advance(task, rows),
         )
-    write_json(file, result.to_dict())
+    precision = precision_name(tf32=torch.backends.cudnn.allow_tf32)
+    write_json(file, {**result.to_dict(), "precision": precision})
     return result
 
 

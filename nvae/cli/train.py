@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +22,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from nvae.checkpoint import CheckpointError
-from nvae.cli.common import keep_freed_memory
+from nvae.cli.common import float32_products, keep_freed_memory
 from nvae.cli.config import (
     BEST_METRIC,
     TrainConfig,
@@ -37,11 +36,13 @@ from nvae.cli.config import (
 )
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
+from nvae.cli.training_errors import AGREED, ended, explained, how_to_go_on
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import Shard
-from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
+from nvae.training.checkpointing import newest_checkpoint
 from nvae.training.decisions import decided, is_started_by_launcher, meet
+from nvae.training.end_together import EndTogether
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
@@ -59,6 +60,10 @@ from nvae.training.trainer import TrainerConfig, build_trainer
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""
+
+TIME_TO_SAY_WHY = 2.0
+"""Seconds that a rank which has not failed itself leaves the one that has: a launcher ends all
+others when the first process ends."""
 
 
 @contextmanager
@@ -97,7 +102,8 @@ def train(composed: DictConfig) -> float | None:
     path = Path(config.runs_dir) / config.name
     try:
         _train(path, config, in_sweep, job.overrides.task)
-    except OtherRankError:  # which has said why
+    except OtherRankError:
+        time.sleep(TIME_TO_SAY_WHY)
         raise SystemExit(1) from None
     return final_metric(path, config.optimized_metric) if in_sweep and _is_first_process() else None
 
@@ -147,7 +153,7 @@ def _train_here(path: Path, config: TrainConfig) -> None:
         meet(config.trainer)
         claim = Claim(path, beside=config.resume == "never", processes=config.trainer.world_size)
     try:
-        with claim:
+        with claim, float32_products(tf32=config.trainer.tf32):
             _train_in(claim.path, config)
     finally:
         torch.set_num_threads(threads)
@@ -212,7 +218,8 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             raise SystemExit(0) from None  # the launcher takes any other code for a crash
     if is_first:
         accelerator = config.trainer.resolved_accelerator()
-        write_report(console, config.report, config.data, accelerator, folder)
+        tf32 = config.trainer.tf32
+        write_report(console, config.report, config.data, accelerator, folder, tf32)
 
 
 def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
@@ -265,7 +272,9 @@ def fit(
             guard = guard_of(trainer)
             assert guard is not None  # it has raised the error
             if guard.on_divergence == "stop" or rollbacks == guard.max_rollbacks:
-                raise UserError(f"{error}; {_how_to_go_on(config, folder)}") from error
+                if not trainer.is_global_zero:
+                    raise OtherRankError(0, str(error)) from error
+                raise UserError(f"{error}; {how_to_go_on(config, folder)}") from error
             rollbacks += 1
             scale = module.learning_rate_scale * guard.rollback_factor
             folder, _ = open_run_once(
@@ -284,7 +293,7 @@ def fit(
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + signal.SIGINT) from None
         except Exception as error:
-            raise _ended(error, trainer, module, folder) from error
+            raise ended(error, trainer, module, folder) from error
         return trainer.is_global_zero
 
 
@@ -293,9 +302,13 @@ def _build(
 ) -> tuple[NVAELightning, pl.Trainer]:
     try:
         module = build_module(config, scale, marks)
+        callbacks = build_callbacks(config.callbacks)
+        if config.trainer.world_size > 1:
+            end = EndTogether(lambda error: explained(error, trainer, module, folder), AGREED)
+            callbacks = [end, *callbacks]
         trainer = build_trainer(
             with_objects(until_validated(config.trainer, folder)),
-            build_callbacks(config.callbacks),
+            callbacks,
             build_loggers(config.logger, folder.path, folder.step),
             folder.path,
         )
@@ -317,54 +330,6 @@ def until_validated(config: TrainerConfig, folder: RunFolder) -> TrainerConfig:
     if folder.is_pending and 0 <= config.max_steps <= folder.step:
         return replace(config, max_steps=-1, max_epochs=folder.epochs + 1)
     return config
-
-
-def _ended(
-    error: Exception, trainer: pl.Trainer, module: NVAELightning, folder: RunFolder
-) -> Exception | SystemExit:
-    """What an error in training is to the user: one line, or a crash with all there is to know."""
-    if isinstance(error, OSError) or (isinstance(error, CheckpointError) and module.has_started):
-        # a full disk, a folder that is gone, a file that reads other than it was written
-        return UserError(
-            f"{error}; {_last_good(folder)}; make room or put it right, then run the same command "
-            "again"
-        )
-    if isinstance(error, MisconfigurationException):
-        return UserError(brief(error))
-    if is_out_of_memory(error):
-        return UserError(
-            f"there is not enough memory ({brief(error, 200)}); lower data.batch_size (with "
-            "data.global_batch the step stays what it is; else raise "
-            f"trainer.accumulate_grad_batches), or set checkpoint_cells=true; {_last_good(folder)}"
-        )
-    if folder.checkpoint is not None and not module.has_started:
-        return UserError(
-            f"{folder.checkpoint} cannot be resumed from "
-            f"({brief(f'{type(error).__name__}: {error}', 200)}); remove it to go on from an "
-            "earlier one, or use resume=never"
-        )
-    traceback.print_exception(error)
-    print(
-        f"crashed at step {trainer.global_step}, epoch {trainer.current_epoch + 1}: "
-        f"{brief(f'{type(error).__name__}: {error}')}\n"
-        f"run folder: {folder.path}; {_last_good(folder)}\n"
-        "once the cause is gone, the same command goes on from there",
-        file=sys.stderr,
-    )
-    return SystemExit(1)
-
-
-def _last_good(folder: RunFolder) -> str:
-    last = step_checkpoints(folder.checkpoints)
-    return f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-
-
-def _how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
-    rate = config.optimizer.learning_rate / 2
-    return (
-        f"{_last_good(folder)}; go on with the same command and optimizer.learning_rate={rate:g}, "
-        "or callbacks.guard.on_divergence=rollback"
-    )
 
 
 def build_module(
@@ -392,6 +357,7 @@ def build_module(
         run_config=config.to_dict(),
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
+        sync_batchnorm=config.trainer.sync_batchnorm,
     )
 
 

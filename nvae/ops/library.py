@@ -33,7 +33,8 @@ _assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
 def assuming_kernels(available: bool | None) -> Iterator[None]:
     """Inside, GPUs have kernels, or none, whatever this machine has; None asks it as ever.
 
-    For tracing with tensors that have no storage: nothing may be run with it.
+    For tracing with tensors that have no storage: nothing may be run with it. The layout is not
+    asked for either, since without a GPU torch cannot tell that of a convolution's output.
     """
     token = _assumed.set(available)
     try:
@@ -65,7 +66,9 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
         if reason is not None:
             raise ValueError(f"impl='cuda' does not apply: {reason}")
         return True
-    return reason is None and x.is_contiguous(memory_format=torch.channels_last)
+    return reason is None and (
+        _kernels_assumed() is not None or x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -95,7 +98,7 @@ def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
 
 def _unavailable(device: int, warn: bool) -> str | None:
     """Why a device has no kernels, or None. torch.compile runs it while tracing."""
-    assumed = _assumed.get()
+    assumed = _kernels_assumed()
     if assumed is not None:
         return None if assumed else "assumed to be absent"
     if torch.version.cuda is None:
@@ -106,8 +109,13 @@ def _unavailable(device: int, warn: bool) -> str | None:
     return reason
 
 
+def _kernels_assumed() -> bool | None:
+    return _assumed.get()
+
+
 # what torch.compiler.assume_constant_result does, without its import of a second and a half
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_kernels_assumed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -56,10 +56,10 @@ class BackgroundWriter:
 
     def _finish(self, snapshot: Snapshot, write: Callable[[Any], None]) -> None:
         try:
-            snapshot.finish()
+            content = snapshot.finish()
         finally:
             self._copied.set()
-        write(snapshot.content)
+        write(content)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Do something after what is being written, unless that fails."""

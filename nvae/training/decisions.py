@@ -42,14 +42,17 @@ def is_started_by_launcher() -> bool:
 def meet(config: TrainerConfig) -> None:
     """Make the process group of a run that torchrun or SLURM has started, before anything else.
 
-    It is the one that Lightning would make later, and finds. Otherwise nothing is done: one process
-    needs no group, and Lightning starts the others later.
+    It is the one that Lightning would make later, and finds. One process needs no group, and
+    where Lightning starts the others it makes the group. It ends with the process.
 
     Raises:
         ValueError: the launcher has started another number of processes than the settings say.
     """
+    if config.world_size == 1:
+        return
+    atexit.register(_part)
     launcher = _launcher()
-    if launcher is None or config.world_size == 1 or dist.is_initialized():
+    if launcher is None or dist.is_initialized():
         return
     environment = launcher()
     environment.validate_settings(config.devices, config.num_nodes)
@@ -64,10 +67,10 @@ def meet(config: TrainerConfig) -> None:
         world_size=environment.world_size(), timeout=timedelta(seconds=config.timeout),
         device_id=device,
     )  # fmt: skip
-    atexit.register(_part)
 
 
 def _part() -> None:
+    # left to the interpreter's end, gloo's threads may want Python when it is gone: an abort
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -275,7 +275,7 @@ def on_traced_gpu(model: HierarchicalVAE) -> HierarchicalVAE:
 
 @contextmanager
 def _autocast(half: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision for the traced GPU; ``torch.autocast`` turns itself off where there is none."""
+    """Mixed precision on the traced GPU; without a real one ``torch.autocast`` turns itself off."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.autocast_increment_nesting()
     try:

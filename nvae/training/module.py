@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from nvae.models.layers import MOMENTUM
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
+from nvae.settings import check_choice
 from nvae.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
@@ -43,6 +43,7 @@ from nvae.training.optimizers import (
 from nvae.training.position import ENTRY, recount_batches, steps_ahead
 from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
+from nvae.training.shared_statistics import SHARING, SharedStatistics
 from nvae.training.validation import ValidationSums, group_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ class NVAELightning(pl.LightningModule):
         fingerprint: of the images and seeds, plain types; goes there too.
         learning_rate_scale: factor on the learning rate, lower where a diverged run went back to
             a checkpoint; None: what the checkpoint says.
+        sync_batchnorm: processes that share batch statistics in training: ``world``, ``node``
+            (those of a machine) or ``none``.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class NVAELightning(pl.LightningModule):
         run_config: dict[str, Any] | None = None,
         fingerprint: dict[str, Any] | None = None,
         learning_rate_scale: float | None = None,
+        sync_batchnorm: str = "world",
     ) -> None:
         super().__init__()
+        check_choice("sync_batchnorm", sync_batchnorm, SHARING)
         if not isinstance(objective, ObjectiveConfig):
             objective = ObjectiveConfig(**objective or {})
         if not isinstance(optimizer, OptimizerConfig):
@@ -128,6 +133,8 @@ class NVAELightning(pl.LightningModule):
         self.seed = seed
         self.run_config = run_config
         self.fingerprint = fingerprint
+        self.sync_batchnorm = sync_batchnorm
+        self._shared: SharedStatistics | None = None
         self.save_hyperparameters(
             {
                 "model_config": model.config.to_dict(),
@@ -357,10 +364,27 @@ class NVAELightning(pl.LightningModule):
         span_whole_steps(self.model, accumulate)
         self._noise = TrainingNoise(self.seed, self.global_rank)
         if self.trainer.world_size > 1:
-            synchronize_batchnorm(self.model)
+            strategy: Any = self.trainer.strategy
+            self._shared = SharedStatistics(
+                self.model,
+                self.sync_batchnorm,
+                self.trainer.node_rank,
+                getattr(strategy, "_timeout", None),
+            )
         if self.run_config is not None:
             for logger in self.trainer.loggers:
                 logger.log_hyperparams(self.run_config)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """After the callbacks' own: running statistics are the same on all ranks."""
+        if self._shared is not None:
+            self._shared.settle()
+
+    def teardown(self, stage: str) -> None:
+        """Process groups go, and with them what cannot be copied or pickled."""
+        if self._shared is not None and stage == "fit":
+            self._shared.close()
+            self._shared = None
 
     def on_train_start(self) -> None:
         """A resumed run takes its hyper-parameters from the configuration, not the checkpoint."""
@@ -441,7 +465,7 @@ class NVAELightning(pl.LightningModule):
 
     def position(self, step: int) -> float:
         """Where in the schedules a count of optimizer steps is, of :attr:`total_steps`."""
-        return step + self.steps_ahead
+        return max(step + self.steps_ahead, 0)  # torch asks for step 0 first, whatever is loaded
 
     @cached_property
     def batches_per_epoch(self) -> float:
@@ -522,12 +546,6 @@ def span_whole_steps(model: nn.Module, micro_batches: int) -> None:
         momentum = 1 - (1 - MOMENTUM) ** (1 / micro_batches)
     for norm in batchnorms(model):
         norm.momentum = momentum
-
-
-def synchronize_batchnorm(model: nn.Module) -> None:
-    """Batch statistics over all ranks of the default group, from now on."""
-    for norm in batchnorms(model):
-        norm.group = dist.group.WORLD
 
 
 def read_loss(loss: Loss) -> dict[str, float]:

@@ -15,30 +15,25 @@ from torch import Tensor, UntypedStorage
 from nvae.training.ema import MovingAverage
 
 _KNOWN = ("nvae", "pytorch_lightning")
-_Key = tuple[torch.device, int, int]
 
 
 class Snapshot:
-    """What a checkpoint held at one moment.
+    """What a checkpoint held at one moment, tensors on the host."""
 
-    Attributes:
-        content: as it was given, tensors on the host; of those that :meth:`Snapshots.take` was told
-            are constant only once :meth:`finish` has returned.
-    """
-
-    def __init__(self, content: Any, rest: tuple[list[Tensor], list[Tensor]]) -> None:
-        self.content = content
-        self._to, self._from = rest
-        device = next((source.device for source in self._from if source.is_cuda), None)
+    def __init__(self, content: Any, work: "_Work") -> None:
+        self._content, self._work = content, work
+        # after the kernels that have been asked for until now
+        device = work.device
         self._stream = None if device is None else torch.cuda.Stream(device)
-        if self._stream is not None:  # after the kernels that have been asked for until now
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def finish(self) -> None:
-        """Copy what is constant, from any thread; its memory may change afterwards."""
+    def finish(self) -> Any:
+        """Copy what was said to be constant, from any thread; its memory may change afterwards."""
         with torch.cuda.stream(self._stream):  # beside the next step's kernels
-            _copy(self._to, self._from)
-        self._to, self._from = [], []
+            content = self._work.copied(self._content, only_constant=True)
+            self._work.carry_out()
+        return content
 
 
 class Snapshots:
@@ -55,40 +50,60 @@ class Snapshots:
             constant: tensors that nobody changes before :meth:`Snapshot.finish` has returned; their
                 copy is left to it.
         """
-        self._used: dict[tuple[int, bool], int] = {}
-        self._taken: dict[_Key, Tensor] = {}
-        self._waiting = {_key(tensor.untyped_storage()) for tensor in constant}
-        self._now: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._later: tuple[list[Tensor], list[Tensor]] = ([], [])
-        copied = self._copied(content)
-        _copy(*self._now)
-        return Snapshot(copied, self._later)
+        work = _Work(self._buffers, constant)
+        copied = work.copied(content)
+        work.carry_out()
+        return Snapshot(copied, work)
 
-    def _copied(self, value: Any) -> Any:
+
+class _Work:
+    """One copy, in two parts: at once, and of what is constant."""
+
+    def __init__(
+        self, buffers: dict[tuple[int, bool], list[Tensor]], constant: Iterable[Tensor]
+    ) -> None:
+        self._buffers, self._used = buffers, dict[tuple[int, bool], int]()
+        constant = list(constant)
+        self._constant = {tensor.untyped_storage().data_ptr() for tensor in constant}
+        self.device = next((t.device for t in constant if t.is_cuda), None)
+        self._taken: dict[tuple[int, int], UntypedStorage] = {}
+        self._to: list[Tensor] = []
+        self._from: list[Tensor] = []
+
+    def copied(self, value: Any, only_constant: bool = False) -> Any:
+        """The same with tensors on the host, whose bytes come with :meth:`carry_out`.
+
+        Args:
+            value: of a checkpoint.
+            only_constant: what was left in place the first time; False: all else.
+        """
         if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-            storage = self._host(value.untyped_storage())
-            like = torch.empty(0, dtype=value.dtype)
-            return like.set_(storage, value.storage_offset(), value.size(), value.stride())
+            storage = value.untyped_storage()
+            if (storage.data_ptr() in self._constant) != only_constant:
+                return value
+            host = torch.empty(0, dtype=value.dtype)
+            host.set_(self._host(storage), value.storage_offset(), value.size(), value.stride())
+            return host
         if isinstance(value, dict):
-            same = copy.copy(value)  # with attributes, such as a state_dict's _metadata
+            same = value if only_constant else copy.copy(value)  # and attributes: _metadata
             for key, entry in value.items():
-                same[key] = self._copied(entry)
+                same[key] = self.copied(entry, only_constant)
             return same
         if type(value) in (list, tuple):
-            return type(value)(self._copied(entry) for entry in value)
-        if isinstance(value, str | int | float | None):
+            return type(value)(self.copied(entry, only_constant) for entry in value)
+        if only_constant or isinstance(value, str | int | float | None):
             return value
         return copy.deepcopy(value)
 
     def _host(self, storage: UntypedStorage) -> UntypedStorage:
-        key = _key(storage)
+        key = storage.data_ptr(), storage.nbytes()
         if key not in self._taken:
             source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            self._taken[key] = self._buffer(storage.nbytes(), source.is_cuda)
-            to, sources = self._later if key in self._waiting else self._now
-            to.append(self._taken[key])
-            sources.append(source)
-        return self._taken[key].untyped_storage()
+            to = self._buffer(storage.nbytes(), source.is_cuda)
+            self._taken[key] = to.untyped_storage()
+            self._to.append(to)
+            self._from.append(source)
+        return self._taken[key]
 
     def _buffer(self, size: int, pinned: bool) -> Tensor:
         buffers = self._buffers.setdefault((size, pinned), [])
@@ -98,19 +113,18 @@ class Snapshots:
             buffers.append(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
         return buffers[used]
 
-
-def _key(storage: UntypedStorage) -> _Key:
-    return storage.device, storage.data_ptr(), storage.nbytes()
-
-
-def _copy(to: list[Tensor], sources: list[Tensor]) -> None:
-    """Return when all bytes are there."""
-    for on_cuda in (False, True):
-        pairs = [(t, s) for t, s in zip(to, sources, strict=True) if s.is_cuda == on_cuda]
-        if pairs:
-            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs], non_blocking=on_cuda)
-            if on_cuda:
-                torch.cuda.current_stream().synchronize()
+    def carry_out(self) -> None:
+        """Return when all bytes are there."""
+        for on_cuda in (False, True):
+            pairs = [
+                (t, s) for t, s in zip(self._to, self._from, strict=True) if s.is_cuda == on_cuda
+            ]
+            if pairs:
+                to, sources = zip(*pairs, strict=True)
+                torch._foreach_copy_(list(to), list(sources), non_blocking=on_cuda)
+        if any(source.is_cuda for source in self._from):
+            torch.cuda.current_stream().synchronize()
+        self._to, self._from = [], []
 
 
 def averages(trainer: pl.Trainer) -> list[MovingAverage]:

@@ -16,11 +16,17 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
 from nvae.training.processes import AUTO, count_processes
+from nvae.training.shared_statistics import SHARING
+
+STRATEGIES = ("auto", "ddp")
+"""Of Lightning's names, those that mean :func:`ddp_strategy` where there are several processes."""
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -29,6 +35,13 @@ MOST_CPU_PROCESSES = 128
 SECONDS_OF_A_YEAR = 31_536_000
 INITIAL_LOSS_SCALE = 1024.0
 """float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
+
+COMM_HOOKS = {"none": None, "bf16": bf16_compress_hook}
+LIGHTNINGS_SYNC = {"True": "world", "False": "none"}
+"""What Lightning's own `sync_batchnorm`, true or false, means here."""
+
+OURS = ("cpu_threads", "timeout", "sync_batchnorm", "ddp_comm_hook", "tf32")
+"""Settings that are no arguments of the Trainer, or not the same ones."""
 
 NOT_SETTINGS = ("self", "callbacks", "logger", "default_root_dir")
 """Arguments of the Trainer that are groups of their own, or follow from the run's folder."""
@@ -61,7 +74,15 @@ class TrainerConfig:
         cpu_threads: of torch, in each process (not Lightning's); null: one for every core. A small
             network on a machine that does other work too is fastest with 1.
         timeout: seconds after which a rank that waits for another gives up (not Lightning's).
-        precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; likelihood and KL are float32 always.
+        sync_batchnorm: processes that share batch statistics: ``world`` | ``node`` (those of a
+            machine) | ``none``. Lightning's true and false are ``world`` and ``none``.
+        ddp_comm_hook: what DDP's gradients travel in: ``none``, their own type, or ``bf16`` (not
+            Lightning's).
+        precision: ``32`` | ``bf16-mixed`` | ``16-mixed``; heads, KL and likelihood are float32
+            always.
+        tf32: let products and convolutions of float32 round to TF32's 10 bits on NVIDIA GPUs, in
+            training, validation and report (not Lightning's). Off, since what is float32 under
+            mixed precision is so for its exactness, and a likelihood moves in its fourth digit.
         max_epochs: of the whole run; null: `max_steps` alone ends it.
         max_steps: optimizer steps of the whole run; -1: `max_epochs` alone ends it.
         accumulate_grad_batches: micro-batches a step; with `data.global_batch` it follows.
@@ -84,7 +105,10 @@ class TrainerConfig:
     num_nodes: int = 1
     cpu_threads: int | None = None
     timeout: float = 1800.0
+    sync_batchnorm: str = "world"
+    ddp_comm_hook: str = "none"
     precision: str = "32"
+    tf32: bool = False
     max_epochs: int | None = 400
     max_steps: int = -1
     accumulate_grad_batches: int = 1
@@ -101,6 +125,8 @@ class TrainerConfig:
     use_distributed_sampler: bool = False
 
     def __post_init__(self) -> None:
+        said = str(self.sync_batchnorm)
+        self.sync_batchnorm = LIGHTNINGS_SYNC.get(said, self.sync_batchnorm)
         check_fields(
             self, "trainer.", devices=(1, 1024), num_nodes=(1, 65536), cpu_threads=(1, 1024),
             timeout=(1, SECONDS_OF_A_YEAR), max_epochs=(1, MOST_EPOCHS), max_steps=(-1, None),
@@ -110,6 +136,13 @@ class TrainerConfig:
         )  # fmt: skip
         check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
         check_choice("trainer.precision", self.precision, PRECISIONS)
+        check_choice("trainer.sync_batchnorm", self.sync_batchnorm, SHARING)
+        check_choice("trainer.ddp_comm_hook", self.ddp_comm_hook, COMM_HOOKS)
+        if self.ddp_comm_hook != "none" and getattr(self, "strategy", "auto") not in STRATEGIES:
+            raise ValueError(
+                f"trainer.ddp_comm_hook={self.ddp_comm_hook} belongs to trainer.strategy=ddp; give "
+                "the hook to your own strategy, or leave out one of the two"
+            )
         for name in ("limit_train_batches", "limit_val_batches"):
             limit = getattr(self, name)
             if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
@@ -194,11 +227,7 @@ def build_trainer(
         loggers: may be none.
         folder: of the run.
     """
-    arguments = {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in ("cpu_threads", "timeout")
-    }
+    arguments = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OURS}
     accelerator = config.resolved_accelerator()
     plugins = arguments["plugins"] or []
     plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
@@ -212,9 +241,9 @@ def build_trainer(
         arguments["precision"] = None
     if arguments["benchmark"] is None:
         arguments["benchmark"] = accelerator == "gpu" and not config.deterministic
-    if config.world_size > 1 and arguments["strategy"] in ("auto", "ddp"):
+    if config.world_size > 1 and arguments["strategy"] in STRATEGIES:
         arguments["strategy"] = ddp_strategy(
-            accelerator, config.accumulate_grad_batches, config.timeout
+            accelerator, config.accumulate_grad_batches, config.timeout, config.ddp_comm_hook
         )
     for name, kind in (("checkpointing", ModelCheckpoint), ("progress_bar", ProgressBar)):
         if arguments[f"enable_{name}"] is None:  # Lightning would add one of its own
@@ -225,7 +254,20 @@ def build_trainer(
     )
 
 
-def ddp_strategy(accelerator: str, accumulate: int, timeout_seconds: float) -> DDPStrategy:
+class DataParallel(DDPStrategy):
+    """Lightning's, which leaves the communication hook out on the CPU."""
+
+    def configure_ddp(self) -> None:
+        """Wrap the model; gloo takes the hook as NCCL does."""
+        super().configure_ddp()
+        if self._ddp_comm_hook is not None and self.root_device.type == "cpu":
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, self._ddp_comm_hook)
+
+
+def ddp_strategy(
+    accelerator: str, accumulate: int, timeout_seconds: float, comm_hook: str = "none"
+) -> DDPStrategy:
     """Data parallel over all devices of all machines.
 
     Every parameter gets a gradient at every step, so nothing is searched for. Buffers need no
@@ -237,10 +279,12 @@ def ddp_strategy(accelerator: str, accumulate: int, timeout_seconds: float) -> D
         accumulate: micro-batches a step. The graph is static only with one: the regularizers
             belong to the last.
         timeout_seconds: after which a collective that some rank did not join is an error.
+        comm_hook: ``none`` | ``bf16``: gradients are reduced in bfloat16.
     """
-    return DDPStrategy(
+    return DataParallel(
         process_group_backend="nccl" if accelerator == "gpu" else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
+        ddp_comm_hook=COMM_HOOKS[comm_hook],
         find_unused_parameters=False,
         static_graph=accumulate == 1,
         gradient_as_bucket_view=True,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch._dynamo
 import yaml
@@ -14,7 +15,9 @@ from PIL import Image
 from rich.console import Console
 
 from nvae.checkpoint import load_model
-from nvae.cli import report
+from nvae.cli import report, train
+from nvae.cli.common import float32_products
+from nvae.cli.config import compose_train
 from nvae.cli.report import ReportConfig, write_report
 from nvae.models import NVAE
 from nvae.training.run_folder import RunFolder
@@ -66,20 +69,25 @@ REPORT = ReportConfig(importance_samples=2, temperatures=[0.7], samples=4, chunk
 REPORTED = ["reconstructions.png", "samples.png", "test_likelihood.json"]
 
 
-def _report(folder: Path) -> list[str]:
+def _report(folder: Path, tf32: bool = False) -> list[str]:
     """What the report of a run in ``folder``, trained on the CPU, leaves there."""
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_report(Console(soft_wrap=True), REPORT, DATA, "cpu", RunFolder(folder))
+    write_report(Console(soft_wrap=True), REPORT, DATA, "cpu", RunFolder(folder), tf32)
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def test_report_is_in_plain_float32_where_the_run_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tf32", "said"), [(False, "float32"), (True, "float32 with tf32")])
+def test_report_has_the_runs_device_and_arithmetic(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tf32: bool,
+    said: str,
 ) -> None:
-    """On the CPU that trained, whatever GPU there is, and as exact as `evaluate.py`."""
+    """On the CPU that trained, whatever GPU there is; TF32 as the run says, and the report too."""
     write_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
     inside, likelihood = [], report.test_likelihood
 
     def recorded(model: NVAE, *arguments: object) -> object:
@@ -87,9 +95,49 @@ def test_report_is_in_plain_float32_where_the_run_was(
         return likelihood(model, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(report, "test_likelihood", recorded)
-    assert _report(tmp_path) == REPORTED
-    assert inside == [(False, "cpu")]
-    assert torch.backends.cudnn.allow_tf32  # of a sweep's next run
+    assert _report(tmp_path, tf32) == REPORTED
+    assert inside == [(tf32, "cpu")]
+    assert json.loads((tmp_path / "test_likelihood.json").read_text())["precision"] == said
+    assert ("computed in float32 with tf32" in capsys.readouterr().out) == tf32
+    assert torch.backends.cudnn.allow_tf32 != tf32  # of a sweep's next run
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_as_the_run_says_from_its_beginning_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tf32: bool
+) -> None:
+    """In training, validation and report; then as it was, whatever the image's own setting."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen = []
+
+    class Probe(pl.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            seen.append(("train", *(each.allow_tf32 for each in flags)))
+
+        def on_validation_end(self, *_: object) -> None:
+            seen.append(("valid", *(each.allow_tf32 for each in flags)))
+
+    def reported(*arguments: object) -> None:
+        seen.append(("report", *(each.allow_tf32 for each in flags)))
+        assert arguments[-1] is tf32
+
+    build = train.build_callbacks
+    monkeypatch.setattr(train, "build_callbacks", lambda entries: [*build(entries), Probe()])
+    monkeypatch.setattr(train, "write_report", reported)
+    config = compose_train(
+        [
+            "debug=fast_run",
+            f"runs_dir={tmp_path}",
+            "name=r",
+            f"trainer.tf32={tf32}",
+            "trainer.cpu_threads=1",
+        ]
+    )
+    with float32_products(tf32=not tf32):
+        train._train_here(tmp_path / "r", config)
+        assert [each.allow_tf32 for each in flags] == [not tf32] * 2
+    assert {stage for stage, *_ in seen} == {"train", "valid", "report"}
+    assert all(now == [tf32, tf32] for _, *now in seen)
 
 
 def test_report_without_a_best_takes_the_newest(

@@ -255,10 +255,7 @@ REFUSED = {
     "data.split_seed=4": "train images: others, as many",
     "data.seed=3": "data.seed: 0 -> 3",
     "seed=3": "(seed: 0 -> 3)",
-    "data.batch_size=4": "data.batch_size: 8 -> 4",
-    "trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches: 1 -> 2",
     "trainer.limit_train_batches=3": "trainer.limit_train_batches: None -> 3",
-    "trainer.devices=2": "(trainer.devices x num_nodes): 1 -> 2",
     "optimizer=adamw": "optimizer.name: adamax -> adamw",
     "trainer.max_epochs=1": "is in epoch 2 already, beyond trainer.max_epochs=1",
 }
@@ -272,6 +269,30 @@ def test_settings_that_a_run_depends_on_are_refused(
     before = _state(folder)
     assert_one_line(train(folder, override), REFUSED[override], "another name=...")
     assert _state(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.batch_size=4", "data.batch_size: 8 -> 4"),
+        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: 1 -> 2"),
+        ("data.global_batch=8", "data.global_batch: None -> 8"),
+    ],
+)
+def test_batches_may_change(tmp_path: Path, stopped: Path, override: str, line: str) -> None:
+    """Everything goes by images; it is said, and the run goes on to its end."""
+    folder = _copy(stopped, tmp_path)
+    ended = train(folder, override)
+    assert ended.code == 0, ended
+    assert f"changed since: {line}" in ended.out
+    assert "is finished" in train(folder, override).out
+
+
+def test_fewer_images_than_a_step_takes_are_one_line(tmp_path: Path) -> None:
+    assert_one_line(
+        train(tmp_path, "data.global_batch=65"),
+        "data.global_batch=65 needs 65 training images a step, but there are 64",
+    )
 
 
 def test_finished_run_says_so_and_reports_anew(tmp_path: Path) -> None:

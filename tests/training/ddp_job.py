@@ -1,7 +1,8 @@
 """A two-process training job for test_ddp.py; starts its second rank itself, as train.py does.
 
 Usage: ddp_job.py FOLDER MODE, where MODE is ``spoil`` (rank 1 meets two bad steps; in a folder of
-its own, resume=never), ``die0`` or ``die1`` (that rank is killed in the middle), or ``plain``.
+its own, resume=never), ``die0`` or ``die1`` (that rank is killed in the middle),
+or ``apart`` (each rank has batch statistics of its own, gradients travel in bfloat16).
 """
 
 import hashlib
@@ -46,7 +47,13 @@ def main(folder: Path, mode: str) -> None:
     config = small_config(
         folder,
         trainer=TrainerConfig(
-            accelerator="cpu", devices=2, max_epochs=2, timeout=30.0, log_every_n_steps=1
+            accelerator="cpu",
+            devices=2,
+            max_epochs=2,
+            timeout=30.0,
+            log_every_n_steps=1,
+            sync_batchnorm="none" if mode == "apart" else "world",
+            ddp_comm_hook="bf16" if mode == "apart" else "none",
         ),
         resume="never" if mode == "spoil" else "auto",
     )

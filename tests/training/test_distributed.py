@@ -15,7 +15,8 @@ from nvae.data.module import ImageDataModule
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import Objective, ObjectiveConfig, elbo
-from nvae.training.module import TrainingNoise, synchronize_batchnorm
+from nvae.training.module import TrainingNoise
+from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 
 MODEL = ModelConfig(
@@ -34,7 +35,7 @@ def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
     x = torch.rand(total, 1, 8, 8, generator=generator, dtype=torch.float64).round()
     noise = model.draw_noise(total, generator)
     if world > 1:
-        synchronize_batchnorm(model)
+        SharedStatistics(model)
     mine = slice(rank * total // world, (rank + 1) * total // world)
     objective = Objective(model, ObjectiveConfig())
     mine_noise = [eps[mine] for eps in noise]

@@ -1,12 +1,23 @@
-"""The estimate against what real tensors take."""
+"""The estimate, traced on a GPU that is not there, against what real steps hold on the CPU."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from nvae.models import NVAE, ModelConfig
-from nvae.training.memory import activation_bytes, estimate_memory
+from nvae.objective import Objective, ObjectiveConfig
+from nvae.ops import library
+from nvae.training.memory import MemoryEstimate, estimate_memory
+from nvae.training.recompute import recompute_segments
+from nvae.training.shared_statistics import SharedStatistics
+from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
     image_size=16, image_channels=3, likelihood="logistic_mixture", num_mixtures=3, num_scales=2,
@@ -14,31 +25,117 @@ CONFIG = ModelConfig(
     encoder_channels=8, decoder_channels=8, latent_channels=4, num_flows=1,
 )  # fmt: skip
 BUILD = partial(NVAE, CONFIG)
+BATCH = 8
+PATHS = {
+    "float32": {"precision": "32", "kernels": False},
+    "bfloat16": {"precision": "bf16-mixed", "kernels": False},
+    "kernels": {"precision": "bf16-mixed", "kernels": True},
+}
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-def test_traced_activations_are_the_real_ones(precision: str) -> None:
-    """Shapes without storage keep what real tensors keep, in both precisions."""
-    torch.manual_seed(0)
-    real, real_inputs, real_cells = activation_bytes(NVAE(CONFIG), 3, precision)
-    estimate = estimate_memory(BUILD, 3, precision=precision)
-    recomputed = estimate_memory(BUILD, 3, precision=precision, checkpoint_cells=True)
-    assert estimate.activations == pytest.approx(real, rel=0.02)
-    assert recomputed.activations == pytest.approx(real_inputs, rel=0.02)
-    assert recomputed.largest_cell == pytest.approx(max(real_cells), rel=0.02)
-    assert recomputed.total < estimate.total
+def held_after(run: Callable[[], Any]) -> int:
+    """Bytes that the allocator has given out more than it has taken back, the result alive."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = run()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del result
+    return held
+
+
+class Step(nn.Module):
+    """The forward pass of a training step, of one that is not the first."""
+
+    def __init__(self, precision: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = NVAE(CONFIG).to(memory_format=torch.channels_last)
+        self.objective = Objective(self.model, ObjectiveConfig())
+        assert self.objective.spectral_norm is not None
+        self.objective.spectral_norm.is_warm = True
+        self.half = precision != "32"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext():
+            noise = self.model.draw_noise(len(x))
+            loss = self.objective(self.model, x, noise, step=9, total_steps=100)
+        assert loss.penalty is not None
+        total: Tensor = loss.data + loss.penalty
+        return total
+
+
+def measured(rank: int, world: int, precision: str, kernels: bool, recompute: bool) -> list[int]:
+    """Bytes held between a real step's forward and backward pass; of several ranks also after."""
+    with pytest.MonkeyPatch.context() as patch, library.assuming_kernels(kernels):
+        if kernels:  # the registered ops, which keep the same whatever computes them
+            patch.setattr(library, "_not_applicable", lambda *_: None)
+        step: nn.Module = Step(precision)
+        if recompute:
+            recompute_segments(step.model)  # type: ignore[arg-type]
+        x = torch.rand(BATCH, 3, 16, 16).to(memory_format=torch.channels_last)
+        if world == 1:
+            return [held_after(lambda: step(x))]
+        SharedStatistics(step)
+
+        def whole() -> DistributedDataParallel:
+            wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)
+            losses.append(wrapped(x))
+            losses.pop().backward()
+            return wrapped
+
+        losses: list[Tensor] = []
+        return [held_after(lambda: step(x)), held_after(whole)]
+
+
+def estimated(path: str, synchronized: bool = False) -> tuple[MemoryEstimate, MemoryEstimate]:
+    return estimate_memory(BUILD, BATCH, synchronized=synchronized, **PATHS[path])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_estimate_is_what_a_step_holds(path: str) -> None:
+    """Activations, the loss and the spectral term's stacked weights, on every path of one GPU."""
+    for recompute, estimate in zip((False, True), estimated(path), strict=True):
+        (real,) = measured(0, 1, *PATHS[path].values(), recompute)  # type: ignore[arg-type]
+        assert estimate.activations + estimate.regularizers == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("path", ["bfloat16", "kernels"])
+def test_estimate_is_what_a_step_of_several_ranks_holds(path: str) -> None:
+    """Statistics that ranks share take another path; gradients are the buckets, once."""
+    plain, _ = estimated(path, synchronized=True)
+    for forward, after in run_ranks(measured, 2, *PATHS[path].values(), False):
+        assert plain.activations + plain.regularizers == pytest.approx(forward, rel=0.02)
+        assert plain.gradients == pytest.approx(after, rel=0.1)
+
+
+def test_kernels_keep_less() -> None:
+    assert estimated("kernels")[0].activations < 0.95 * estimated("bfloat16")[0].activations
+    assert estimated("bfloat16")[0].activations < 0.8 * estimated("float32")[0].activations
+
+
+def test_recomputed_groups_keep_their_inputs_alone() -> None:
+    """Activations fall to what goes into segments and what the loss keeps."""
+    plain, recomputed = estimated("kernels")
+    assert recomputed.activations < 0.3 * plain.activations
+    assert 0 < recomputed.segment < 0.3 * plain.activations
+    assert recomputed.total < plain.total
 
 
 def test_activations_grow_with_the_batch_and_weights_do_not() -> None:
-    one, four = estimate_memory(BUILD, 1), estimate_memory(BUILD, 4)
+    (one, _), (four, _) = (estimate_memory(BUILD, n, kernels=True) for n in (1, 4))
     assert 3 < four.activations / one.activations <= 4.01
-    assert one.weights == four.weights
+    assert (one.weights, one.regularizers) == (four.weights, four.regularizers)
     parameters = sum(p.numel() for p in NVAE(CONFIG).parameters())
     assert one.gradients == 4 * parameters
     assert one.optimizer == 8 * parameters
 
 
-def test_half_precision_takes_less() -> None:
-    full = estimate_memory(BUILD, 4)
-    half = estimate_memory(BUILD, 4, precision="bf16-mixed")
-    assert half.activations < 0.8 * full.activations
+def test_regularizers_and_average_are_counted_where_there_are_any() -> None:
+    off = ObjectiveConfig(spectral_weight=0)
+    without, _ = estimate_memory(BUILD, 1, kernels=True, objective=off)
+    full, _ = estimate_memory(BUILD, 1, kernels=True, average_on_device=True)
+    assert without.regularizers == without.average == 0
+    normalized = sum(m.weight.numel() for m in NVAE(CONFIG).modules() if hasattr(m, "log_gain"))
+    assert 1 < full.regularizers / (4 * normalized) < 1.2  # and singular vectors
+    assert full.average == full.weights

@@ -1,0 +1,144 @@
+"""What fails on one of two ranks ends both in seconds: one message, the cause, no exit code 0."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.runs import TINY, Ended
+from tests.training.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import os, signal, sys, time
+import torch
+from nvae.cli import train_command
+from nvae.data.module import ImageDataModule
+from nvae.models import NVAE
+from nvae.training import checkpointing
+from nvae.training.checkpointing import Checkpoints
+from nvae.training.module import NVAELightning
+
+rank, mode = int(os.environ.get("LOCAL_RANK", "0")), os.environ["MODE"]
+original_step = NVAELightning.training_step
+
+def fails(self, batch, batch_idx):
+    if self.trainer.global_step == 2:
+        match mode, rank:
+            case "data", 1:
+                raise OSError("image 5 cannot be read")
+            case "memory", 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            case "stuck", 0:
+                time.sleep(600)  # as in a kernel that waits for the other rank
+            case "stuck", 1:
+                raise ZeroDivisionError("of a user's own")
+            case "killed", 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return original_step(self, batch, batch_idx)
+
+def full(checkpoint, path):
+    raise OSError(28, "No space left on device")
+
+def callback(self, trainer, *_):
+    if rank == 1 and trainer.global_step == 2:
+        sys.exit(3)
+
+def no_memory(self, *_, **__):
+    raise MemoryError("not enough memory")
+
+NVAELightning.training_step = fails
+if mode == "disk" and rank == 0:
+    checkpointing.save_checkpoint = full
+if mode == "exit":
+    Checkpoints.on_train_batch_end = callback
+if mode == "build" and rank == 1:
+    NVAE.__init__ = no_memory
+train_command()
+"""
+
+
+def _ended(folder: Path, mode: str, *command: object) -> Ended:
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER", "NVAE"))}
+    more = {"MODE": mode, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        [sys.executable, *command, script, *TINY, "trainer.devices=2", "trainer.max_epochs=4000",
+         "trainer.accelerator=cpu"],
+        cwd=folder, env=kept | more, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = job.communicate(timeout=120)  # the process group's own timeout is far longer
+        return Ended(job.returncode, out, err)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def _errors(ended: Ended) -> list[str]:
+    return [line for line in ended.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "cause"),
+    [
+        ("data", "error: rank 1: image 5 cannot be read; "),
+        ("memory", "error: rank 1: there is not enough memory (CUDA out of memory); "),
+        ("disk", "No space left on device; older checkpoints are intact; "),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(tmp_path: Path, mode: str, cause: str) -> None:
+    ended = _ended(tmp_path, mode)
+    (line,) = _errors(ended)
+    assert ended.code == 2, ended
+    assert cause in line
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "cause"), [("stuck", "ZeroDivisionError: of a user's own"), ("exit", "SystemExit: 3")]
+)
+def test_a_crash_of_one_rank_is_told_once(tmp_path: Path, mode: str, cause: str) -> None:
+    """Also where the first rank is in the middle of a call that does not return."""
+    ended = _ended(tmp_path, mode)
+    assert ended.code == 1, ended
+    assert ended.err.count("Traceback (most recent call last)") == 1
+    assert f"rank 1: crashed at step 2, epoch 1: {cause}" in ended.err
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    ended = _ended(tmp_path, "killed")
+    (line,) = _errors(ended)
+    assert ended.code == 1, ended
+    assert line.startswith("error: rank 1 (process ")
+    assert "was ended by SIGKILL" in line
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_before_training_ends_the_first(tmp_path: Path) -> None:
+    """Which waits for it to join the process group."""
+    ended = _ended(tmp_path, "build")
+    (line,) = _errors(ended)
+    assert ended.code != 0
+    assert "there is not enough memory to build this model" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["data", "build"])
+def test_under_torchrun_too(tmp_path: Path, mode: str) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    ended = _ended(tmp_path, mode, *launcher)
+    (line,) = _errors(ended)
+    assert ended.code != 0
+    assert {"data": "image 5 cannot be read", "build": "not enough memory"}[mode] in line
