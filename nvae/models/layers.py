@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d
-from nvae.ops.library import has_kernels, to_autocast_dtype
+from nvae.ops.library import OPS, has_kernels, to_autocast_dtype
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm, weight_norms
 
 EPS = 1e-5
@@ -288,6 +288,7 @@ class BatchNorm(nn.Module):
         momentum: share of a batch in the running statistics.
         frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
+        counted_together: :func:`counted_together` counts the batch at hand.
     """
 
     running_mean: Tensor
@@ -296,6 +297,7 @@ class BatchNorm(nn.Module):
     group: dist.ProcessGroup | None = None
     momentum: float = MOMENTUM
     frozen: bool = False
+    counted_together: bool = False
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
         super().__init__()
@@ -319,12 +321,23 @@ class BatchNorm(nn.Module):
             x, statistics = bn_swish(
                 x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group
             )
+            self.track(statistics)
+        elif running is None and self._moves_by_itself(x):
+            kept = (None, None) if self.frozen else (self.running_mean, self.running_var)
+            x = F.batch_norm(x, *kept, self.weight, self.bias, True, self.momentum, EPS)
+            self._count()
         else:
             x, statistics = batch_norm(
                 x, self.weight, self.bias, running=running, eps=EPS, group=self.group
             )
-        self.track(statistics)
+            self.track(statistics)
         return F.elu(x) if self.activation == "elu" else x
+
+    def _moves_by_itself(self, x: Tensor) -> bool:
+        """Whether torch's own pass may move the running statistics: on a GPU, where one launch less
+        counts. On the CPU its rounding differs from ours, which published numbers were made with.
+        """
+        return has_kernels(x.device) and self.group is None and self.repeats == 1
 
     def running(self) -> Statistics | None:
         """The running statistics in evaluation; None in training, where the batch's are used."""
@@ -335,16 +348,35 @@ class BatchNorm(nn.Module):
         """Move the running statistics towards a training batch's."""
         if not self.training or self.frozen:
             return
-        n = self.repeats * statistics.elements
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean), self.momentum)
-        unbiased = statistics.var * (n / (n - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        self.num_batches_tracked += 1
+        mean, var, elements = statistics
+        known = not isinstance(elements, Tensor)
+        OPS.track_(
+            self.running_mean, self.running_var, mean, var, None if known else elements,
+            float(elements) if known else 0.0, self.repeats, self.momentum,
+        )  # fmt: skip
+        self._count()
+
+    def _count(self) -> None:
+        if not (self.frozen or self.counted_together):
+            self.num_batches_tracked += 1
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, ``(C,)`` each, that the normalization applies in evaluation."""
         scale = self.weight * torch.rsqrt(self.running_var + EPS)
         return scale, self.bias - self.running_mean * scale
+
+
+@contextmanager
+def counted_together(norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Around one training pass: its batch is counted in all ``norms`` at once."""
+    for norm in norms:
+        norm.counted_together = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.counted_together = False
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 def skip_splits(out_channels: int) -> list[int]:

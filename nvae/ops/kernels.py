@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from nvae.ops.cuda import CompileError, CudaLauncher, Launch, Launcher
 from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
@@ -191,6 +192,24 @@ def moments_backward(
     return out
 
 
+def track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: Tensor | None,
+    n: float, repeats: float, momentum: float, launcher: Launcher = CUDA,
+) -> None:  # fmt: skip
+    """Move running statistics ``(C,)`` float32 in place; see :func:`nvae.ops.reference.track`."""
+    c = len(running_mean)
+    wide = [None if t is None else t.double().contiguous() for t in (mean, var, elements)]
+    macros = (
+        ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES["MODE_TRACK"]),
+        ("THREADS", VECTOR_THREADS), ("WIDE", 1),
+    )  # fmt: skip
+    scalars = struct.pack("2dfi", n, repeats, momentum, c)
+    tensors = (*wide, running_mean, running_var)
+    launch = Launch("vectors", macros, -(-c // VECTOR_THREADS), VECTOR_THREADS, 0, tensors, scalars)
+    launcher.launch(running_mean.device, launch)
+    increment_version([running_mean, running_var])
+
+
 def bn_gradients(
     sums: Tensor, gamma: Tensor, rstd: Tensor, launcher: Launcher = CUDA
 ) -> tuple[Tensor, Tensor]:
@@ -271,7 +290,7 @@ def _launch_bn(
 
 
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
-VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3}
+VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3, "MODE_TRACK": 4}
 
 
 @lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again

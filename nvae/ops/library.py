@@ -202,6 +202,13 @@ _define(
     lambda sums, elements, n, eps: doubles(sums, 3, sums.shape[1]),
 )
 _define(
+    "track_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+    "Tensor? elements, float n, float repeats, float momentum) -> ()",
+    kernels.track,
+    reference.track,
+    lambda *_: None,
+)
+_define(
     "moments_backward(Tensor sums, Tensor? elements, float n, float eps, Tensor dmean, "
     "Tensor drstd) -> Tensor",
     kernels.moments_backward,
