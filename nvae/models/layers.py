@@ -323,8 +323,11 @@ class BatchNorm(nn.Module):
             )
             self.track(statistics)
         elif running is None and self._moves_by_itself(x):
-            kept = (None, None) if self.frozen else (self.running_mean, self.running_var)
-            x = F.batch_norm(x, *kept, self.weight, self.bias, True, self.momentum, EPS)
+            x = F.batch_norm(
+                x, None if self.frozen else self.running_mean,
+                None if self.frozen else self.running_var,
+                self.weight, self.bias, True, self.momentum, EPS,
+            )  # fmt: skip
             self._count()
         else:
             x, statistics = batch_norm(
