@@ -276,14 +276,15 @@ class Objective(nn.Module):
             regularize: add the regularizers, once an optimizer step.
         """
         beta = self.beta(step, total_steps)
-        if self.config.encoder_noise:
-            assert input_noise is not None
-            model.check_images(x)
-            maps = model.encode(x + self.config.encoder_noise * input_noise)
-            state, groups = model.top_down(noise, encoder_maps=maps)
-            output = Output(model.decode_state(state), groups)
-        else:
-            output = model(x, noise)
+        with model.training_pass():
+            if self.config.encoder_noise:
+                assert input_noise is not None
+                model.check_images(x)
+                maps = model.encode(x + self.config.encoder_noise * input_noise)
+                state, groups = model.top_down(noise, encoder_maps=maps)
+                output = Output(model.decode_state(state), groups)
+            else:
+                output = model(x, noise)
         parts = elbo(
             output,
             model.likelihood(output.logits).log_prob(x),

@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -183,6 +183,10 @@ class HierarchicalVAE(nn.Module, ABC):
         Their randomness must come in as arguments: they are run a second time.
         """
         return self.blocks()
+
+    def training_pass(self) -> AbstractContextManager[None]:
+        """Around a forward pass with gradients: what depends on the weights alone, done at once."""
+        return nullcontext()
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample, without gradients."""

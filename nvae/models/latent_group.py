@@ -25,7 +25,9 @@ class NormalHead(nn.Module):
     def __init__(self, in_channels: int, latent_channels: int, kernel_size: int, elu: bool) -> None:
         super().__init__()
         self.activation = nn.ELU() if elu else nn.Identity()
-        self.conv = WeightNormConv2d(in_channels, 2 * latent_channels, kernel_size)
+        self.conv = WeightNormConv2d(
+            in_channels, 2 * latent_channels, kernel_size, full_precision=True
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, C, h, w)`` to mean and log-sigma, ``(B, L, h, w)`` each, unclamped."""

@@ -4,7 +4,8 @@ A convolution here knows the matrices that spectral regularization looks at
 (:meth:`SpectralConv.spectral_matrices`), so that the regularizer needs no list of special cases.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d
-from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
+from nvae.ops.library import OPS, has_kernels, to_autocast_dtype
+from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm, weight_norms
 
 EPS = 1e-5
 MOMENTUM = 0.05
 NORM_INIT_EPS = 1e-2
+NORMALIZED_AT_ONCE = 32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -120,9 +123,15 @@ class WeightNormConv2d(SpectralConv):
         bias: add a bias per output channel.
         mask: 0/1 tensor of the weight's shape, multiplied in before the norm is taken.
         log_gain_shift: added to the initial g, log(||w|| + 1e-2).
+        full_precision: the convolution runs in its weight's type under mixed precision too; the
+            caller turns autocast off around it.
+
+    Attributes:
+        ready: w_hat of the pass at hand, where :func:`normalized_together` has made it.
     """
 
     mask: Tensor | None
+    ready: Tensor | None = None
 
     def __init__(
         self,
@@ -136,8 +145,10 @@ class WeightNormConv2d(SpectralConv):
         bias: bool = True,
         mask: Tensor | None = None,
         log_gain_shift: float = 0.0,
+        full_precision: bool = False,
     ) -> None:
         super().__init__()
+        self.full_precision = full_precision
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = dilation * (kernel_size // 2)
         # torch's own initialization of weight and bias, which the published model keeps
@@ -155,6 +166,8 @@ class WeightNormConv2d(SpectralConv):
 
     def normalized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
+        if self.ready is not None:
+            return self.ready
         if self._derived.usable(self.training):
             return self._derived.get((self.weight, self.log_gain), self._normalize)
         return self._normalize()
@@ -179,6 +192,35 @@ class WeightNormConv2d(SpectralConv):
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The masked weight with its gain."""
         return [SpectralMatrix(_as_matrix(self._masked_weight()), self.log_gain)]
+
+
+@contextmanager
+def normalized_together(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
+    """Inside, the weights of all ``convs`` are normalized already, many by one launch.
+
+    A step of a deep model spends more time on starting thousands of small operations than on doing
+    them. Not all by one: the gradients of a launch's weights arrive together, and several ranks
+    exchange some while others are still being computed. Where the kernels for it do not run, every
+    convolution normalizes its own.
+    """
+    if not convs or not has_kernels(convs[0].weight.device):
+        yield
+        return
+    full = convs[0].weight.dtype
+    low = to_autocast_dtype(convs[0].weight[:0]).dtype
+    for dtype in dict.fromkeys((full, low)):
+        of_type = [conv for conv in convs if (full if conv.full_precision else low) == dtype]
+        for start in range(0, len(of_type), NORMALIZED_AT_ONCE):
+            some = of_type[start : start + NORMALIZED_AT_ONCE]
+            weights = [conv._masked_weight() for conv in some]
+            gains = [conv.log_gain for conv in some]
+            for conv, w_hat in zip(some, weight_norms(weights, gains, dtype), strict=True):
+                conv.ready = w_hat
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.ready = None
 
 
 class DataInitConv2d(WeightNormConv2d):
@@ -213,6 +255,7 @@ class DataInitConv2d(WeightNormConv2d):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         assert self.bias is not None
+        self.ready = None  # its gain is about to change
         self.log_gain.zero_()
         self.bias.zero_()
         y = super().forward(x)
@@ -245,6 +288,7 @@ class BatchNorm(nn.Module):
         momentum: share of a batch in the running statistics.
         frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
+        counted_together: :func:`counted_together` counts the batch at hand.
     """
 
     running_mean: Tensor
@@ -253,6 +297,7 @@ class BatchNorm(nn.Module):
     group: dist.ProcessGroup | None = None
     momentum: float = MOMENTUM
     frozen: bool = False
+    counted_together: bool = False
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
         super().__init__()
@@ -276,12 +321,26 @@ class BatchNorm(nn.Module):
             x, statistics = bn_swish(
                 x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group
             )
+            self.track(statistics)
+        elif running is None and self._moves_by_itself(x):
+            x = F.batch_norm(
+                x, None if self.frozen else self.running_mean,
+                None if self.frozen else self.running_var,
+                self.weight, self.bias, True, self.momentum, EPS,
+            )  # fmt: skip
+            self._count()
         else:
             x, statistics = batch_norm(
                 x, self.weight, self.bias, running=running, eps=EPS, group=self.group
             )
-        self.track(statistics)
+            self.track(statistics)
         return F.elu(x) if self.activation == "elu" else x
+
+    def _moves_by_itself(self, x: Tensor) -> bool:
+        """Whether torch's own pass may move the running statistics: on a GPU, where one launch less
+        counts. On the CPU its rounding differs from ours, which published numbers were made with.
+        """
+        return has_kernels(x.device) and self.group is None and self.repeats == 1
 
     def running(self) -> Statistics | None:
         """The running statistics in evaluation; None in training, where the batch's are used."""
@@ -292,16 +351,35 @@ class BatchNorm(nn.Module):
         """Move the running statistics towards a training batch's."""
         if not self.training or self.frozen:
             return
-        n = self.repeats * statistics.elements
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean), self.momentum)
-        unbiased = statistics.var * (n / (n - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        self.num_batches_tracked += 1
+        mean, var, elements = statistics
+        known = not isinstance(elements, Tensor)
+        OPS.track_(
+            self.running_mean, self.running_var, mean, var, None if known else elements,
+            float(elements) if known else 0.0, self.repeats, self.momentum,
+        )  # fmt: skip
+        self._count()
+
+    def _count(self) -> None:
+        if not (self.frozen or self.counted_together):
+            self.num_batches_tracked += 1
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, ``(C,)`` each, that the normalization applies in evaluation."""
         scale = self.weight * torch.rsqrt(self.running_var + EPS)
         return scale, self.bias - self.running_mean * scale
+
+
+@contextmanager
+def counted_together(norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Around one training pass: its batch is counted in all ``norms`` at once."""
+    for norm in norms:
+        norm.counted_together = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.counted_together = False
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 def skip_splits(out_channels: int) -> list[int]:

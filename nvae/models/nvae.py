@@ -7,7 +7,8 @@ the other is merged into the state. Training and sampling share this walk: witho
 draws from the priors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Self
 
@@ -24,7 +25,13 @@ from nvae.models.config import (
 )
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import WeightNormConv2d, without_autocast
+from nvae.models.layers import (
+    BatchNorm,
+    WeightNormConv2d,
+    counted_together,
+    normalized_together,
+    without_autocast,
+)
 from nvae.models.likelihoods import logit_channels
 
 
@@ -128,7 +135,7 @@ class NVAE(HierarchicalVAE):
             for _ in range(config.postprocess_cells - 1):
                 self.postprocess.append(cell(family.postprocess, width, width))
         self.image_head = nn.Sequential(
-            nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3)
+            nn.ELU(), WeightNormConv2d(width, logit_channels(config), 3, full_precision=True)
         )
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -179,6 +186,15 @@ class NVAE(HierarchicalVAE):
     def blocks(self) -> list[nn.Module]:
         """The residual cells."""
         return [module for module in self.modules() if isinstance(module, Cell)]
+
+    @contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """All convolutions' weights are normalized together, all norms' batches counted so."""
+        modules = list(self.modules())
+        convs = [m for m in modules if isinstance(m, WeightNormConv2d)]
+        norms = [m for m in modules if isinstance(m, BatchNorm)]
+        with normalized_together(convs), counted_together(norms):
+            yield
 
     def segments(self) -> list[nn.Module]:
         """The latent groups with all that is in them, and the residual cells around them."""

@@ -93,7 +93,7 @@ def batch_norm(
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
         return Normalized(y, Statistics(mean, var * ((n - 1) / n), n))
     # by kernels where there are any: x is all that is kept, 2 bytes an element in bfloat16
-    x, moments = input_moments(x, gamma.dtype, running=None, sums=None, eps=eps, group=group)
+    x, moments = input_moments(x, running=None, sums=None, eps=eps, group=group)
     y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, False)
     return Normalized(y, moments.statistics)
 
@@ -125,14 +125,13 @@ def bn_swish(
         return Normalized(F.silu(y), statistics)
     # two passes forward (three with the sums of x); the backward pass recomputes from x, the only
     # tensor of its size that is kept
-    x, moments = input_moments(x, gamma.dtype, running=running, sums=sums, eps=eps, group=group)
+    x, moments = input_moments(x, running=running, sums=sums, eps=eps, group=group)
     y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, True)
     return Normalized(y, moments.statistics)
 
 
 def input_moments(
     x: Tensor,
-    dtype: torch.dtype,
     *,
     running: Statistics | None,
     sums: Tensor | None,
@@ -153,7 +152,9 @@ def input_moments(
     sums, elements = synchronize(sums, n, group)
     mean, rstd, var = _Moments.apply(sums, elements, float(n), eps)
     count = n if elements is None else elements
-    return x, BatchMoments(mean, rstd, Statistics(mean.detach().to(dtype), var.to(dtype), count))
+    # var has no gradient already, but torch 2.11's compiler takes it for one that has
+    statistics = Statistics(mean.detach(), var.detach(), count)
+    return x, BatchMoments(mean, rstd, statistics)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -123,7 +123,7 @@ def bn_swish_depthwise(
         )
         return BnSwishDepthwise(reference.depthwise(y, weight, stride), statistics, None)
     x, moments = input_moments(
-        library.to_autocast_dtype(x), gamma.dtype, running=running, sums=sums, eps=eps, group=group
+        library.to_autocast_dtype(x), running=running, sums=sums, eps=eps, group=group
     )
     y, sums_y = _BnSwishDepthwise.apply(
         x, gamma, beta, moments.mean, moments.rstd, weight, stride, running is None

@@ -5,9 +5,11 @@ storage type of its input. Images are made channels_last, parameters float32, wh
 """
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from nvae.ops.cuda import CompileError, CudaLauncher, Launch, Launcher
 from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
@@ -190,6 +192,24 @@ def moments_backward(
     return out
 
 
+def track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: Tensor | None,
+    n: float, repeats: float, momentum: float, launcher: Launcher = CUDA,
+) -> None:  # fmt: skip
+    """Move running statistics ``(C,)`` float32 in place; see :func:`nvae.ops.reference.track`."""
+    c = len(running_mean)
+    wide = [None if t is None else t.double().contiguous() for t in (mean, var, elements)]
+    macros = (
+        ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES["MODE_TRACK"]),
+        ("THREADS", VECTOR_THREADS), ("WIDE", 1),
+    )  # fmt: skip
+    scalars = struct.pack("2dfi", n, repeats, momentum, c)
+    tensors = (*wide, running_mean, running_var)
+    launch = Launch("vectors", macros, -(-c // VECTOR_THREADS), VECTOR_THREADS, 0, tensors, scalars)
+    launcher.launch(running_mean.device, launch)
+    increment_version([running_mean, running_var])
+
+
 def bn_gradients(
     sums: Tensor, gamma: Tensor, rstd: Tensor, launcher: Launcher = CUDA
 ) -> tuple[Tensor, Tensor]:
@@ -270,7 +290,26 @@ def _launch_bn(
 
 
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
-VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3}
+VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3, "MODE_TRACK": 4}
+
+
+@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+def block_table(
+    device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
+) -> tuple[Tensor, Tensor]:
+    """What a launch over many tensors reads to find them, copied to the device once.
+
+    Args:
+        device: where to.
+        rows: of every tensor what the kernel wants to know: addresses, sizes.
+        counts: items of every tensor.
+        per_block: items of a block.
+
+    Returns:
+        The rows as int64, and for every block its tensor and its first item, ``(blocks, 2)`` int64.
+    """
+    blocks = [(t, first) for t, n in enumerate(counts) for first in range(0, n, per_block)]
+    return torch.tensor(rows).to(device), torch.tensor(blocks).to(device)
 
 
 def _sum_rows(partial: Tensor, dtype: torch.dtype, launcher: Launcher) -> Tensor:

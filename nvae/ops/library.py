@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nvae.ops import kernels, reference
+from nvae.ops import kernels, reference, weight_norm
+from nvae.ops.adamax import adamax_formula, adamax_kernel
 from nvae.ops.cuda import CompileError, compile_kernel
 from nvae.ops.kernels import DTYPES, doubles, like, nhwc
 from nvae.ops.tiling import MAX_KERNEL
@@ -70,9 +71,9 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
     )
 
 
-def has_kernels() -> bool:
-    """Whether this machine's first GPU runs the kernels; False without one."""
-    return torch.cuda.is_available() and _unavailable(0, False) is None
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on a device that is there."""
+    return device.type == "cuda" and _unavailable(device.index or 0, True) is None
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
@@ -199,6 +200,13 @@ _define(
     kernels.moments,
     reference.moments,
     lambda sums, elements, n, eps: doubles(sums, 3, sums.shape[1]),
+)
+_define(
+    "track_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+    "Tensor? elements, float n, float repeats, float momentum) -> ()",
+    kernels.track,
+    reference.track,
+    lambda *_: None,
 )
 _define(
     "moments_backward(Tensor sums, Tensor? elements, float n, float eps, Tensor dmean, "
@@ -336,4 +344,26 @@ _define(
     _fused_backward_kernel,
     _fused_backward_formula,
     _fused_backward_fake,
+)
+_define(
+    "adamax_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] averages, "
+    "Tensor(d!)[] norms, Tensor(e!) step, Tensor learning_rate, Tensor? switched_off, float beta1, "
+    "float beta2, float eps, float weight_decay) -> ()",
+    adamax_kernel,
+    adamax_formula,
+    lambda *_: None,
+)
+_define(
+    "weight_norms(Tensor[] weights, Tensor[] gains, ScalarType dtype) "
+    "-> (Tensor[], Tensor, Tensor)",
+    weight_norm.weight_norms_kernel,
+    weight_norm.weight_norms_formula,
+    weight_norm.weight_norms_fake,
+)
+_define(
+    "weight_norms_backward(Tensor[] gradients, Tensor[] weights, Tensor[] norms, Tensor[] scales) "
+    "-> (Tensor[], Tensor[])",
+    weight_norm.weight_norms_backward_kernel,
+    weight_norm.weight_norms_backward_formula,
+    weight_norm.weight_norms_backward_fake,
 )

@@ -34,6 +34,19 @@ def moments(sums: Tensor, elements: Tensor | None, n: float, eps: float) -> Tens
     return torch.stack([mean, (var + eps).rsqrt(), var])
 
 
+def track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: Tensor | None,
+    n: float, repeats: float, momentum: float,
+) -> None:  # fmt: skip
+    """Move running statistics ``(C,)`` in place towards a batch's mean and biased variance.
+
+    The running variance is the unbiased one, of n (or ``elements``) times ``repeats`` elements.
+    """
+    count = repeats * (n if elements is None else elements)
+    running_mean.lerp_(mean.to(running_mean), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var), momentum)
+
+
 def moments_backward(
     sums: Tensor, elements: Tensor | None, n: float, eps: float, dmean: Tensor, drstd: Tensor
 ) -> Tensor:

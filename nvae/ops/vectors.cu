@@ -4,6 +4,7 @@
 //   MODE_MOMENTS   sums (2, C) -> mean, rstd = 1 / sqrt(var + eps), var = S2 / n - mean^2 >= 0
 //   MODE_MOMENTS_BACKWARD  gradients of mean and rstd -> of sums
 //   MODE_BN_GRADS  sums of g and g (x - mean) -> gradients of gamma, beta, mean, rstd
+//   MODE_TRACK     moves running statistics towards a batch's
 // Statistics are double: there are few of them, and S2 / n - mean^2 cancels.
 //
 // Macros: MODE, THREADS, WIDE.
@@ -12,6 +13,7 @@
 #define MODE_MOMENTS 1
 #define MODE_MOMENTS_BACKWARD 2
 #define MODE_BN_GRADS 3
+#define MODE_TRACK 4
 
 #if MODE == MODE_SUM_ROWS
 
@@ -43,6 +45,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
         static_cast<float*>(a.out)[i] = static_cast<float>(total);
 #endif
     }
+}
+
+#elif MODE == MODE_TRACK
+
+struct Args {
+    const double* mean;      // (C)
+    const double* var;       // (C), biased
+    const double* elements;  // the number of elements where the device knows it, or null
+    float* running_mean;     // (C)
+    float* running_var;      // (C), unbiased
+    double n;                // the number of elements otherwise
+    double repeats;          // how often each of them counts
+    float momentum;
+    int C;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
+    const int c = blockIdx.x * THREADS + threadIdx.x;
+    if (c >= a.C) return;
+    const double n = a.repeats * (a.elements ? *a.elements : a.n);
+    const float mean = static_cast<float>(a.mean[c]);
+    const float var = static_cast<float>(a.var[c] * (n / (n - 1)));
+    a.running_mean[c] += a.momentum * (mean - a.running_mean[c]);
+    a.running_var[c] += a.momentum * (var - a.running_var[c]);
 }
 
 #else

@@ -213,7 +213,8 @@ def estimate_memory(
     Returns:
         Without recomputation, and where every segment of the model is recomputed.
     """
-    kernels = has_kernels() if kernels is None else kernels
+    if kernels is None:
+        kernels = torch.cuda.is_available() and has_kernels(torch.device("cuda"))
     with own_gpu(), FakeTensorMode(), assuming_kernels(kernels), _autocast(HALF.get(precision)):
         model, kept = trace(build, batch_size, objective or ObjectiveConfig(), synchronized)
     parameters = sum(p.numel() for p in model.parameters()) * BYTES

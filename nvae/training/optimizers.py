@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nvae.ops.library import OPS
 from nvae.settings import Registry, check_arguments, check_choice, check_fields
 
 APEX_OPTIMIZERS = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
@@ -224,38 +225,15 @@ class Adamax(Optimizer):
     @torch.no_grad()
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         averages, norms = self._state_of(parameters)
-        weights: list[Tensor] = list(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        beta1, beta2 = group["betas"]
-        like = averages[0]
+        device = averages[0].device
         if "step" not in group:
-            group["step"] = torch.zeros((), dtype=torch.float64, device=like.device)
-        group["step"] = step = group["step"].to(like.device)
-        taken = torch.ones_like(step) if self.found_inf is None else 1 - self.found_inf.to(step)
-        if self.found_inf is not None:
-            # 0 times a NaN is a NaN: what is left out must be finite first
-            switch = taken.bool()
-            for gradient in gradients:
-                gradient.copy_(torch.where(switch, gradient, 0.0))
-        step += taken
-        if group["weight_decay"]:
-            torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
-        # m <- m + (1 - beta1) (g - m), where the step is taken
-        change = torch._foreach_sub(gradients, averages)
-        torch._foreach_mul_(change, ((1 - beta1) * taken).to(like.dtype))
-        torch._foreach_add_(averages, change)
-        # u <- max(beta2 u, |g| + eps)
-        torch._foreach_mul_(norms, (1 - (1 - beta2) * taken).to(like.dtype))
-        torch._foreach_abs_(gradients)
-        torch._foreach_add_(gradients, group["eps"])
-        torch._foreach_mul_(gradients, taken.to(like.dtype))
-        torch._foreach_maximum_(norms, gradients)
-        # theta <- theta - lr / (1 - beta1^t) m / u; u is 0 only before the first step
-        correction = 1 - torch.pow(torch.full_like(step, beta1), step)
-        size = -group["lr"] * taken / correction.clamp_min(1 - beta1)
-        update = torch._foreach_div(averages, torch._foreach_clamp_min(norms, 1e-30))
-        torch._foreach_mul_(update, size.to(like.dtype))
-        torch._foreach_add_(weights, list(update))
+            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+        group["step"] = group["step"].to(device)
+        OPS.adamax_(
+            parameters, [p.grad for p in parameters], averages, norms, group["step"],
+            torch.full((), group["lr"], dtype=torch.float64, device=device), self.found_inf,
+            *group["betas"], group["eps"], group["weight_decay"],
+        )  # fmt: skip
 
 
 def _apex_class(name: str) -> type[Optimizer]:

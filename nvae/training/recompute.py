@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm
+from nvae.models.layers import BatchNorm, WeightNormConv2d
 from nvae.objective import ObjectiveConfig
 from nvae.training.memory import estimate_memory
 
@@ -24,29 +25,45 @@ USABLE_MEMORY = 0.8
 
 
 @contextmanager
-def frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
-    """Inside, running statistics stay as they are."""
+def second_pass(
+    norms: list[BatchNorm], convs: list[WeightNormConv2d], ready: list[Tensor | None]
+) -> Iterator[None]:
+    """Inside, running statistics stay as they are and convolutions have the first pass's weights.
+
+    Args:
+        norms: of the segment.
+        convs: of the segment.
+        ready: their normalized weights in the first pass, where it had made them beforehand.
+    """
     for norm in norms:
         norm.frozen = True
+    for conv, w_hat in zip(convs, ready, strict=True):
+        conv.ready = w_hat
     try:
         yield
     finally:
         for norm in norms:
             norm.frozen = False
+        for conv in convs:
+            conv.ready = None
 
 
 def _contexts(
-    norms: list[BatchNorm],
+    norms: list[BatchNorm], convs: list[WeightNormConv2d]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), frozen_statistics(norms)
+    return nullcontext(), second_pass(norms, convs, [conv.ready for conv in convs])
 
 
 def _checkpointed(
-    forward: Callable[..., Any], norms: list[BatchNorm], *arguments: Any, **more: Any
+    forward: Callable[..., Any],
+    norms: list[BatchNorm],
+    convs: list[WeightNormConv2d],
+    *arguments: Any,
+    **more: Any,
 ) -> Any:
     return checkpoint(
         forward, *arguments, use_reentrant=False, preserve_rng_state=False,
-        context_fn=partial(_contexts, norms), **more,
+        context_fn=partial(_contexts, norms, convs), **more,
     )  # fmt: skip
 
 
@@ -58,8 +75,9 @@ def recompute_segments(model: HierarchicalVAE) -> None:
     """
     for segment in model.segments():
         norms = [m for m in segment.modules() if isinstance(m, BatchNorm)]
+        convs = [m for m in segment.modules() if isinstance(m, WeightNormConv2d)]
         # a partial of a bound method is copied with its segment (the weights' average does so)
-        segment.forward = partial(_checkpointed, segment.forward, norms)
+        segment.forward = partial(_checkpointed, segment.forward, norms, convs)
 
 
 def should_recompute(

@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae.models import layers
 from nvae.models.layers import (
+    BatchNorm,
     DataInitConv2d,
     FactorizedSkip,
     SqueezeExcitation,
     UpsampleSkip,
     WeightNormConv2d,
+    counted_together,
     skip_splits,
 )
 
@@ -95,3 +98,31 @@ def test_no_convolution_is_a_strided_pointwise_one() -> None:
     skip(x).sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batchnorm_of_one_launch_moves_the_same_statistics(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's own pass moves them, as on a GPU, they are ours to rounding."""
+    ours, theirs = BatchNorm(3), BatchNorm(3)
+    for norm in (ours, theirs):
+        norm.frozen = frozen
+    x = 2 * torch.randn(4, 3, 5, 5) + 1
+    want = ours(x)
+    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    torch.testing.assert_close(theirs(x), want)
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(dict(theirs.named_buffers())[name], buffer)
+    assert int(ours.num_batches_tracked) == (0 if frozen else 1)
+
+
+def test_a_pass_counts_its_batch_once_in_every_layer() -> None:
+    """Also where the layers would each have done it, and after the pass they do again."""
+    norms = [BatchNorm(2), BatchNorm(3)]
+    with counted_together(norms):
+        norms[0](torch.randn(2, 2, 3, 3))
+        assert int(norms[0].num_batches_tracked) == 0
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1]
+    norms[1](torch.randn(2, 3, 3, 3))
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 2]

@@ -84,6 +84,7 @@ inline unsigned to_half(float f) {
     const unsigned sign = signbit(f) ? 0x8000u : 0u;
     if (f != f) return 0x7fffu;
     const float a = fabsf(f);
+    if (a == 0) return sign;
     if (a >= 65520.f) return sign | 0x7c00u;
     int exponent;
     frexpf(a, &exponent);

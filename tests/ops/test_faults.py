@@ -9,7 +9,9 @@ import torch
 
 from .cases import Case
 from .host import HostLauncher
-from .test_host_kernels import check_batch_norm, check_depthwise, check_moments
+from .test_adamax_kernel import check_adamax
+from .test_host_kernels import check_batch_norm, check_depthwise, check_moments, check_track
+from .test_weight_norm import check_weight_norms
 
 BFLOAT = torch.bfloat16
 ODD = Case(3, 90, 7, 9)
@@ -141,6 +143,25 @@ FAULTS = [
           depthwise(TILES)),
     Fault("negative variance", "vectors", "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
     Fault("eps left out", "vectors", "sqrt(var + a.eps)", "sqrt(var)", check_moments),
+    Fault("biased running variance", "vectors", "a.var[c] * (n / (n - 1))", "a.var[c]",
+          check_track),
+    Fault("elements of the host", "vectors", "a.repeats * (a.elements ? *a.elements : a.n)",
+          "a.repeats * a.n", check_track),
+    Fault("a scale kept from another row", "weight_norm", "expf(g[row])", "expf(g[0])",
+          check_weight_norms),
+    Fault("norm of a part of the row", "weight_norm", "i < LANES; ++i) sum +=",
+          "i < LANES - 1; ++i) sum +=", check_weight_norms),
+    Fault("gradient along the weight left in", "weight_norm", "fmaf(-shrink, w[i],",
+          "fmaf(0.f, w[i],", check_weight_norms),
+    Fault("no barrier: weight_norm", "weight_norm", "__syncthreads();", "", check_weight_norms),
+    Fault("elements behind the last vector", "adamax", "int i = done + threadIdx.x; i < n",
+          "int i = done + threadIdx.x; i < done", check_adamax),
+    Fault("every chunk the first", "adamax", "a.chunks[2 * blockIdx.x + 1]", "0LL", check_adamax),
+    Fault("alignment not asked", "adamax", "& 15) == 0)", "& 15) != 99)", check_adamax),
+    Fault("a step left out is counted", "adamax", "(is_taken ? 1 : 0)", "1", check_adamax),
+    Fault("weight decay left out", "adamax", "a.weight_decay * e.weight", "0.f", check_adamax),
+    Fault("eps outside the maximum", "adamax", "fabsf(gradient) + a.eps)", "fabsf(gradient))",
+          check_adamax),
     Fault("rounding to zero", "common", "store_one(elem* p, float v) {\n#if ELEM == 32",
           "store_one(elem* p, float v) {\n    v *= 0.98f;\n#if ELEM == 32", depthwise(ODD)),
 ]  # fmt: skip
@@ -169,7 +190,7 @@ def test_every_barrier_has_its_fault() -> None:
     """A barrier added to a kernel needs its removal on the list."""
     from nvae.ops.cuda import kernel_source
 
-    for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors"):
+    for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors", "weight_norm", "adamax"):
         barriers = kernel_source(kernel).count("__syncthreads()")
         faults = [f for f in FAULTS if f.kernel == kernel and f.name.startswith("no barrier")]
         assert len(faults) == barriers, kernel

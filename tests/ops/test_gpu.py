@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops.adamax import adamax_formula
 
 from .cases import Case, make_problem, relative_error, tolerance
+from .test_adamax_kernel import SETTINGS
+from .test_adamax_kernel import problem as adamax_problem
 from .test_host_kernels import CASES
 
 pytestmark = [
@@ -210,3 +213,21 @@ def test_tensor_of_more_than_two_to_the_31_elements() -> None:
     assert relative_error(dw, want_dw) < 1e-2
     assert not y[0].any()
     assert not dx[0].any()
+
+
+def test_adamax_in_one_pass_against_the_formula() -> None:
+    """Twenty steps, some left out, through the registered op, beside the formula in float64."""
+    lists, step, rate = (
+        [[t.cuda() for t in each] for each in part] if isinstance(part, list) else part.cuda()
+        for part in adamax_problem()
+    )
+    wide, wide_step = [[t.double() for t in each] for each in lists], step.clone()
+    for number in range(20):
+        switch = torch.tensor(float(number % 5 == 3), device="cuda")
+        gradients = [g.clone() for g in wide[1]]
+        adamax_formula(wide[0], gradients, *wide[2:], wide_step, rate, switch, *SETTINGS)
+        torch.ops.nvae.adamax_(*lists, step, rate, switch, *SETTINGS)
+    assert step == wide_step == 16
+    for index in (0, 2, 3):
+        for got, want in zip(lists[index], wide[index], strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

@@ -98,6 +98,22 @@ def check_moments(launcher: HostLauncher) -> None:
         torch.testing.assert_close(got, leaf.grad, rtol=1e-9, atol=1e-12)
 
 
+def check_track(launcher: HostLauncher) -> None:
+    """Running statistics against the formula, the number of elements from host and device."""
+    gen = torch.Generator().manual_seed(0)
+    c, n, repeats, momentum = 300, 50.0, 4.0, 0.05
+    mean, var = torch.randn(2, c, generator=gen, dtype=torch.float64).abs()
+    for elements in (None, torch.tensor(n, dtype=torch.float64)):
+        ours = [torch.randn(c, generator=gen) for _ in range(2)]
+        theirs = [t.clone() for t in ours]
+        count = n if elements is None else 0.0
+        versions = [t._version for t in ours]
+        kernels.track(*ours, mean, var, elements, count, repeats, momentum, launcher)
+        reference.track(*theirs, mean, var, elements, count, repeats, momentum)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert all(t._version > v for t, v in zip(ours, versions, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_depthwise_matches_float64_autograd(case: Case, host: HostLauncher) -> None:
     check_depthwise(case, host)
@@ -114,6 +130,10 @@ def test_batch_norm_matches_float64_formulas(case: Case, host: HostLauncher) -> 
 
 def test_moments_match_autograd(host: HostLauncher) -> None:
     check_moments(host)
+
+
+def test_running_statistics_match_the_formula(host: HostLauncher) -> None:
+    check_track(host)
 
 
 def test_order_of_threads_does_not_change_a_bit(host_folder: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nvae.models import NVAE, ModelConfig
+from nvae.models import NVAE, ModelConfig, layers
+from nvae.models.layers import NORMALIZED_AT_ONCE, DataInitConv2d, WeightNormConv2d
 from nvae.objective import Objective, ObjectiveConfig
+from nvae.ops.weight_norm import weight_norms
 from nvae.regularizers import batchnorms
 from nvae.training.recompute import compile_blocks, recompute_segments
 from tests.training.ranks import run_ranks
@@ -177,3 +179,61 @@ def test_every_kind_of_cell_is_compiled() -> None:
     assert counters["frames"]["ok"] == counters["frames"]["total"] > 8
     assert not counters["graph_break"]
     assert not counters["unimplemented"]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "compiled"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+)
+def test_weights_normalized_together_change_nothing(
+    recompute: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients, and in the second pass of recomputed segments the first one's weights."""
+    torch.manual_seed(0)
+    apart = NVAE(CONFIG).double()
+    together = copy.deepcopy(apart)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(together, "aot_eager")
+    if recompute:
+        recompute_segments(together)
+    _step(apart)  # initializes from the data
+    for module in together.modules():
+        if isinstance(module, DataInitConv2d):
+            module.checked = True
+    together.load_state_dict(apart.state_dict())
+    apart.zero_grad()
+    loss, _ = _step(apart)
+    calls: list[int] = []
+
+    def counted(weights: list[torch.Tensor], *more: Any) -> list[torch.Tensor]:
+        calls.append(len(weights))
+        return weight_norms(weights, *more)
+
+    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    monkeypatch.setattr(layers, "weight_norms", counted)
+    other, _ = _step(together)
+    convs = [m for m in together.modules() if isinstance(m, WeightNormConv2d)]
+    assert sum(calls) == len(convs)
+    assert len(calls) == -(-len(convs) // NORMALIZED_AT_ONCE)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=0)
+    for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert all(conv.ready is None for conv in convs)
+
+
+def test_weights_normalized_together_in_the_type_of_their_convolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under mixed precision bfloat16, but float32 in the heads that compute so."""
+    model = NVAE(CONFIG)
+    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    with torch.autocast("cpu", torch.bfloat16), model.training_pass():
+        types = {m.ready.dtype: m.full_precision for m in model.modules() if _is_ready(m)}
+        assert types == {torch.bfloat16: False, torch.float32: True}
+        output = model(torch.rand(2, 1, 8, 8).round())
+    assert output.logits.dtype == torch.float32
+
+
+def _is_ready(module: torch.nn.Module) -> bool:
+    return isinstance(module, WeightNormConv2d) and module.ready is not None

@@ -1,0 +1,19 @@
+"""A step of a deep network must not drown the host in launches."""
+
+import pytest
+
+from benchmarks.launches import operations_of_a_step
+
+BUDGET = 15_500
+"""Operations of a step of the paper's CIFAR-10; 24,700 before they were counted."""
+
+
+@pytest.mark.slow
+def test_a_step_of_cifar10_stays_within_its_budget() -> None:
+    counted = operations_of_a_step(["experiment=cifar10"], batch=32)
+    total = sum(operations.total for operations in counted.values())
+    assert total <= BUDGET, {name: o.counts.most_common(20) for name, o in counted.items()}
+    # one op for all parameters, and the learning rate's way to the device
+    assert counted["optimizer"].total <= 3, counted["optimizer"].counts
+    # the kernels' path is what was counted
+    assert counted["forward"].counts["bn_swish_depthwise"] > 50
