@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nvae"
 
 ORDER = [
-    *("settings", "files", "command_line", "random", "torch_file", "gpus"),
+    *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
     *("pictures", "ops", "models", "regularizers", "objective", "published", "checkpoint"),
     *("bn_recalibration", "sampling", "evaluation", "data", "report", "training"),
     *("export", "hub", "cli"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
-from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d
+from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d, reference
 from nvae.ops.library import OPS, has_kernels, to_autocast_dtype
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm, weight_norms
 
@@ -351,11 +351,12 @@ class BatchNorm(nn.Module):
         """Move the running statistics towards a training batch's."""
         if not self.training or self.frozen:
             return
-        mean, var, elements = statistics
-        known = not isinstance(elements, Tensor)
-        OPS.track_(
-            self.running_mean, self.running_var, mean, var, None if known else elements,
-            float(elements) if known else 0.0, self.repeats, self.momentum,
+        mean, var, n = statistics
+        asked, count = (n, 0.0) if isinstance(n, Tensor) else (None, float(n))
+        track = OPS.track_ if has_kernels(self.running_mean.device) else reference.track
+        track(
+            self.running_mean, self.running_var, mean, var, asked, count, self.repeats,
+            self.momentum,
         )  # fmt: skip
         self._count()
 
@@ -379,7 +380,8 @@ def counted_together(norms: Sequence[BatchNorm]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.counted_together = False
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    if norms:
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 def skip_splits(out_channels: int) -> list[int]:

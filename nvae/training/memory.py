@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm, DataInitConv2d
+from nvae.models.layers import BatchNorm, DataInitConv2d, WeightNormConv2d
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.library import assuming_kernels, has_kernels
 
@@ -145,7 +145,9 @@ class _Ledger:
                 handle.remove()
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...], more: dict[str, Any]) -> None:
-        for argument in (*arguments, *more.values()):
+        # weights that the pass has normalized beforehand are handed in, too
+        ready = [m.ready for m in module.modules() if isinstance(m, WeightNormConv2d)]
+        for argument in (*arguments, *more.values(), *ready):
             if isinstance(argument, Tensor):
                 self.outside.add(argument)
         self._inside = SavedBytes()
@@ -213,8 +215,7 @@ def estimate_memory(
     Returns:
         Without recomputation, and where every segment of the model is recomputed.
     """
-    if kernels is None:
-        kernels = torch.cuda.is_available() and has_kernels(torch.device("cuda"))
+    kernels = runs_kernels() if kernels is None else kernels
     with own_gpu(), FakeTensorMode(), assuming_kernels(kernels), _autocast(HALF.get(precision)):
         model, kept = trace(build, batch_size, objective or ObjectiveConfig(), synchronized)
     parameters = sum(p.numel() for p in model.parameters()) * BYTES
@@ -244,6 +245,11 @@ def own_gpu() -> AbstractContextManager[Any]:
         return nullcontext()
     local = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
     return torch.cuda.device(int(local) % torch.cuda.device_count())
+
+
+def runs_kernels() -> bool:
+    """Whether this machine's GPU does; False without one."""
+    return torch.cuda.is_available() and has_kernels(torch.device("cuda"))
 
 
 def trace(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from nvae.models import NVAE, ModelConfig
+from nvae.models import NVAE, ModelConfig, layers
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops import library
 from nvae.regularizers import batchnorms
@@ -73,6 +73,7 @@ def measured(rank: int, world: int, precision: str, kernels: bool, recompute: bo
     with pytest.MonkeyPatch.context() as patch, library.assuming_kernels(kernels):
         if kernels:  # the registered ops, which keep the same whatever computes them
             patch.setattr(library, "_not_applicable", lambda *_: None)
+            patch.setattr(layers, "has_kernels", lambda device: True)
         step: nn.Module = Step(precision)
         if recompute:
             recompute_segments(step.model)  # type: ignore[arg-type]
@@ -121,7 +122,7 @@ def test_kernels_keep_less() -> None:
 @pytest.mark.parametrize("kernels", [False, True])
 def test_auto_recomputes_what_would_not_fit(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
     """By what this machine's GPU would run, for one rank and for several."""
-    monkeypatch.setattr(memory, "has_kernels", lambda: kernels)
+    monkeypatch.setattr(memory, "runs_kernels", lambda: kernels)
     for synchronized in (False, True):
         plain, _ = estimate_memory(
             BUILD, BATCH, precision="bf16-mixed", synchronized=synchronized, kernels=kernels
