@@ -31,7 +31,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     Where it is off already nothing is entered, so that an exported program has no context either.
     """
     device = x.device.type
-    on = torch.is_autocast_enabled(device)
+    on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

@@ -190,7 +190,7 @@ def test_weights_normalized_together_change_nothing(
 ) -> None:
     """Loss and gradients, and in the second pass of recomputed segments the first one's weights."""
     torch.manual_seed(0)
-    apart = NVAE(CONFIG).double()
+    apart = NVAE(CONFIG)
     together = copy.deepcopy(apart)
     if compiled:
         torch._dynamo.reset()
@@ -216,9 +216,9 @@ def test_weights_normalized_together_change_nothing(
     convs = [m for m in together.modules() if isinstance(m, WeightNormConv2d)]
     assert sum(calls) == len(convs)
     assert len(calls) == -(-len(convs) // NORMALIZED_AT_ONCE)
-    torch.testing.assert_close(other, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
     for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
     assert all(conv.ready is None for conv in convs)
 
 

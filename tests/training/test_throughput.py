@@ -20,7 +20,7 @@ from nvae.models.layers import BatchNorm
 from nvae.training import throughput
 from nvae.training.module import NVAELightning
 from nvae.training.progress import describe_metrics
-from nvae.training.recompute import recompute_blocks
+from nvae.training.recompute import recompute_segments
 from nvae.training.throughput import Throughput, flops_per_image, peak_tflops
 from tests.training.runs import run, small_config
 
@@ -90,7 +90,7 @@ def test_operations_are_three_forward_passes(model: NVAE) -> None:
     generator = torch.get_rng_state()
     expected = 3 * counter.get_total_flops() / 2
     assert flops_per_image(model) == expected > 1e5
-    recompute_blocks(model)
+    recompute_segments(model)
     assert flops_per_image(model) == expected
     assert norm.group is group
     assert torch.equal(torch.get_rng_state(), generator)
