@@ -323,11 +323,11 @@ class BatchNorm(nn.Module):
             )
             self.track(statistics)
         elif running is None and self._moves_by_itself(x):
+            # frozen: given all the same, since torch keeps them for backward, as the first pass did
+            momentum = 0.0 if self.frozen else self.momentum
             x = F.batch_norm(
-                x, None if self.frozen else self.running_mean,
-                None if self.frozen else self.running_var,
-                self.weight, self.bias, True, self.momentum, EPS,
-            )  # fmt: skip
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, EPS
+            )
             self._count()
         else:
             x, statistics = batch_norm(
