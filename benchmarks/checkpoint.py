@@ -24,8 +24,8 @@ from nvae.cli.common import keep_freed_memory
 from nvae.cli.config import compose_train
 from nvae.models import HierarchicalVAE
 from nvae.torch_file import inspect_torch_file
-from nvae.training.background import BackgroundWriter
 from nvae.training.checkpointing import write_checked
+from nvae.training.snapshot import BackgroundWriter
 
 MOMENTS = ("exp_avg", "exp_inf")
 """Of Adamax."""

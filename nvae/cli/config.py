@@ -29,7 +29,7 @@ from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
 from nvae.training.ema import MovingAverage
-from nvae.training.log_guard import guard
+from nvae.training.logging import guard
 from nvae.training.optimizers import OptimizerConfig
 from nvae.training.trainer import TrainerConfig
 

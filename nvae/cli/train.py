@@ -42,12 +42,12 @@ from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import Shard
 from nvae.training.checkpointing import newest_checkpoint
-from nvae.training.decisions import decided, is_started_by_launcher, meet
 from nvae.training.end_together import EndTogether
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
+from nvae.training.processes import decided, is_started_by_launcher, meet
 from nvae.training.ranks import OtherRankError, any_rank, has_others, together
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (

@@ -20,7 +20,6 @@ from nvae.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nvae.command_line import brief
 from nvae.files import link_or_copy
 from nvae.settings import check_fields
-from nvae.training.background import BackgroundWriter
 from nvae.training.guard import steps_go_bad
 from nvae.training.pending import (
     begin_pending,
@@ -28,9 +27,8 @@ from nvae.training.pending import (
     mark_pending,
     validates_next,
 )
-from nvae.training.ranks import together
-from nvae.training.sending import from_first_rank
-from nvae.training.snapshot import averages, constant_until_next_step
+from nvae.training.ranks import from_first_rank, together
+from nvae.training.snapshot import BackgroundWriter, averages, constant_until_next_step
 
 _STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
 BEST = "best.ckpt"

@@ -1,18 +1,22 @@
 """What a run leaves behind to look at: metrics in logs, grids of pictures.
 
 Lightning's loggers work as they are; these put their files into the run's folder and go on there
-when the run is resumed. All but JSON lines are Lightning's own with other defaults.
+when the run is resumed. All but JSON lines are Lightning's own with other defaults. A logger that
+fails is a warning, not the run's end.
 """
 
 import errno
+import functools
 import importlib.util
 import json
 import os
+import re
 import secrets
+import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +29,74 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from nvae.command_line import brief
 from nvae.files import replacing
 from nvae.models import HierarchicalVAE
 from nvae.pictures import save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
-from nvae.training.log_guard import Warnings
 from nvae.training.module import NVAELightning
+
+_GUARDED = (
+    "log_metrics", "log_hyperparams", "log_graph", "log_image", "after_save_checkpoint", "save",
+    "finalize",
+)  # fmt: skip
+"""What the Trainer and this package ask of a logger while a run goes on."""
+
+_LONGEST = 200
+
+
+class Warnings:
+    """Turns errors into lines on stderr, each cause once for each that failed."""
+
+    def __init__(self) -> None:
+        self._said = set[tuple[str, str]]()
+
+    @contextmanager
+    def instead(self, name: str, what: str) -> Iterator[None]:
+        """Whatever goes wrong inside is said and forgotten.
+
+        Args:
+            name: of the logger, or of whatever else works here.
+            what: it was about to do.
+        """
+        try:
+            yield
+        except Exception as error:
+            # Lightning's TensorBoard calls every error one of the value's type
+            cause = error if isinstance(error, OSError) else error.__cause__ or error
+            reason = brief(f"{type(cause).__name__}: {cause}", _LONGEST)
+            kind = name, re.sub(r"\d+", "", reason)  # steps and values differ
+            if kind not in self._said:
+                self._said.add(kind)
+                print(
+                    f"{name} failed in {what} ({reason}); training goes on, and what it could not "
+                    "take is missing from it",
+                    file=sys.stderr,
+                )
+
+
+def guard(logger: Logger, name: str) -> Logger:
+    """The same logger, whose calls no longer raise.
+
+    Args:
+        logger: Lightning's, ours or anybody's.
+        name: of it, for the warnings.
+    """
+    warnings = Warnings()
+    for method in _GUARDED:
+        if hasattr(type(logger), method):
+            setattr(logger, method, _guarded(getattr(logger, method), warnings, name))
+    return logger
+
+
+def _guarded(call: Callable[..., Any], warnings: Warnings, name: str) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def guarded(*arguments: Any, **more: Any) -> Any:
+        with warnings.instead(name, call.__name__):
+            return call(*arguments, **more)
+
+    return guarded
 
 
 class LogWriteError(OSError):

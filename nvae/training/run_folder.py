@@ -26,8 +26,8 @@ import yaml
 
 from nvae.files import read_bytes, replacing
 from nvae.training.checkpointing import checkpoint_step, newest_checkpoint
-from nvae.training.decisions import decided
 from nvae.training.pending import is_pending
+from nvae.training.processes import decided
 from nvae.training.resuming import Plain, check_resumable, conflicts, epochs_begun_and_done
 
 LOCK_FILE = ".lock"

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
-from nvae.training.equal_ranks import EqualRanks
 from nvae.training.processes import AUTO, count_processes
+from nvae.training.ranks import EqualRanks
 from nvae.training.shared_statistics import SHARING
 
 STRATEGIES = ("auto", "ddp")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvae.training.decisions import decided, meet
+from nvae.training.processes import decided, meet
 from nvae.training.trainer import TrainerConfig
 from tests.training.ranks import free_port
 
@@ -17,7 +17,7 @@ PENDING = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from nvae.training.decisions import meet
+from nvae.training.processes import meet
 from nvae.training.trainer import TrainerConfig
 
 meet(TrainerConfig(accelerator="cpu", devices=2))

@@ -13,9 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.cli.train import build_module
-from nvae.training import ema, host_copy
-from nvae.training.ema import MovingAverage
-from nvae.training.host_copy import HostCopy
+from nvae.training import ema
+from nvae.training.ema import HostCopy, MovingAverage
 from nvae.training.module import NVAELightning
 from tests.training.runs import last_checkpoint, run, small_config
 
@@ -91,7 +90,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Apart: as if the model were on a GPU and the average in the host's memory."""
     if request.param == "apart":
         monkeypatch.setattr(ema, "_apart", lambda *_: True)
-        monkeypatch.setattr(host_copy, "CHUNK", 100)
+        monkeypatch.setattr(ema, "CHUNK", 100)
     return request.param
 
 
@@ -193,7 +192,7 @@ def test_readers_wait_for_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_host_copies_keep_values_and_memory_formats(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copy, "CHUNK", chunk)
+    monkeypatch.setattr(ema, "CHUNK", chunk)
     conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
     tensors = [
         torch.tensor(2.0), conv.weight, torch.randn(5), torch.ones(1).expand(4), torch.randn(0),

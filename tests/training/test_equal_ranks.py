@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvae.models import NVAE, ModelConfig
-from nvae.training.equal_ranks import EqualRanks, check_equal, digest
+from nvae.training.ranks import EqualRanks, check_equal, digest
 from nvae.training.trainer import TrainerConfig, build_trainer
 from tests.training.ranks import run_ranks
 

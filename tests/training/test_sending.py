@@ -9,7 +9,7 @@ import torch
 
 from nvae.checkpoint import save_model
 from nvae.models import NVAE, ModelConfig
-from nvae.training import checkpointing, sending
+from nvae.training import checkpointing, ranks
 from nvae.training.checkpointing import AtomicCheckpointIO
 from tests.training.ranks import run_ranks
 from tests.training.runs import assert_identical
@@ -32,9 +32,9 @@ def _strides(content: Any) -> list[tuple[int, ...]]:
 
 
 def _sent(rank: int, world: int, parcel: int) -> int:
-    sending.PARCEL = parcel
+    ranks.PARCEL = parcel
     expected = _content()
-    received = sending.from_first_rank(lambda: _content() if rank == 0 else 1 / 0)  # type: ignore[arg-type, return-value]
+    received = ranks.from_first_rank(lambda: _content() if rank == 0 else 1 / 0)  # type: ignore[arg-type, return-value]
     assert type(received["state_dict"]) is OrderedDict
     assert _strides(received) == _strides(expected)
     assert torch.are_deterministic_algorithms_enabled() is False

@@ -13,9 +13,8 @@ from torch import nn
 from nvae.checkpoint import load_checkpoint, load_model
 from nvae.files import link_or_copy
 from nvae.training import checkpointing
-from nvae.training.background import BackgroundWriter
 from nvae.training.checkpointing import CheckpointWriteError, step_checkpoints
-from nvae.training.snapshot import Snapshots
+from nvae.training.snapshot import BackgroundWriter, Snapshots
 from tests.training.runs import assert_identical, run, small_config
 
 
