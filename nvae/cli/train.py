@@ -47,7 +47,7 @@ from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
-from nvae.training.processes import decided, is_started_by_launcher, meet
+from nvae.training.processes import decided, is_started_by_launcher
 from nvae.training.ranks import OtherRankError, any_rank, has_others, together
 from nvae.training.recompute import should_recompute
 from nvae.training.run_folder import (
@@ -57,7 +57,7 @@ from nvae.training.run_folder import (
     open_run_once,
 )
 from nvae.training.signals import InterruptedRun, StopNow, StopsNow
-from nvae.training.trainer import TrainerConfig, build_trainer
+from nvae.training.trainer import TrainerConfig, build_trainer, meet
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and SLURM say which of a run's processes this is."""

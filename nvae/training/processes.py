@@ -6,11 +6,9 @@ through their process group; those that Lightning starts from the first, later o
 environment what it has decided before.
 """
 
-import atexit
 import json
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from lightning_fabric.plugins.environments import (
 
 from nvae.started import will_start_others
 from nvae.training.ranks import on_first_rank
-from nvae.training.trainer import TrainerConfig
 
 AUTO = "auto"
 
@@ -92,50 +89,15 @@ _HANDED_DOWN = "NVAE_DECISIONS"
 """Environment variable with the decisions so far, for the processes that Lightning starts."""
 
 
-def _launcher() -> type[ClusterEnvironment] | None:
+def launcher_of_all() -> type[ClusterEnvironment] | None:
+    """Lightning's name for torchrun or SLURM where they start all processes; None elsewhere."""
     kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
     return next((kind for kind in kinds if kind.detect()), None)
 
 
 def is_started_by_launcher() -> bool:
     """Whether torchrun or SLURM starts all processes of the run."""
-    return _launcher() is not None
-
-
-def meet(config: TrainerConfig) -> None:
-    """Make the process group of a run that torchrun or SLURM has started, before anything else.
-
-    It is the one that Lightning would make later, and finds. One process needs no group, and
-    where Lightning starts the others it makes the group. It ends with the process.
-
-    Raises:
-        ValueError: the launcher has started another number of processes than the settings say.
-    """
-    if config.world_size == 1:
-        return
-    atexit.register(_part)
-    launcher = _launcher()
-    if launcher is None or dist.is_initialized():
-        return
-    environment = launcher()
-    environment.validate_settings(int(config.devices), config.num_nodes)
-    device = None
-    if config.resolved_accelerator() == "gpu":
-        device = torch.device("cuda", environment.local_rank())
-        torch.cuda.set_device(device)
-    os.environ["MASTER_ADDR"] = environment.main_address
-    os.environ["MASTER_PORT"] = str(environment.main_port)
-    dist.init_process_group(
-        config.process_group_backend(), rank=environment.global_rank(),
-        world_size=environment.world_size(), timeout=timedelta(seconds=config.timeout),
-        device_id=device,
-    )  # fmt: skip
-
-
-def _part() -> None:
-    # left to the interpreter's end, gloo's threads may want Python when it is gone: an abort
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return launcher_of_all() is not None
 
 
 def decided(name: str, decide: Callable[[], Any]) -> Any:

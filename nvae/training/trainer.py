@@ -1,5 +1,6 @@
 """From configuration to Lightning's Trainer."""
 
+import atexit
 import inspect
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import MixedPrecision
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import AtomicCheckpointIO
-from nvae.training.processes import AUTO, count_processes
+from nvae.training.processes import AUTO, count_processes, launcher_of_all
 from nvae.training.ranks import EqualRanks
 from nvae.training.shared_statistics import SHARING
 
@@ -293,3 +295,39 @@ def ddp_strategy(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
     )
+
+
+def meet(config: TrainerConfig) -> None:
+    """Make the process group of a run that torchrun or SLURM has started, before anything else.
+
+    It is the one that Lightning would make later, and finds. One process needs no group, and
+    where Lightning starts the others it makes the group. It ends with the process.
+
+    Raises:
+        ValueError: the launcher has started another number of processes than the settings say.
+    """
+    if config.world_size == 1:
+        return
+    atexit.register(_part)
+    launcher = launcher_of_all()
+    if launcher is None or dist.is_initialized():
+        return
+    environment = launcher()
+    environment.validate_settings(int(config.devices), config.num_nodes)
+    device = None
+    if config.resolved_accelerator() == "gpu":
+        device = torch.device("cuda", environment.local_rank())
+        torch.cuda.set_device(device)
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    dist.init_process_group(
+        config.process_group_backend(), rank=environment.global_rank(),
+        world_size=environment.world_size(), timeout=timedelta(seconds=config.timeout),
+        device_id=device,
+    )  # fmt: skip
+
+
+def _part() -> None:
+    # left to the interpreter's end, gloo's threads may want Python when it is gone: an abort
+    if dist.is_initialized():
+        dist.destroy_process_group()

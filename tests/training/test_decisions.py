@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nvae.training.processes import decided, meet
-from nvae.training.trainer import TrainerConfig
+from nvae.training.processes import decided
+from nvae.training.trainer import TrainerConfig, meet
 from tests.training.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ PENDING = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from nvae.training.processes import meet
+from nvae.training.trainer import meet
 from nvae.training.trainer import TrainerConfig
 
 meet(TrainerConfig(accelerator="cpu", devices=2))

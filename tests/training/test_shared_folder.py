@@ -22,7 +22,7 @@ JOB = """
 import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
-from nvae.training.processes import meet
+from nvae.training.trainer import meet
 from nvae.training.run_folder import Claim
 from nvae.training.trainer import TrainerConfig
 
