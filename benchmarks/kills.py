@@ -30,6 +30,8 @@ from nvae.checkpoint import CheckpointError, load_checkpoint, load_model
 from nvae.training.checkpointing import BEST, newest_checkpoint, step_checkpoints
 
 EVERY_STEPS = 3
+VOLATILE = ("time", "images_per_second", "data_wait", "peak_memory_gib", "tflops")
+"""Ends of the names of metrics that no two runs share."""
 EPOCHS = 8
 SETTINGS = [
     "data=random", "data.image_size=8", "data.channels=1", "data.bits=4", "data.train_size=64",
@@ -145,8 +147,7 @@ def state_of_end(run: Path) -> dict[str, Any]:
         **{key: end[key] for key in whole},
         "best": [best["state_dict"], best["global_step"]],
         "metrics": [
-            {k: v for k, v in line.items() if not k.endswith(("time", "images_per_second"))}
-            for line in logged(run)
+            {k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in logged(run)
         ],
     }
 

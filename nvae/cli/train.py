@@ -366,17 +366,22 @@ def _recomputes(config: TrainConfig) -> bool:
     if config.trainer.resolved_accelerator() != "gpu":
         return False
 
+    world_size, largest = config.trainer.world_size, config.data.batch_size
+    if config.data.global_batch is not None:
+        shares = world_size * config.trainer.accumulate_grad_batches
+        largest = -(-config.data.global_batch // shares)
+
     def here() -> bool:
         return should_recompute(
             config.build_model,
-            config.data.batch_size,
+            largest,
             config.trainer.precision,
             averages_on_device(config.callbacks),
             objective=config.objective,
-            synchronized=config.trainer.world_size > 1,
+            synchronized=world_size > 1 and config.trainer.sync_batchnorm != "none",
         )
 
-    if config.trainer.world_size == 1:
+    if world_size == 1:
         return here()
     return any_rank(here()) if has_others() else bool(decided("recompute", here))
 
