@@ -28,7 +28,7 @@ from nvae.pictures import save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint
-from nvae.training.ranks import has_others, on_first_rank, together
+from nvae.training.ranks import has_others, is_first_rank, on_first_rank, together
 from nvae.training.run_folder import RunFolder
 
 WHEN = ("end", "never")
@@ -88,7 +88,7 @@ def write_report(
         folder: of the run.
         tf32: of the run's trainer; the report says it.
     """
-    is_first = not has_others() or dist.get_rank() == 0
+    is_first = is_first_rank()
     anew = shell(setting("name", folder.path.name), "resume=auto")
     if config.when == "never":
         if is_first:
@@ -165,7 +165,7 @@ def _evaluate(
         data__root=root_to_give(data.config), importance_samples=[config.importance_samples],
         tf32=tf32 or None,
     )  # fmt: skip
-    is_first = not has_others() or dist.get_rank() == 0
+    is_first = is_first_rank()
     with _attempt(file.name, folder, again, said=is_first):
         result = test_likelihood(model, data, config)
         if is_first:

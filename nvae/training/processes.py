@@ -67,13 +67,19 @@ def count_processes(
     return processes // machines, machines
 
 
+def launcher_of_all() -> type[ClusterEnvironment] | None:
+    """Lightning's name for torchrun or SLURM where they start all processes; None elsewhere."""
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
+    return next((kind for kind in kinds if kind.detect()), None)
+
+
 def _launched() -> tuple[int, int] | None:
-    """Processes and machines of torchrun or srun, in the order in which Lightning asks."""
-    given = os.environ
-    if TorchElasticEnvironment.detect():
+    """Processes and machines of torchrun or srun."""
+    given, launcher = os.environ, launcher_of_all()
+    if launcher is TorchElasticEnvironment:
         processes = int(given["WORLD_SIZE"])
         return processes, -(-processes // int(given.get("LOCAL_WORLD_SIZE", processes)))
-    if SLURMEnvironment.detect():
+    if launcher is SLURMEnvironment:
         return int(given["SLURM_NTASKS"]), int(given.get("SLURM_NNODES", "1"))
     return None
 
@@ -87,12 +93,6 @@ def _knows_its_machine() -> bool:
 
 _HANDED_DOWN = "NVAE_DECISIONS"
 """Environment variable with the decisions so far, for the processes that Lightning starts."""
-
-
-def launcher_of_all() -> type[ClusterEnvironment] | None:
-    """Lightning's name for torchrun or SLURM where they start all processes; None elsewhere."""
-    kinds = (TorchElasticEnvironment, SLURMEnvironment)  # in Lightning's order
-    return next((kind for kind in kinds if kind.detect()), None)
 
 
 def is_started_by_launcher() -> bool:

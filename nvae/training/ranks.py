@@ -46,6 +46,11 @@ def has_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all that can talk to one another; true of one alone."""
+    return not has_others() or dist.get_rank() == 0
+
+
 def collective_device() -> torch.device:
     """Where tensors must be for the process group to send them."""
     if dist.get_backend() == "nccl":

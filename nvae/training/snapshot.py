@@ -212,7 +212,6 @@ class BackgroundWriter:
                 work()
             except BaseException as error:
                 self._error = error
-                self._copied.set()
 
     def settle(self) -> None:
         """Wait until what is being written is copied: from then on its tensors may change."""

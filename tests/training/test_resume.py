@@ -10,15 +10,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import Strategy
 
+from benchmarks.kills import VOLATILE
 from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from nvae.training import checkpointing
 from nvae.training.checkpointing import AtomicCheckpointIO, step_checkpoints
 from nvae.training.run_folder import Claim, RunFolder, open_run
 from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
-
-# what says when, where and how far ahead, not what was computed
-VOLATILE = ("time", "images_per_second", "data_wait", "peak_memory_gib", "tflops")
 
 
 def read_lines(folder: Path) -> list[dict[str, float]]:
