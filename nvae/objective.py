@@ -276,7 +276,7 @@ class Objective(nn.Module):
             regularize: add the regularizers, once an optimizer step.
         """
         beta = self.beta(step, total_steps)
-        with model.training_pass():
+        with model.training_pass() as for_regularizers:
             if self.config.encoder_noise:
                 assert input_noise is not None
                 model.check_images(x)
@@ -308,7 +308,8 @@ class Objective(nn.Module):
         }
         penalty, weight = None, self.spectral_weight(beta)
         if weight > 0 and regularize:
-            values = self.regularizers()
+            with for_regularizers:
+                values = self.regularizers()
             penalty = weight * torch.stack(list(values.values())).sum()
             terms |= values
             terms["loss"] = data + penalty

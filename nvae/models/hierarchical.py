@@ -184,9 +184,13 @@ class HierarchicalVAE(nn.Module, ABC):
         """
         return self.blocks()
 
-    def training_pass(self) -> AbstractContextManager[None]:
-        """Around a forward pass with gradients: what depends on the weights alone, done at once."""
-        return nullcontext()
+    def training_pass(self) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Around a forward pass with gradients: what depends on the weights alone, done at once.
+
+        Yields:
+            A context for computing regularizers of the same weights, inside or afterwards.
+        """
+        return nullcontext(nullcontext())
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample, without gradients."""

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d, reference
-from nvae.ops.library import OPS, has_kernels, to_autocast_dtype
-from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm, weight_norms
+from nvae.ops.library import OPS, has_kernels
+from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
 EPS = 1e-5
 MOMENTUM = 0.05
 NORM_INIT_EPS = 1e-2
-NORMALIZED_AT_ONCE = 32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -127,7 +126,7 @@ class WeightNormConv2d(SpectralConv):
             caller turns autocast off around it.
 
     Attributes:
-        ready: w_hat of the pass at hand, where :func:`normalized_together` has made it.
+        ready: w_hat of the pass at hand, where :mod:`nvae.models.together` has made it.
     """
 
     mask: Tensor | None
@@ -192,35 +191,6 @@ class WeightNormConv2d(SpectralConv):
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The masked weight with its gain."""
         return [SpectralMatrix(_as_matrix(self._masked_weight()), self.log_gain)]
-
-
-@contextmanager
-def normalized_together(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
-    """Inside, the weights of all ``convs`` are normalized already, many by one launch.
-
-    A step of a deep model spends more time on starting thousands of small operations than on doing
-    them. Not all by one: the gradients of a launch's weights arrive together, and several ranks
-    exchange some while others are still being computed. Where the kernels for it do not run, every
-    convolution normalizes its own.
-    """
-    if not convs or not has_kernels(convs[0].weight.device):
-        yield
-        return
-    full = convs[0].weight.dtype
-    low = to_autocast_dtype(convs[0].weight[:0]).dtype
-    for dtype in dict.fromkeys((full, low)):
-        of_type = [conv for conv in convs if (full if conv.full_precision else low) == dtype]
-        for start in range(0, len(of_type), NORMALIZED_AT_ONCE):
-            some = of_type[start : start + NORMALIZED_AT_ONCE]
-            weights = [conv._masked_weight() for conv in some]
-            gains = [conv.log_gain for conv in some]
-            for conv, w_hat in zip(some, weight_norms(weights, gains, dtype), strict=True):
-                conv.ready = w_hat
-    try:
-        yield
-    finally:
-        for conv in convs:
-            conv.ready = None
 
 
 class DataInitConv2d(WeightNormConv2d):

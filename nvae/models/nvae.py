@@ -8,7 +8,7 @@ draws from the priors.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Self
 
@@ -29,10 +29,10 @@ from nvae.models.layers import (
     BatchNorm,
     WeightNormConv2d,
     counted_together,
-    normalized_together,
     without_autocast,
 )
 from nvae.models.likelihoods import logit_channels
+from nvae.models.together import weights_together
 
 
 class Encoder(nn.Module):
@@ -188,13 +188,15 @@ class NVAE(HierarchicalVAE):
         return [module for module in self.modules() if isinstance(module, Cell)]
 
     @contextmanager
-    def training_pass(self) -> Iterator[None]:
-        """All convolutions' weights are normalized together, all norms' batches counted so."""
+    def training_pass(self) -> Iterator[AbstractContextManager[None]]:
+        """What the weights alone decide is done for many layers at once, norms' batches counted so.
+
+        See :func:`~nvae.models.together.weights_together`.
+        """
         modules = list(self.modules())
-        convs = [m for m in modules if isinstance(m, WeightNormConv2d)]
         norms = [m for m in modules if isinstance(m, BatchNorm)]
-        with normalized_together(convs), counted_together(norms):
-            yield
+        with weights_together(modules) as for_regularizers, counted_together(norms):
+            yield for_regularizers
 
     def segments(self) -> list[nn.Module]:
         """The latent groups with all that is in them, and the residual cells around them."""

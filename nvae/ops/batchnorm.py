@@ -244,12 +244,13 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(sums, elements)
         ctx.n, ctx.eps = n, eps
         ctx.mark_non_differentiable(var)
+        ctx.set_materialize_grads(False)  # no zeros for var; mean and rstd are used together
         return mean, rstd, var
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dmean: Tensor, drstd: Tensor, _: Tensor
+        ctx: Any, dmean: Tensor, drstd: Tensor, _: None
     ) -> tuple[Tensor, None, None, None]:
         sums, elements = ctx.saved_tensors
         dsums = OPS.moments_backward(sums, elements, ctx.n, ctx.eps, dmean, drstd)

@@ -141,14 +141,25 @@ def weight_norms_backward_kernel(
     of_weights = [torch.empty_like(weight) for weight in weights]
     of_gains = [torch.empty_like(scale) for scale in scales]
     # the convolution's backward pass may have chosen another layout
-    laid_out = [
-        g if g.stride() == w.stride() else torch.empty_like(w, dtype=dtype).copy_(g)
-        for g, w in zip(gradients, weights, strict=True)
-    ]
+    laid_out = [laid_out_like(w, g) for g, w in zip(gradients, weights, strict=True)]
     columns = weights, laid_out, norms, scales, of_weights, of_gains
     table = [(*_sizes(row[0]), *(t.data_ptr() for t in row)) for row in zip(*columns, strict=True)]
     _launch(1, table, dtype, norms[0].device, launcher)
     return of_weights, of_gains
+
+
+def laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` with the strides of ``like``, which is of its shape; a copy only where it moves.
+
+    A 1x1 convolution's weight may have any strides over its only pixel: what compares strides takes
+    that for another layout.
+    """
+    if tensor.stride() == like.stride():
+        return tensor
+    strides = zip(like.shape, tensor.stride(), like.stride(), strict=True)
+    if all(size == 1 or a == b for size, a, b in strides):
+        return tensor.as_strided(like.size(), like.stride())
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _sizes(weight: Tensor) -> tuple[int, int]:

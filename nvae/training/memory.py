@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm, DataInitConv2d, WeightNormConv2d
+from nvae.models.layers import BatchNorm, DataInitConv2d
+from nvae.models.together import handed_in
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.library import assuming_kernels, has_kernels
 
@@ -145,9 +146,8 @@ class _Ledger:
                 handle.remove()
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...], more: dict[str, Any]) -> None:
-        # weights that the pass has normalized beforehand are handed in, too
-        ready = [m.ready for m in module.modules() if isinstance(m, WeightNormConv2d)]
-        for argument in (*arguments, *more.values(), *ready):
+        # what the pass has made of the weights beforehand is handed in, too
+        for argument in (*arguments, *more.values(), *handed_in(module)):
             if isinstance(argument, Tensor):
                 self.outside.add(argument)
         self._inside = SavedBytes()

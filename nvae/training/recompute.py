@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm, WeightNormConv2d
+from nvae.models.layers import BatchNorm
+from nvae.models.together import found_again
 from nvae.objective import ObjectiveConfig
 from nvae.training.memory import estimate_memory
 
@@ -25,45 +26,36 @@ USABLE_MEMORY = 0.8
 
 
 @contextmanager
-def second_pass(
-    norms: list[BatchNorm], convs: list[WeightNormConv2d], ready: list[Tensor | None]
-) -> Iterator[None]:
-    """Inside, running statistics stay as they are and convolutions have the first pass's weights.
+def second_pass(norms: list[BatchNorm], weights: AbstractContextManager[None]) -> Iterator[None]:
+    """Inside, running statistics stay as they are and layers have the first pass's weights.
 
     Args:
         norms: of the segment.
-        convs: of the segment.
-        ready: their normalized weights in the first pass, where it had made them beforehand.
+        weights: see :func:`~nvae.models.together.found_again`.
     """
     for norm in norms:
         norm.frozen = True
-    for conv, w_hat in zip(convs, ready, strict=True):
-        conv.ready = w_hat
     try:
-        yield
+        with weights:
+            yield
     finally:
         for norm in norms:
             norm.frozen = False
-        for conv in convs:
-            conv.ready = None
 
 
 def _contexts(
-    norms: list[BatchNorm], convs: list[WeightNormConv2d]
+    modules: list[nn.Module],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), second_pass(norms, convs, [conv.ready for conv in convs])
+    norms = [module for module in modules if isinstance(module, BatchNorm)]
+    return nullcontext(), second_pass(norms, found_again(modules))
 
 
 def _checkpointed(
-    forward: Callable[..., Any],
-    norms: list[BatchNorm],
-    convs: list[WeightNormConv2d],
-    *arguments: Any,
-    **more: Any,
+    forward: Callable[..., Any], modules: list[nn.Module], *arguments: Any, **more: Any
 ) -> Any:
     return checkpoint(
         forward, *arguments, use_reentrant=False, preserve_rng_state=False,
-        context_fn=partial(_contexts, norms, convs), **more,
+        context_fn=partial(_contexts, modules), **more,
     )  # fmt: skip
 
 
@@ -74,10 +66,8 @@ def recompute_segments(model: HierarchicalVAE) -> None:
     without gradients (evaluation) nothing changes.
     """
     for segment in model.segments():
-        norms = [m for m in segment.modules() if isinstance(m, BatchNorm)]
-        convs = [m for m in segment.modules() if isinstance(m, WeightNormConv2d)]
         # a partial of a bound method is copied with its segment (the weights' average does so)
-        segment.forward = partial(_checkpointed, segment.forward, norms, convs)
+        segment.forward = partial(_checkpointed, segment.forward, list(segment.modules()))
 
 
 def should_recompute(

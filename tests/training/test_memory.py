@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from nvae.models import NVAE, ModelConfig, layers
+from nvae.models import NVAE, ModelConfig, layers, together
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops import library
 from nvae.regularizers import batchnorms
@@ -73,7 +73,8 @@ def measured(rank: int, world: int, precision: str, kernels: bool, recompute: bo
     with pytest.MonkeyPatch.context() as patch, library.assuming_kernels(kernels):
         if kernels:  # the registered ops, which keep the same whatever computes them
             patch.setattr(library, "_not_applicable", lambda *_: None)
-            patch.setattr(layers, "has_kernels", lambda device: True)
+            for module in (layers, together):
+                patch.setattr(module, "has_kernels", lambda device: True)
         step: nn.Module = Step(precision)
         if recompute:
             recompute_segments(step.model)  # type: ignore[arg-type]

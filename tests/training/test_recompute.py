@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nvae.models import NVAE, ModelConfig, layers
-from nvae.models.layers import NORMALIZED_AT_ONCE, DataInitConv2d, WeightNormConv2d
+from nvae.models import NVAE, ModelConfig, layers, together
+from nvae.models.layers import DataInitConv2d, WeightNormConv2d
+from nvae.models.together import AT_ONCE
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.weight_norm import weight_norms
 from nvae.regularizers import batchnorms
@@ -191,17 +192,17 @@ def test_weights_normalized_together_change_nothing(
     """Loss and gradients, and in the second pass of recomputed segments the first one's weights."""
     torch.manual_seed(0)
     apart = NVAE(CONFIG)
-    together = copy.deepcopy(apart)
+    joined = copy.deepcopy(apart)
     if compiled:
         torch._dynamo.reset()
-        compile_blocks(together, "aot_eager")
+        compile_blocks(joined, "aot_eager")
     if recompute:
-        recompute_segments(together)
+        recompute_segments(joined)
     _step(apart)  # initializes from the data
-    for module in together.modules():
+    for module in joined.modules():
         if isinstance(module, DataInitConv2d):
             module.checked = True
-    together.load_state_dict(apart.state_dict())
+    joined.load_state_dict(apart.state_dict())
     apart.zero_grad()
     loss, _ = _step(apart)
     calls: list[int] = []
@@ -210,14 +211,15 @@ def test_weights_normalized_together_change_nothing(
         calls.append(len(weights))
         return weight_norms(weights, *more)
 
-    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
-    monkeypatch.setattr(layers, "weight_norms", counted)
-    other, _ = _step(together)
-    convs = [m for m in together.modules() if isinstance(m, WeightNormConv2d)]
+    for module in (layers, together):
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(together, "weight_norms", counted)
+    other, _ = _step(joined)
+    convs = [m for m in joined.modules() if isinstance(m, WeightNormConv2d)]
     assert sum(calls) == len(convs)
-    assert len(calls) == -(-len(convs) // NORMALIZED_AT_ONCE)
+    assert len(calls) == -(-len(convs) // AT_ONCE)
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
-    for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
+    for (name, p), q in zip(apart.named_parameters(), joined.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
     assert all(conv.ready is None for conv in convs)
 
@@ -227,7 +229,7 @@ def test_weights_normalized_together_in_the_type_of_their_convolution(
 ) -> None:
     """Under mixed precision bfloat16, but float32 in the heads that compute so."""
     model = NVAE(CONFIG)
-    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    monkeypatch.setattr(together, "has_kernels", lambda device: True)
     with torch.autocast("cpu", torch.bfloat16), model.training_pass():
         types = {m.ready.dtype: m.full_precision for m in model.modules() if _is_ready(m)}
         assert types == {torch.bfloat16: False, torch.float32: True}
