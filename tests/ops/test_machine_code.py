@@ -130,7 +130,9 @@ def test_machine_code(configuration: tuple, tmp_path: Path) -> None:
         assert stack == local == 0, launch
         assert not [o for o in opcodes if o.startswith(("LDL", "STL"))], launch
         width = {16: ".128", 8: ".64", 4: "", 2: ".U16"}[vector_bytes]
-        loads = [o for o in opcodes if o.startswith("LDG.E") and f"{width}." in f"{o}."]
+        copied = launch.kernel == "depthwise_forward" and vector_bytes > 2
+        load = "LDGSTS.E" if copied else "LDG.E"
+        loads = [o for o in opcodes if o.startswith(load) and f"{width}." in f"{o}."]
         assert loads, (launch, vector_bytes)
         if vector_bytes == 16 and launch.kernel.startswith("depthwise"):
             assert "STS.128" in opcodes
