@@ -124,7 +124,7 @@ def test_machine_code(configuration: tuple, tmp_path: Path) -> None:
         registers, stack, local, opcodes = disassemble(
             binary, launch.kernel, launch.macros, arch, tmp_path
         )
-        blocks = macros.get("MIN_BLOCKS", 2 if launch.threads == 256 else 1)
+        blocks = macros.get("MIN_BLOCKS", kernels.BN_BLOCKS)
         cap = min(255, REGISTERS_A_MULTIPROCESSOR // (launch.threads * blocks) // 8 * 8)
         assert registers <= cap, launch
         assert stack == local == 0, launch
