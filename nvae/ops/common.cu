@@ -24,6 +24,16 @@ typedef unsigned Raw;
 typedef unsigned short Raw;
 #endif
 
+// int where that is enough, for addresses that take fewer instructions
+template <bool IS_ENOUGH>
+struct IntIf {
+    typedef int type;
+};
+template <>
+struct IntIf<false> {
+    typedef long long type;
+};
+
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ float half_to_float(unsigned short h) {
     float f;
@@ -39,6 +49,20 @@ __device__ __forceinline__ unsigned pack_bfloat(float lo, float hi) {
     unsigned packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
     return packed;
+}
+// Starts a copy of BYTES (4, 8 or 16, both sides aligned to them) from global to shared memory.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES)
+                     : "memory");
+}
+// Returns when the copies that this thread started have arrived; they are visible to it alone.
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 // a * b + c on two channels; one instruction from sm_100 on
 __device__ __forceinline__ float2 fma2(float2 a, float2 b, float2 c) {
@@ -115,6 +139,55 @@ __device__ __forceinline__ void unpack(const Raw& raw, float (&v)[VIO]) {
         v[2 * i + 1] = widen(static_cast<unsigned short>(word[i] >> 16));
 #endif
     }
+#endif
+}
+
+// A thread's vector of per-channel floats in shared memory.
+__device__ __forceinline__ void load_floats(const float* p, float (&v)[VIO]) {
+#if VIO % 4 == 0
+#pragma unroll
+    for (int i = 0; i < VIO; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(p + i);
+        v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < VIO; ++i) v[i] = p[i];
+#endif
+}
+
+// A tile in shared memory keeps CHANNELS floats a pixel. A vector of eight channels is two 16-byte
+// stores, and lanes 32 bytes apart would meet in half of the banks. So a pixel's first halves of
+// all vectors come first, then their second halves; and where a pixel has 32 channels, which a
+// quarter of a warp fills two pixels of at a time, the other way round in odd pixels (FLIP).
+
+// The channel at a position of an even pixel; groups of four stay together.
+template <int CHANNELS>
+__device__ __forceinline__ int tile_channel(int position) {
+    constexpr int HALF = CHANNELS / 2;
+    if constexpr (VIO == 8)
+        return position % HALF / 4 * 8 + position / HALF * 4 + position % 4;
+    else
+        return position;
+}
+
+// Stores a thread's vector of a pixel's channels.
+template <int CHANNELS, bool FLIP>
+__device__ __forceinline__ void store_tile(float* tile, int pixel, int vector,
+                                           const float (&v)[VIO]) {
+    float* to = tile + pixel * CHANNELS;
+#if VIO == 8
+    constexpr int HALF = CHANNELS / 2;
+    const int first = FLIP && pixel % 2 ? HALF : 0;
+    *reinterpret_cast<float4*>(to + vector * 4 + first) = make_float4(v[0], v[1], v[2], v[3]);
+    *reinterpret_cast<float4*>(to + vector * 4 + HALF - first) =
+        make_float4(v[4], v[5], v[6], v[7]);
+#elif VIO == 4
+    *reinterpret_cast<float4*>(to + vector * 4) = make_float4(v[0], v[1], v[2], v[3]);
+#elif VIO == 2
+    *reinterpret_cast<float2*>(to + vector * 2) = make_float2(v[0], v[1]);
+#else
+    to[vector] = v[0];
 #endif
 }
 

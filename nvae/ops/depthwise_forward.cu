@@ -1,12 +1,15 @@
 // Depthwise convolution, forward: y = conv(a), a = x or Swish(BN(x)), with sums of y.
 //
-// A block takes CB channels of NB images' TH x TW output tile. It stages the input tile with its
-// halo in shared memory as float (16-byte loads; BN and Swish once per staged pixel; padding is
-// zero after them, so it is written here and never loaded). Then every thread keeps the weights of
-// two channels in registers and computes PH x PW patches of outputs: a value read from shared memory
-// serves all taps of the patch that meet it, which leaves the kernel close to its K * K
-// multiply-adds an output. Adjacent lanes hold adjacent channels, so shared memory has no bank conflicts and
-// stores are whole lines.
+// A block walks over units of NB images' TH x TW output tile, CB channels of them. While one unit
+// is computed, the next one's raw input tile with its halo is copied to shared memory
+// (cp.async: 16 bytes at a time where C allows), each thread its own vectors. Then the thread that
+// copied a vector turns it into floats in the tile, BN and Swish once a staged pixel; padding is zero
+// after them, so it is written and never loaded. Where a tile holds the whole image, its padding is
+// written once a block. Every thread keeps the weights of two channels in registers and computes
+// PH x PW patches of outputs: a value read from shared memory serves all taps of the patch that
+// meet it, which leaves the kernel close to its K * K multiply-adds an output.
+// The lanes of a warp store tiles (tile_channel in common.cu) and read them without bank conflicts, and
+// write whole sectors of y.
 //
 // Macros: C, H, W (of x; constants, so that offsets within a patch are immediate), K, S (stride),
 // CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, FUSED (BN + Swish on load),
@@ -26,7 +29,19 @@ constexpr int GROUPS = THREADS / LANES;
 constexpr int WEIGHT_PITCH = CB + 2;  // spreads the transposing stores over the banks
 constexpr int TILE_FLOATS = NB * IH * IW * CB;
 constexpr int WEIGHT_FLOATS = (K * K * WEIGHT_PITCH + 3) / 4 * 4;
-constexpr bool REGISTER_WEIGHTS = K <= 5;
+// element-wise accesses of 16 bits leave no registers for them (C odd)
+constexpr bool REGISTER_WEIGHTS = K <= 5 && VIO * ELEM_BYTES >= 4;
+constexpr int VECTORS = CB / VIO;  // of a pixel; a thread's channels stay the same
+constexpr int STEP = THREADS / VECTORS;
+constexpr bool WHOLE_IMAGE = TILES_H == 1 && TILES_W == 1;
+constexpr int BORDER = WHOLE_IMAGE ? PAD : 0;  // around what is copied
+constexpr int LH = WHOLE_IMAGE && H < IH - PAD ? H : IH - BORDER;
+constexpr int LW = WHOLE_IMAGE && W < IW - PAD ? W : IW - BORDER;
+constexpr int PIXELS = NB * LH * LW;
+constexpr int SLOTS = (PIXELS + STEP - 1) / STEP;  // vectors of a thread
+using Offset = IntIf<(static_cast<long long>(NB) * H * W * C < 1LL << 31)>::type;  // in a unit
+constexpr int UNROLL = SLOTS <= 8 ? SLOTS : 4;
+constexpr bool FLIP = VIO == 8 && CB == 32 && IW % 2 == 0 && PW * S % 2 == 0;
 
 struct Args {
     const elem* x;        // (B, H, W, C)
@@ -53,8 +68,9 @@ __device__ __forceinline__ void stage_weights(const Args& a, float* weights, int
 #if FUSED
 // mean, scale and shift in shared memory: as registers they would live through the whole kernel
 __device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
-    for (int i = threadIdx.x; i < CB; i += THREADS) {
-        const int c = c0 + i;
+    static_assert(CB <= THREADS);
+    const int i = threadIdx.x, c = c0 + i;
+    if (i < CB) {
         const bool ok = c < C;
         bn[i] = ok ? static_cast<float>(a.mean[c]) : 0.f;
         bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
@@ -63,68 +79,78 @@ __device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
 }
 #endif
 
-__device__ __forceinline__ void stage_tile(const Args& a, float* tile, const float* bn, int c0,
-                                           int b0, int h0, int w0) {
-    constexpr int VECTORS = CB / VIO;  // a thread's channels stay the same
-    constexpr int STEP = THREADS / VECTORS;
-    constexpr int PIXELS = NB * IH * IW;
-    constexpr int BATCH = 4;  // loads in flight
-    const int c = c0 + threadIdx.x % VECTORS * VIO;
-    const bool channel_ok = c < C;
-    const elem* image = a.x + static_cast<long long>(b0) * (static_cast<long long>(H) * W * C) + c;
+// A unit's place: its first image, and the pixel of x under the tile's first value
+struct Place {
+    int b, h, w;
+};
+
+__device__ __forceinline__ Place place(int unit) {
+    return {unit / (TILES_W * TILES_H) * NB, unit / TILES_W % TILES_H * (TH * S) - PAD,
+            unit % TILES_W * (TW * S) - PAD};
+}
+
+// Starts to copy this thread's vectors of a unit; bit u of the result: vector u lies in the image.
+__device__ __forceinline__ unsigned fetch(const Args& a, Raw* raw, Place at, int c) {
+    const elem* image = a.x + static_cast<long long>(at.b) * (static_cast<long long>(H) * W * C) + c;
+    unsigned inside = 0;
+#pragma unroll UNROLL
+    for (int u = 0; u < SLOTS; ++u) {
+        const int p = threadIdx.x / VECTORS + u * STEP;
+        const int n = NB == 1 ? 0 : p / (LH * LW);
+        const int h = at.h + BORDER + (p - n * (LH * LW)) / LW;
+        const int w = at.w + BORDER + p % LW;
+        if (c < C && p < PIXELS && (NB == 1 || at.b + n < a.B) &&
+            (WHOLE_IMAGE || (static_cast<unsigned>(h) < H && static_cast<unsigned>(w) < W))) {
+            const elem* from = image + static_cast<Offset>((n * H + h) * W + w) * C;
+            Raw* to = raw + threadIdx.x + u * THREADS;
+#if VIO * ELEM_BYTES >= 4
+            copy_async<VIO * ELEM_BYTES>(to, from);
+#else
+            *to = load_raw(from);
+#endif
+            if (SLOTS <= 32) inside |= 1u << u;
+        }
+    }
+    return inside;
+}
+
+// Turns this thread's vectors into floats of the tile.
+__device__ __forceinline__ void activate(const Args& a, const Raw* raw, float* tile,
+                                         const float* bn, unsigned inside, Place at, int c) {
+    const int vector = threadIdx.x % VECTORS;
 #if FUSED
     float mean[VIO], scale[VIO], shift[VIO];
-#pragma unroll
-    for (int i = 0; i < VIO; ++i) {
-        mean[i] = bn[c - c0 + i];
-        scale[i] = bn[CB + c - c0 + i];
-        shift[i] = bn[2 * CB + c - c0 + i];
-    }
+    load_floats(bn + vector * VIO, mean);
+    load_floats(bn + CB + vector * VIO, scale);
+    load_floats(bn + 2 * CB + vector * VIO, shift);
 #endif
-    for (int first = threadIdx.x / VECTORS; first < PIXELS; first += STEP * BATCH) {
-        Raw raw[BATCH];
-        bool inside[BATCH];
+#pragma unroll UNROLL
+    for (int u = 0; u < SLOTS; ++u) {
+        const int p = threadIdx.x / VECTORS + u * STEP;
+        const int n = NB == 1 ? 0 : p / (LH * LW);
+        const int h = (p - n * (LH * LW)) / LW, w = p % LW;
+        bool is_inside = inside >> (u & 31) & 1;
+        if (SLOTS > 32)
+            is_inside = c < C && p < PIXELS && (NB == 1 || at.b + n < a.B) &&
+                        static_cast<unsigned>(at.h + BORDER + h) < H &&
+                        static_cast<unsigned>(at.w + BORDER + w) < W;
+        if (p >= PIXELS || (WHOLE_IMAGE && !is_inside)) continue;
+        float v[VIO];
 #pragma unroll
-        for (int u = 0; u < BATCH; ++u) {
-            const int p = first + u * STEP;
-            const int n = NB == 1 ? 0 : p / (IH * IW);
-            const int h = h0 + (p - n * (IH * IW)) / IW;
-            const int w = w0 + p % IW;
-            inside[u] = channel_ok && p < PIXELS && (NB == 1 || b0 + n < a.B) &&
-                        static_cast<unsigned>(h) < H && static_cast<unsigned>(w) < W;
-            raw[u] = Raw();
-            if (inside[u]) {
-                const long long pixel = static_cast<long long>(n) * (H * W) + h * W + w;
-                raw[u] = load_raw(image + pixel * C);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < BATCH; ++u) {
-            const int p = first + u * STEP;
-            float v[VIO];
-            unpack(raw[u], v);
+        for (int i = 0; i < VIO; ++i) v[i] = 0.f;
+        if (WHOLE_IMAGE || is_inside) {
+            const Raw bits = raw[threadIdx.x + u * THREADS];
+            unpack(bits, v);
 #if FUSED
-            if (inside[u]) {
 #pragma unroll
-                for (int i = 0; i < VIO; ++i) {
-                    const float n = fmaf(v[i] - mean[i], scale[i], shift[i]);
-                    v[i] = n * sigmoid(n);
-                }
+            for (int i = 0; i < VIO; ++i) {
+                const float n = fmaf(v[i] - mean[i], scale[i], shift[i]);
+                v[i] = n * sigmoid(n);
             }
 #endif
-            if (p < PIXELS) {
-                float* to = tile + p * CB + threadIdx.x % VECTORS * VIO;
-#if VIO % 4 == 0
-#pragma unroll
-                for (int i = 0; i < VIO; i += 4)
-                    *reinterpret_cast<float4*>(to + i) =
-                        make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-#else
-#pragma unroll
-                for (int i = 0; i < VIO; ++i) to[i] = v[i];
-#endif
-            }
         }
+        const int pixel = WHOLE_IMAGE ? (n * IH + h + PAD) * IW + w + PAD : p;
+        store_tile<CB, FLIP>(tile, pixel, vector, v);
     }
 }
 
@@ -132,8 +158,9 @@ __device__ __forceinline__ float2 pair(const float* p) {
     return *reinterpret_cast<const float2*>(p);
 }
 
-// from points at the patch's first input value; weights at the two channels' first tap
-__device__ __forceinline__ void convolve(const float* from, const float* weights,
+// even and odd point at the patch's first input value, in the two orders of a pixel's channels;
+// weights at the two channels' first tap
+__device__ __forceinline__ void convolve(const float* even, const float* odd, const float* weights,
                                          const float2 (&w)[REGISTER_WEIGHTS ? K * K : 1],
                                          float2 (&acc)[PH][PW]) {
     constexpr int SPAN = (PW - 1) * S + K;
@@ -146,7 +173,7 @@ __device__ __forceinline__ void convolve(const float* from, const float* weights
         for (int r = 0; r < (PH - 1) * S + K; ++r) {
             float2 v[SPAN];
 #pragma unroll
-            for (int i = 0; i < SPAN; ++i) v[i] = pair(from + (r * IW + i) * CB);
+            for (int i = 0; i < SPAN; ++i) v[i] = pair((i % 2 ? odd : even) + (r * IW + i) * CB);
 #pragma unroll
             for (int o = 0; o < PH; ++o) {
                 const int ky = r - o * S;
@@ -168,7 +195,8 @@ __device__ __forceinline__ void convolve(const float* from, const float* weights
             for (int o = 0; o < PH; ++o) {
                 float2 v[SPAN];
 #pragma unroll
-                for (int i = 0; i < SPAN; ++i) v[i] = pair(from + ((ky + o * S) * IW + i) * CB);
+                for (int i = 0; i < SPAN; ++i)
+                    v[i] = pair((i % 2 ? odd : even) + ((ky + o * S) * IW + i) * CB);
 #pragma unroll
                 for (int kx = 0; kx < K; ++kx)
 #pragma unroll
@@ -201,30 +229,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     float* tile = reinterpret_cast<float*>(shared);
     float* weights = tile + TILE_FLOATS;
     float* bn = weights + WEIGHT_FLOATS;
+    Raw* raw = reinterpret_cast<Raw*>(bn + 3 * CB);
 
     const int c0 = blockIdx.x % CHANNEL_BLOCKS * CB;
     const int row = blockIdx.x / CHANNEL_BLOCKS;
     const int lane = threadIdx.x % LANES;
     const int group = threadIdx.x / LANES;
-    const int c = c0 + lane * 2;
+    const int channel = tile_channel<CB>(lane * 2);
+    const int c = c0 + channel;
+    const int own = c0 + threadIdx.x % VECTORS * VIO;  // first channel this thread copies
+    const int odd = FLIP ? (lane * 2 ^ CB / 2) - lane * 2 : 0;
     float2 sum = make_float2(0.f, 0.f), square = make_float2(0.f, 0.f);
 
+    unsigned inside = fetch(a, raw, place(row), own);
     stage_weights(a, weights, c0);
 #if FUSED
     stage_bn(a, bn, c0);
-    __syncthreads();  // BN's vectors are staged
 #endif
+    if (WHOLE_IMAGE)
+        for (int i = threadIdx.x; i < TILE_FLOATS / 4; i += THREADS)
+            shared[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    __syncthreads();  // BN's vectors and the padding are staged
     for (int unit = row; unit < a.units; unit += a.rows) {
+        wait_for_copies();
+        activate(a, raw, tile, bn, inside, place(unit), own);
+        __syncthreads();  // tile and weights are staged
+        if (unit + a.rows < a.units) inside = fetch(a, raw, place(unit + a.rows), own);
+
         const int oh0 = unit / TILES_W % TILES_H * TH;
         const int ow0 = unit % TILES_W * TW;
         const int b0 = unit / (TILES_W * TILES_H) * NB;
-        stage_tile(a, tile, bn, c0, b0, oh0 * S - PAD, ow0 * S - PAD);
-        __syncthreads();  // tile and weights are staged
-
         float2 w[REGISTER_WEIGHTS ? K * K : 1];
         if constexpr (REGISTER_WEIGHTS) {
 #pragma unroll
-            for (int k = 0; k < K * K; ++k) w[k] = pair(weights + k * WEIGHT_PITCH + lane * 2);
+            for (int k = 0; k < K * K; ++k) w[k] = pair(weights + k * WEIGHT_PITCH + channel);
         }
         constexpr int ACROSS = TW / PW, DOWN = TH / PH;
 #pragma unroll 1
@@ -233,8 +271,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             const int ph = patch / ACROSS % DOWN * PH;
             const int pw = patch % ACROSS * PW;
             float2 acc[PH][PW];
-            convolve(tile + ((n * IH + ph * S) * IW + pw * S) * CB + lane * 2, weights + lane * 2,
-                     w, acc);
+            const float* from = tile + ((n * IH + ph * S) * IW + pw * S) * CB + lane * 2;
+            convolve(from, from + odd, weights + channel, w, acc);
             const int b = b0 + n, oh = oh0 + ph, ow = ow0 + pw;
             if (b >= a.B || c >= C) continue;
             elem* to = a.y + ((static_cast<long long>(b) * OH + oh) * OW + ow) * C + c;

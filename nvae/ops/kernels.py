@@ -45,7 +45,7 @@ def depthwise_forward(
         launcher: where to run.
     """
     x, weight, shape = nhwc(x), _vector(weight), _shape(x, weight, stride)
-    tiling = forward_tiling(shape, launcher.limits(x.device))
+    tiling = forward_tiling(shape, launcher.limits(x.device), x.element_size())
     y = like(x, shape.b, shape.c, *shape.out)
     rows = tiling.grid[3]
     partial = _floats(x, rows, 2, shape.c) if want_sums else None

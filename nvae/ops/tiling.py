@@ -1,7 +1,7 @@
 """How the depthwise kernels cut a tensor up: pure functions of its shape and the device's limits.
 
 A block stages a tile with its halo in shared memory, so a tile should be large (the halo is read
-twice) and still leave room for two or three blocks a multiprocessor (one stages while another
+twice) and still leave room for two or three blocks a multiprocessor (one waits while another
 computes). The kernels' register needs, hence threads and blocks, were read off the machine code
 (docs/kernels.md).
 """
@@ -79,22 +79,29 @@ def channel_blocks(c: int, channels: int) -> int:
 
 
 @cache
-def forward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
+def forward_tiling(shape: Shape, limits: DeviceLimits, element_bytes: int) -> Tiling:
     """Tiling of ``depthwise_forward.cu``, in pixels of the output.
 
-    Two channels a thread; 256 threads at no more than 128 registers, two blocks of them.
+    Two channels a thread, 32 a block: beside the tile there has to be room for the next one's
+    stored values, ``element_bytes`` each, and for a second block, which computes while the first
+    waits. 256 threads at no more than 128 registers. Blocks walk over several units.
     """
     patch = (4, 4) if shape.k <= TUNED_KERNEL and shape.s == 1 else (2, 4)
 
     def shared(channels: int, images: int, th: int, tw: int) -> int:
-        staged = images * ((th - 1) * shape.s + shape.k) * ((tw - 1) * shape.s + shape.k)
+        staged = ((th - 1) * shape.s + shape.k) * ((tw - 1) * shape.s + shape.k)
+        copied = staged
+        if th >= shape.out[0] and tw >= shape.out[1]:  # the whole image: its padding stays
+            copied = min(staged, shape.h * shape.w)
         taps = -(-(shape.k**2) * (channels + 2) // 4) * 4
-        return 4 * (staged * channels + taps + 3 * channels)
+        floats = images * staged * channels + taps + 3 * channels
+        return 4 * floats + -(-images * copied * channels * element_bytes // 16) * 16
 
-    return _tiling(
-        shape, shape.out, patch, limits, shared,
-        per_thread=2, most_threads=256, resident_threads=512,
+    tiling = _tiling(
+        shape, shape.out, patch, limits, shared, 32,
+        per_thread=2, most_threads=256 if shape.k <= TUNED_KERNEL else 128, resident_threads=512,
     )  # fmt: skip
+    return _walking(tiling, shape, limits)
 
 
 @cache
@@ -113,12 +120,33 @@ def backward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
 
     tiling = _tiling(
         shape, (shape.h, shape.w), patch, limits, shared,
+        channels_per_block(shape.c) if shape.k <= TUNED_KERNEL else 32,
         per_thread=1, most_threads=128, resident_threads=384,
     )  # fmt: skip
+    return _walking(tiling, shape, limits)
+
+
+def _walking(tiling: Tiling, shape: Shape, limits: DeviceLimits) -> Tiling:
+    """As many blocks as finish soonest: full waves of them, each walking over several units.
+
+    A block's start (weights, the first copy that nothing hides, its partial sums) is reckoned as
+    half a unit.
+    """
     down, across, units, _ = tiling.grid
-    slots = limits.multiprocessors * tiling.min_blocks
-    a_block = -(-units * channel_blocks(shape.c, tiling.channels) // slots)
-    return replace(tiling, grid=(down, across, units, -(-units // a_block)))
+    resident = min(
+        tiling.min_blocks,
+        max(1, limits.shared_per_multiprocessor // (tiling.shared + RESERVED_SHARED)),
+    )
+    slots = limits.multiprocessors * resident
+    columns = channel_blocks(shape.c, tiling.channels)
+
+    def duration(a_block: int) -> float:
+        return -(-columns * -(-units // a_block) // slots) * (a_block + 0.5)
+
+    # more than this in one block would leave multiprocessors without any
+    most = max(1, -(-units * columns // slots)) + 1
+    best = min(range(1, min(most, units) + 1), key=duration)
+    return replace(tiling, grid=(down, across, units, -(-units // best)))
 
 
 def _tiles(extent: tuple[int, int], patch: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -137,6 +165,7 @@ def _tiling(
     patch: tuple[int, int],
     limits: DeviceLimits,
     shared: Callable[[int, int, int, int], int],
+    channels: int,
     *,
     per_thread: int,
     most_threads: int,
@@ -150,13 +179,11 @@ def _tiling(
         patch: pixels a thread computes at a time.
         limits: of the device.
         shared: bytes of shared memory for (channels, images, tile height, tile width).
+        channels: of a block.
         per_thread: channels of a thread.
-        most_threads: threads of a block of 64 channels; no more than 128 of one of 32.
+        most_threads: threads of a block.
         resident_threads: threads a multiprocessor has registers for.
     """
-    # large kernels have large halos: fewer channels keep the tile
-    channels = channels_per_block(shape.c) if shape.k <= TUNED_KERNEL else 32
-    most_threads = most_threads if channels == 64 else 128
     wanted = max(2, resident_threads // most_threads) if shape.k <= TUNED_KERNEL else 2
     for resident in (wanted, 1):
         budget = min(

@@ -15,7 +15,7 @@ from nvae.ops.cuda import DeviceLimits, Launch, kernel_source
 SHIM = Path(__file__).with_name("host_shim.h")
 H100 = DeviceLimits(90, 132, 232448, 233472)
 SMALL = DeviceLimits(80, 2, 166912, 167936)  # few multiprocessors: a block walks over many units
-ERRORS = {1: "divergent barrier", 2: "misaligned access"}
+ERRORS = {1: "divergent barrier", 2: "misaligned access", 3: "a copy never waited for"}
 
 
 def compiler() -> str | None:
@@ -34,6 +34,8 @@ class HostLauncher:
         sanitize: run each launch in a process of its own under the address and undefined behavior
             sanitizers, every tensor in an allocation of exactly its size.
     """
+
+    optimization = ("-O1", "-fPIC", "-shared")
 
     def __init__(
         self,
@@ -77,15 +79,18 @@ class HostLauncher:
             text += SANITIZED_MAIN
             flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         else:
-            flags += ["-O1", "-fPIC", "-shared"]
+            flags += self.optimization
         key = hashlib.sha256("\0".join((text, SHIM.read_text(), *flags)).encode()).hexdigest()
         binary = self.folder / f"{launch.kernel}-{key[:24]}"
         if not binary.exists():
             path = binary.with_suffix(".cpp")
             path.write_text(text)
-            command = [compiler() or "g++", *flags, str(path), "-o", str(binary)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            self._compile(path, binary, flags)
         return binary
+
+    def _compile(self, path: Path, binary: Path, flags: list[str]) -> None:
+        command = [compiler() or "g++", *flags, str(path), "-o", str(binary)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
 
     def _run_process(self, binary: Path, launch: Launch) -> None:
         """File: pointers, scalar bytes, blocks, threads, order; scalars; for each: size, data."""

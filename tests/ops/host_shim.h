@@ -4,6 +4,9 @@
 // is poisoned with NaN before every block, so that reading it too early shows; ORDER of execution
 // between two barriers is ascending or descending. A barrier that not all threads reach, or that
 // they reach on different lines, is an error.
+//
+// With LOG, every access is recorded: g++ calls its thread sanitizer's hooks around each, which are
+// defined here instead of by the sanitizer (accesses.py builds with it and reads the records).
 #include <math.h>  // C headers alone: they halve the time to compile
 #include <stdint.h>
 #include <stdio.h>
@@ -50,7 +53,7 @@ inline long long min(long long a, long long b) { return a < b ? a : b; }
     fprintf(stderr, "%s\n", what);
     exit(3);
 }
-inline int g_error = 0;  // 1: divergent barrier, 2: misaligned access
+inline int g_error = 0;  // 1: divergent barrier, 2: misaligned access, 3: a copy left behind
 
 template <class T>
 inline T __ldg(const T* p) {
@@ -109,12 +112,98 @@ thread_local float4 shared[SHARED_BYTES / 16];
 thread_local float4 shared[1];
 #endif
 
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+};
 struct Fiber {
     ucontext_t context;
     int line;  // of the barrier it waits at; -1: finished
+    Copy* copies;  // started, not waited for
+    int count, capacity;
 };
 inline ucontext_t g_scheduler;
 inline Fiber* g_current;
+
+#ifdef LOG
+struct Record {
+    uint64_t address;
+    uint32_t site;   // of the instruction, in the library
+    uint32_t epoch;  // counts the stretches between barriers, over all blocks
+    uint16_t thread;
+    uint8_t size, is_store;
+    uint32_t unused;
+};
+extern "C" const char __ehdr_start __attribute__((visibility("hidden")));
+inline Record* g_records;
+inline size_t g_count, g_capacity;
+inline uint32_t g_epoch;
+inline const char *g_stacks, *g_stacks_end;
+
+__attribute__((no_sanitize("thread"), noinline)) inline void record(const void* p, int size,
+                                                                    bool is_store, void* from) {
+    const char* at = static_cast<const char*>(p);
+    if (at >= g_stacks && at < g_stacks_end) return;  // a register, on the device
+    if (g_count == g_capacity) {
+        g_capacity = g_capacity ? 2 * g_capacity : 1 << 16;
+        g_records = static_cast<Record*>(realloc(g_records, g_capacity * sizeof(Record)));
+    }
+    const auto site = static_cast<uint32_t>(static_cast<char*>(from) - &__ehdr_start);
+    g_records[g_count++] = {reinterpret_cast<uint64_t>(p), site, g_epoch,
+                            static_cast<uint16_t>(threadIdx.x), static_cast<uint8_t>(size),
+                            is_store, 0};
+}
+#define RECORD(name, size, is_store)                                                          \
+    extern "C" __attribute__((no_sanitize("thread"), visibility("hidden"))) void name(void* p) { \
+        record(p, size, is_store, __builtin_return_address(0));                               \
+    }
+RECORD(__tsan_read1, 1, false)
+RECORD(__tsan_read2, 2, false)
+RECORD(__tsan_read4, 4, false)
+RECORD(__tsan_read8, 8, false)
+RECORD(__tsan_read16, 16, false)
+RECORD(__tsan_write1, 1, true)
+RECORD(__tsan_write2, 2, true)
+RECORD(__tsan_write4, 4, true)
+RECORD(__tsan_write8, 8, true)
+RECORD(__tsan_write16, 16, true)
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+// the records, and where dynamic shared memory is
+extern "C" const Record* records(size_t* count, uint64_t* shared_begin, uint64_t* shared_end) {
+    *count = g_count;
+    *shared_begin = reinterpret_cast<uint64_t>(shared);
+    *shared_end = *shared_begin + sizeof(shared);
+    return g_records;
+}
+#endif
+
+// The bytes arrive at the wait and not before; from the start of a copy its target is undefined.
+template <int BYTES>
+__attribute__((noinline)) void copy_async(void* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) {
+        g_error = 2;
+        return;
+    }
+#ifdef LOG
+    record(from, BYTES, false, __builtin_return_address(0));
+    record(to, BYTES, true, __builtin_return_address(0));
+#endif
+    memset(to, 0xff, BYTES);
+    Fiber& f = *g_current;
+    if (f.count == f.capacity) {
+        f.capacity = f.capacity ? 2 * f.capacity : 16;
+        f.copies = static_cast<Copy*>(realloc(f.copies, f.capacity * sizeof(Copy)));
+    }
+    f.copies[f.count++] = {to, from, BYTES};
+}
+inline void wait_for_copies() {
+    Fiber& f = *g_current;
+    for (int i = 0; i < f.count; ++i) memcpy(f.copies[i].to, f.copies[i].from, f.copies[i].bytes);
+    f.count = 0;
+}
 
 inline void barrier(int line) {
     g_current->line = line;
@@ -127,20 +216,29 @@ void start_kernel();  // defined behind the kernel
 
 inline void fiber_main() {
     start_kernel();
+    if (g_current->count) g_error = 3;
     g_current->line = -1;
     swapcontext(&g_current->context, &g_scheduler);
 }
 
+#ifdef LOG
+extern "C" __attribute__((no_sanitize("thread"))) int run(const void*, int, int, int);
+#endif
 extern "C" int run(const void* arguments, int blocks, int threads, int descending) {
     constexpr size_t STACK = 128 * 1024;
     Fiber* fibers = static_cast<Fiber*>(calloc(threads, sizeof(Fiber)));
     char* stacks = static_cast<char*>(malloc(STACK * threads));
     g_arguments = arguments;
     g_error = 0;
+#ifdef LOG
+    g_stacks = stacks;
+    g_stacks_end = stacks + STACK * threads;
+    g_count = g_epoch = 0;
+#endif
     for (int block = 0; block < blocks && !g_error; ++block) {
         memset(shared, 0xff, sizeof(shared));
         for (int t = 0; t < threads; ++t) {
-            fibers[t].line = 0;
+            fibers[t].line = fibers[t].count = 0;
             getcontext(&fibers[t].context);
             fibers[t].context.uc_stack.ss_sp = &stacks[STACK * t];
             fibers[t].context.uc_stack.ss_size = STACK;
@@ -155,11 +253,15 @@ extern "C" int run(const void* arguments, int blocks, int threads, int descendin
                 g_current = &fibers[t];
                 swapcontext(&g_scheduler, &fibers[t].context);
             }
+#ifdef LOG
+            ++g_epoch;
+#endif
             alive = fibers[0].line != -1;
             for (int t = 0; t < threads; ++t)
                 if (fibers[t].line != fibers[0].line) g_error = 1;
         }
     }
+    for (int t = 0; t < threads; ++t) free(fibers[t].copies);
     free(fibers);
     free(stacks);
     return g_error;

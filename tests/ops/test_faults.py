@@ -45,7 +45,7 @@ def bn_swish(case: Case) -> Callable[[HostLauncher], None]:
 
 FORWARD, BACKWARD = "depthwise_forward", "depthwise_backward"
 BARRIERS = [
-    (FORWARD, "BN's vectors are staged", ODD),
+    (FORWARD, "BN's vectors and the padding are staged", ODD),
     (FORWARD, "tile and weights are staged", ODD),
     (FORWARD, "the tile may be overwritten", TILES),
     (FORWARD, "every group's sums are there", ODD),
@@ -70,11 +70,24 @@ FAULTS = [
         "if (group == 0) __syncthreads();  // the tile may", depthwise(ODD),
     ),
     Fault(
-        "padding before BN and Swish", FORWARD, "            if (inside[u]) {\n#pragma",
-        "            if (true) {\n#pragma", depthwise(ODD),
+        "padding before BN and Swish", FORWARD, "        if (WHOLE_IMAGE || is_inside) {\n"
+        "            const Raw bits = raw[threadIdx.x + u * THREADS];",
+        "        {\n            const Raw bits ="
+        " is_inside ? raw[threadIdx.x + u * THREADS] : Raw();", depthwise(TILES),
     ),
+    Fault("no wait for the copies", FORWARD, "wait_for_copies();", "", depthwise(ODD)),
+    Fault("padding of a whole image not written", FORWARD, "if (WHOLE_IMAGE)\n", "if (false)\n",
+          depthwise(ODD)),
+    Fault("copies outside the image taken for values", FORWARD,
+          "activate(a, raw, tile, bn, inside", "activate(a, raw, tile, bn, ~0u",
+          depthwise(Case(1, 64, 20, 18, dtype=BFLOAT))),
+    Fault("halves of a pixel not flipped back", FORWARD, "(i % 2 ? odd : even) + (r", "even + (r",
+          depthwise(Case(1, 64, 9, 9, dtype=BFLOAT))),
+    Fault("channels of a position", "common", "position / HALF * 4", "position / HALF * 8",
+          depthwise(Case(1, 64, 9, 9, dtype=BFLOAT))),
     Fault("swapped taps", FORWARD, "w[ky * K + kx]", "w[kx * K + ky]", depthwise(ODD)),
-    Fault("halo off by one", FORWARD, "ow0 * S - PAD", "ow0 * S - PAD + 1", depthwise(ODD)),
+    Fault("halo off by one", FORWARD, "% TILES_W * (TW * S) - PAD}",
+          "% TILES_W * (TW * S) - PAD + 1}", depthwise(TILES)),
     Fault(
         "stride forgotten", FORWARD, "pw * S) * CB", "pw) * CB", depthwise(STRIDED),
     ),
@@ -91,7 +104,8 @@ FAULTS = [
         "g < 1; ++g) {\n            const float4", depthwise(TILES),
     ),
     Fault(
-        "no guard: image, load", FORWARD, "(NB == 1 || b0 + n < a.B) &&", "", depthwise(MANY), True,
+        "no guard: image, load", FORWARD, "(NB == 1 || at.b + n < a.B) &&", "", depthwise(MANY),
+        True,
     ),
     Fault("no guard: image, store", FORWARD, "b >= a.B || c >= C", "c >= C", depthwise(MANY),
           True),

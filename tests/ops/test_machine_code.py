@@ -124,13 +124,15 @@ def test_machine_code(configuration: tuple, tmp_path: Path) -> None:
         registers, stack, local, opcodes = disassemble(
             binary, launch.kernel, launch.macros, arch, tmp_path
         )
-        blocks = macros.get("MIN_BLOCKS", 2 if launch.threads == 256 else 1)
+        blocks = macros.get("MIN_BLOCKS", kernels.BN_BLOCKS)
         cap = min(255, REGISTERS_A_MULTIPROCESSOR // (launch.threads * blocks) // 8 * 8)
         assert registers <= cap, launch
         assert stack == local == 0, launch
         assert not [o for o in opcodes if o.startswith(("LDL", "STL"))], launch
         width = {16: ".128", 8: ".64", 4: "", 2: ".U16"}[vector_bytes]
-        loads = [o for o in opcodes if o.startswith("LDG.E") and f"{width}." in f"{o}."]
+        copied = launch.kernel == "depthwise_forward" and vector_bytes > 2
+        load = "LDGSTS.E" if copied else "LDG.E"
+        loads = [o for o in opcodes if o.startswith(load) and f"{width}." in f"{o}."]
         assert loads, (launch, vector_bytes)
         if vector_bytes == 16 and launch.kernel.startswith("depthwise"):
             assert "STS.128" in opcodes

@@ -33,9 +33,9 @@ shapes = st.builds(
 
 
 @settings(deadline=None, max_examples=300)
-@given(shapes, st.sampled_from(list(DEVICES.values())))
-def test_tiling_fits_and_covers(shape: Shape, limits: DeviceLimits) -> None:
-    forward, backward = forward_tiling(shape, limits), backward_tiling(shape, limits)
+@given(shapes, st.sampled_from(list(DEVICES.values())), st.sampled_from([2, 4]))
+def test_tiling_fits_and_covers(shape: Shape, limits: DeviceLimits, bytes_: int) -> None:
+    forward, backward = forward_tiling(shape, limits, bytes_), backward_tiling(shape, limits)
     covered = ((forward, shape.out, 2), (backward, (shape.h, shape.w), 1))
     for tiling, extent, channels_a_thread in covered:
         assert tiling.shared + RESERVED_SHARED <= limits.shared_per_multiprocessor
@@ -79,5 +79,5 @@ def test_main_shapes_leave_room_for_several_blocks(shape: Shape) -> None:
     def resident(tiling: Tiling) -> int:
         return limits.shared_per_multiprocessor // (tiling.shared + RESERVED_SHARED)
 
-    assert resident(forward_tiling(shape, limits)) >= 2
+    assert resident(forward_tiling(shape, limits, 2)) >= 2
     assert resident(backward_tiling(shape, limits)) >= 3
