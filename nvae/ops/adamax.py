@@ -5,9 +5,8 @@ tensors in one launch; it finds them by a table of their addresses on the device
 step count and the switch that leaves a bad step out are read from the device, so the host waits for
 nothing and a captured step holds no constant.
 
-On the CPU the formula's dozen passes would read every tensor from memory each time, and most of the
-tensors are so small that the calls cost more than the work; :func:`adamax_cpu` goes through it piece
-by piece.
+On the CPU the formula's dozen passes would read every tensor from memory each time, and most
+tensors are so small that the calls cost more than the work: :func:`adamax_cpu` goes piece by piece.
 
 All functions take the arguments of ``torch.ops.nvae.adamax_`` and work in place:
 
