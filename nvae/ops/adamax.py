@@ -1,14 +1,17 @@
-"""One step of Adamax over all parameters: a kernel of one pass, and its formula in foreach calls.
+"""One step of Adamax over all parameters: a kernel of one pass, a way for the CPU, and the formula.
 
 The kernel reads weight, gradient, moment and norm once and writes three of them once, for all
 tensors in one launch; it finds them by a table of their addresses on the device. Learning rate,
 step count and the switch that leaves a bad step out are read from the device, so the host waits for
 nothing and a captured step holds no constant.
 
-Both functions take the arguments of ``torch.ops.nvae.adamax_`` and work in place:
+On the CPU the formula's dozen passes would read every tensor from memory each time, and most
+tensors are so small that the calls cost more than the work: :func:`adamax_cpu` goes piece by piece.
+
+All functions take the arguments of ``torch.ops.nvae.adamax_`` and work in place:
 
 - weights, gradients, averages (first moments) and norms (infinity norms), four lists of tensors of
-  the same shapes; the formula overwrites the gradients;
+  the same shapes; the formula and the CPU's way overwrite the gradients;
 - step, 0-d float64, the steps taken before, counted up unless this one is left out;
 - learning_rate, 0-d float64;
 - switched_off, 0-d, 1 to leave everything as it is, or None;
@@ -29,6 +32,10 @@ from nvae.ops.kernels import CUDA, block_table
 CHUNK = 8192
 """Elements of a block."""
 THREADS = 256
+PIECE = 1 << 16
+"""Elements that the CPU works on at a time: weight, gradient and state stay in a core's cache."""
+PACKED = 1 << 12
+"""Elements up to which a tensor is packed together with others on the CPU."""
 TINY = 1e-30
 """Takes the place of a norm of 0, which comes before the first step alone."""
 
@@ -125,3 +132,77 @@ def adamax_formula(
     update = torch._foreach_div(averages, torch._foreach_clamp_min(norms, TINY))
     torch._foreach_mul_(update, size.to(dtype))
     torch._foreach_add_(weights, list(update))
+
+
+def adamax_cpu(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    norms: list[Tensor],
+    step: Tensor,
+    learning_rate: Tensor,
+    switched_off: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """What :func:`adamax_formula` computes, bit for bit; the switch is read, since nothing waits.
+
+    Large tensors are updated in pieces that stay in the cache. Small ones are copied together
+    first, and their new values back. What is not laid out in memory as its weight is goes as it is.
+    """
+    if switched_off is not None and bool(switched_off):
+        return
+    step += 1
+    correction = 1 - torch.pow(torch.full_like(step, beta1), step)
+    size = float(-learning_rate / correction.clamp_min(1 - beta1))
+    # 1 - (1 - beta2): as the formula rounds it
+    numbers = size, 1 - beta1, 1 - (1 - beta2), eps, weight_decay
+    small: list[list[Tensor]] = []
+    for row in zip(weights, gradients, averages, norms, strict=True):
+        flat = _in_memory_order(row)
+        if flat is None:
+            _update(*row, *numbers)
+        elif len(flat[0]) <= PACKED:
+            small.append(flat)
+        else:
+            _update_in_pieces(flat, *numbers)
+    for dtype in {row[0].dtype for row in small}:
+        columns = [*zip(*(row for row in small if row[0].dtype == dtype), strict=True)]
+        packed = [torch.cat(column) for column in columns]
+        _update_in_pieces(packed, *numbers)
+        sizes = [len(weight) for weight in columns[0]]
+        for index in (0, 2, 3):
+            torch._foreach_copy_(columns[index], packed[index].split(sizes))
+
+
+def _in_memory_order(row: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """Tensors of one shape as views ``(N,)``; None where types or layouts differ."""
+    if any(each.dtype != row[0].dtype for each in row):
+        return None
+    if all(each.is_contiguous() for each in row):
+        return [each.view(-1) for each in row]
+    if all(each.is_contiguous(memory_format=torch.channels_last) for each in row):
+        return [each.permute(0, 2, 3, 1).view(-1) for each in row]
+    return None
+
+
+def _update_in_pieces(flat: list[Tensor], *numbers: float) -> None:
+    for piece in zip(*(each.split(PIECE) for each in flat), strict=True):
+        _update(*piece, *numbers)
+
+
+def _update(
+    weight: Tensor, gradient: Tensor, average: Tensor, norm: Tensor,
+    size: float, share: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    if weight_decay:
+        gradient.add_(weight, alpha=weight_decay)
+    scratch = gradient - average
+    average.add_(scratch.mul_(share))
+    norm.mul_(beta2)
+    torch.maximum(norm, gradient.abs_().add_(eps), out=norm)
+    torch.clamp_min(norm, TINY, out=scratch)
+    torch.div(average, scratch, out=scratch)
+    weight.add_(scratch.mul_(size))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nvae.ops import kernels, reference, weight_norm
-from nvae.ops.adamax import adamax_formula, adamax_kernel
+from nvae.ops.adamax import adamax_cpu, adamax_formula, adamax_kernel
 from nvae.ops.cuda import CompileError, compile_kernel
 from nvae.ops.kernels import DTYPES, doubles, like, nhwc
 from nvae.ops.tiling import MAX_KERNEL
@@ -159,6 +159,7 @@ def _define(
     kernel: Callable[..., Any],
     formula: Callable[..., Any],
     fake: Callable[..., Any],
+    on_cpu: Callable[..., Any] | None = None,
 ) -> None:
     def plain(*args: Any) -> Any:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
@@ -174,7 +175,7 @@ def _define(
     name = f"nvae::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, on_gpu, "CUDA")
-    LIBRARY.impl(name, plain, "CPU")
+    LIBRARY.impl(name, on_cpu or plain, "CPU")
     torch.library.register_fake(name, fake, lib=LIBRARY)
 
 
@@ -352,6 +353,7 @@ _define(
     adamax_kernel,
     adamax_formula,
     lambda *_: None,
+    adamax_cpu,
 )
 _define(
     "weight_norms(Tensor[] weights, Tensor[] gains, ScalarType dtype) "
