@@ -21,6 +21,7 @@ from benchmarks.measure import PRECISIONS, Timing, measure, parser, set_up
 from nvae.cli.config import compose_train
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
+from nvae.sampling.compiled import PriorDecoder, for_inductor
 
 TEMPERATURE = 0.7
 UNFOLDED = "eager, nothing folded"
@@ -46,7 +47,9 @@ def main() -> None:
         f"{' '.join(options.overrides)}: batch {options.batch}, {options.device}, precision "
         f"{options.precision}, {options.threads} threads, torch {torch.__version__}"
     )
-    ways = _ways(model, options)
+    ways = ways_to_sample(model, options.batch, compiled=options.compile)
+    for name in ways:
+        check_way(ways, name, options.device)
     dtype = PRECISIONS[options.precision]
     with torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext():
         rounds = [_measured(ways, options) for _ in range(options.rounds)]
@@ -68,10 +71,16 @@ def _measured(ways: dict[str, Draw], options: argparse.Namespace) -> dict[str, T
     }
 
 
-def _ways(model: HierarchicalVAE, options: argparse.Namespace) -> dict[str, Draw]:
-    batch = options.batch
+def ways_to_sample(model: HierarchicalVAE, batch: int, *, compiled: bool) -> dict[str, Draw]:
+    """Draws of one batch from the prior, by name; what `torch.compile` makes, it makes when called.
+
+    Args:
+        model: in evaluation, on its device; it becomes channels_last.
+        batch: images.
+        compiled: also compiled; on a GPU without a CUDA graph and with one.
+    """
     noise = model.draw_noise(batch)
-    plain = type(model)(model.config).to(options.device).eval()
+    plain = type(model)(model.config).to(model.device).eval()
     plain.load_state_dict(model.state_dict())
     model = model.to(memory_format=torch.channels_last)
 
@@ -83,19 +92,31 @@ def _ways(model: HierarchicalVAE, options: argparse.Namespace) -> dict[str, Draw
         with mock.patch("nvae.models.folding.Derived.usable", return_value=False):
             return eager(plain)
 
-    ways: dict[str, Draw] = {UNFOLDED: unfolded, "eager, folded": lambda: eager(model)}
-    if options.compile:
-        decode = CompiledDecoder(model, batch)
-
-        def compiled() -> Tensor:
+    def drawn(decode: Callable[..., Tensor], temperature: float | Tensor) -> Draw:
+        def draw() -> Tensor:
             with torch.inference_mode():
-                return model.likelihood(decode(noise, TEMPERATURE)).mean
+                return model.likelihood(decode(noise, temperature)).mean
 
-        ways["compiled"] = compiled
-    tolerance = 1e-5 if options.device == "cpu" else 1e-2  # TF32 is on in GPU convolutions
-    for name, draw in ways.items():
-        torch.testing.assert_close(draw(), unfolded(), rtol=0, atol=tolerance, msg=name)
+        return draw
+
+    ways: dict[str, Draw] = {UNFOLDED: unfolded, "eager, folded": lambda: eager(model)}
+    if compiled and model.device.type == "cuda":
+        temperatures = torch.full((len(noise),), TEMPERATURE, device=model.device)
+        decoder = torch.compile(for_inductor(PriorDecoder(model)), fullgraph=True)
+        ways["compiled, no CUDA graph"] = drawn(decoder, temperatures)
+        ways["compiled, CUDA graph"] = drawn(CompiledDecoder(model, batch), TEMPERATURE)
+    elif compiled:
+        ways["compiled"] = drawn(CompiledDecoder(model, batch), TEMPERATURE)
     return ways
+
+
+def check_way(ways: dict[str, Draw], name: str, device: str) -> None:
+    """Raise an AssertionError where a way draws other images than the unfolded network."""
+    tolerance = 1e-5 if device == "cpu" else 1e-2  # TF32 is on in GPU convolutions
+    torch.testing.assert_close(
+        ways[name](), ways[UNFOLDED](), rtol=0, atol=tolerance,
+        msg=lambda found: f"{name}: {found}",
+    )  # fmt: skip
 
 
 def _together(timings: Sequence[Timing]) -> Timing:
