@@ -10,13 +10,15 @@ tensors, with the keys
 - ``state_dict``: the network's entries prefixed ``model.``; averaged weights where the run kept
   an average, with the raw ones in ``current_model_state``,
 
-beside whatever the trainer needs to resume. The published format is read too, and so are exported
-folders of two plain files under the names that other programs look for: `model.safetensors`, and
-`config.json`, the model's name and configuration with the format's version and a checksum.
+beside whatever the trainer needs to resume. The published formats are read too (NVAE's, VDVAE's and
+Efficient-VDVAE's), and so are exported folders of two plain files under the names that other
+programs look for: `model.safetensors`, and `config.json`, the model's name and configuration with
+the format's version and a checksum.
 """
 
 import hashlib
 import json
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,7 @@ from torch import Tensor
 from nvae.files import read_json, replacing, write_json
 from nvae.models import MODELS, HierarchicalVAE, use_plugins
 from nvae.published import is_published, translate_published
+from nvae.published_very_deep import ENTRIES, FAMILIES, Config, family_of, translate_very_deep
 from nvae.torch_file import TorchFileError, read_torch_file
 
 FORMAT = 1
@@ -35,6 +38,7 @@ MODEL_PREFIX = "model."
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 Weights = Literal["ema", "raw"]
+Format = Literal["nvae", "vdvae", "evdvae"]
 
 
 class CheckpointError(ValueError):
@@ -84,12 +88,16 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if entries is not None:
-        entries = {"nvae_format", "model", "model_config", "args", "state_dict", *entries}
+        ours = ("nvae_format", "model", "model_config", "args", "state_dict")
+        entries = {*ours, *ENTRIES, *entries}
     try:
         checkpoint = read_torch_file(path, entries)
+        if not checkpoint:  # a published VDVAE is nothing but its weights
+            checkpoint = read_torch_file(path)
     except TorchFileError as error:
         raise CheckpointError(str(error)) from None
-    if not is_published(checkpoint) and not _is_ours(checkpoint, path):
+    is_theirs = is_published(checkpoint) or family_of(checkpoint) is not None
+    if not is_theirs and not _is_ours(checkpoint, path):
         raise CheckpointError(
             f"{path} holds neither a checkpoint of this project nor one of the published format"
         )
@@ -100,17 +108,29 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
 
 
 def load_model(
-    path: str | Path, weights: Weights = "ema", plugins: Iterable[str] = ()
+    path: str | Path,
+    weights: Weights = "ema",
+    plugins: Iterable[str] = (),
+    *,
+    format: Format | None = None,
+    config: Config | None = None,
 ) -> HierarchicalVAE:
-    """The network of a checkpoint, in evaluation mode, float32, on the CPU, channels_last.
+    """The network of a checkpoint, in evaluation mode, on the CPU, channels_last.
+
+    In float32; a VDVAE or Efficient-VDVAE whose file holds float64 stays in that.
 
     Args:
-        path: a training checkpoint, exported weights, a checkpoint in the published format, or a
+        path: a training checkpoint, exported weights, a checkpoint in a published format, or a
             folder that :mod:`nvae.export` wrote.
-        weights: ``ema`` takes the averaged weights where there are any, ``raw`` never; published
-            files and folders hold one set.
+        weights: ``ema`` takes the averaged weights where there are any, ``raw`` never; most
+            published files and folders hold one set.
         plugins: classes that the file may name although they are not ours, ``package.module:Class``
             each; see :func:`nvae.models.use_plugins`.
+        format: published format that the file must have; None: whatever it has.
+        config: of a published VDVAE or Efficient-VDVAE, whose files do not say it: the name of a
+            preset in `configs/model`, the authors' settings as JSON, cfg file or dictionary, or
+            :meth:`ImageConfig.to_dict`. The likelihood is then the published one, unless they say
+            ``normalized``. None: one of the presets of VDVAE is recognized by its shapes.
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format, would run code, or
@@ -123,20 +143,38 @@ def load_model(
     exported = is_weights_folder(path)
     raw = ["current_model_state"] if weights == "raw" else []
     checkpoint = {} if exported else load_checkpoint(path, raw)
+    family = "nvae" if is_published(checkpoint) else family_of(checkpoint)
+    _check_format(path, family, format, config)
     try:
-        if exported:
-            kind, config, state = read_weights(path)
-        elif is_published(checkpoint):
-            kind, (config, state) = "nvae", translate_published(checkpoint)
+        if family in FAMILIES:
+            kind, (values, state) = family, translate_very_deep(checkpoint, family, weights, config)
+        elif exported:
+            kind, values, state = read_weights(path)
+        elif family == "nvae":
+            kind, (values, state) = "nvae", translate_published(checkpoint)
         else:
-            kind, config = checkpoint.get("model", "nvae"), checkpoint["model_config"]
+            kind, values = checkpoint.get("model", "nvae"), checkpoint["model_config"]
             state = _network_state(checkpoint, weights)
-        model = _build(kind, config, state)
+        model = _build(kind, values, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a usable model: {detail}") from None
     # convolutions hand this layout on, whatever the input's; their kernels are faster in it
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def _check_format(
+    path: str | Path, found: str | None, wanted: str | None, config: Config | None
+) -> None:
+    """Raise unless a file's published format is the one that was asked for."""
+    formats = typing.get_args(Format)
+    if wanted is not None and wanted not in formats:
+        raise ValueError(f"format={wanted!r} is unknown; allowed: {', '.join(formats)}")
+    if wanted is not None and wanted != found:
+        held = f"format={found}" if found else "a format of this project, which takes no format="
+        raise CheckpointError(f"{path} is no checkpoint of format={wanted}; it has {held}")
+    if config is not None and found not in FAMILIES:
+        raise CheckpointError(f"{path} says its settings itself; leave config= out")
 
 
 def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Any]:
@@ -180,6 +218,8 @@ def _build(kind: str, values: dict[str, Any], state: Mapping[str, Any]) -> Hiera
     if unknown:
         raise ValueError(f"it has a weight that this model lacks: {unknown[0]!r}")
     model = cls(config)
+    if kind in FAMILIES and all(tensor.dtype == torch.float64 for tensor in state.values()):
+        model = model.double()  # nothing of what a file of theirs holds is rounded
     model.load_state_dict(state)
     return model
 

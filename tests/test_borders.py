@@ -11,7 +11,8 @@ PACKAGE = ROOT / "nvae"
 
 ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
-    *("pictures", "ops", "models", "regularizers", "objective", "published", "checkpoint"),
+    *("pictures", "ops", "models", "regularizers", "objective", "published"),
+    *("published_very_deep", "checkpoint"),
     *("bn_recalibration", "sampling", "evaluation", "data", "report", "training"),
     *("export", "hub", "cli"),
 ]

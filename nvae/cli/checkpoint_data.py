@@ -24,7 +24,7 @@ from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
 from nvae.models import HierarchicalVAE
-from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
+from nvae.models.likelihoods import ImageConfig
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -193,7 +193,7 @@ def _check_fits(config: DataConfig, model: ImageConfig) -> None:
             raise ValueError(
                 f"data.{name}={have} does not fit the checkpoint's model, which has {want}"
             )
-    LIKELIHOODS[model.likelihood].check_data(model, config.bits)
+    model.pixel_distribution.check_data(model, config.bits)
 
 
 def _check_memory(config: DataConfig) -> None:

@@ -25,7 +25,6 @@ from nvae.cli.schema import build, schema_of
 from nvae.data import DataConfig
 from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
-from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import ObjectiveConfig
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
 from nvae.training.ema import MovingAverage
@@ -116,7 +115,7 @@ class TrainConfig:
                     f"model.{of_model}={wanted} does not fit data.{of_data}={given}; "
                     f"set data.{of_data}, the model follows it"
                 )
-        LIKELIHOODS[self.model.likelihood].check_data(self.model, self.data.bits)
+        self.model.pixel_distribution.check_data(self.model, self.data.bits)
 
     def _accumulate(self) -> None:
         """With `data.global_batch` the micro-batches a step follow from devices and memory."""
@@ -151,7 +150,8 @@ def register() -> None:
     """
     store = ConfigStore.instance()
     store.store(name="train_schema", node=schema_of(TrainConfig, untyped=["model", "optimizer"]))
-    store.store(name="nvae_schema", node=schema_of(ModelConfig))
+    for name in MODELS:
+        store.store(name=f"{name}_schema", node=schema_of(MODELS[name].config_class))
     store.store(name="optimizer_schema", node=schema_of(OptimizerConfig))
 
 

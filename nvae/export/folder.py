@@ -25,7 +25,6 @@ from nvae.export.sampler import (
 )
 from nvae.files import write_json
 from nvae.models import MODELS, NVAE, HierarchicalVAE
-from nvae.models.likelihoods import LIKELIHOODS
 from nvae.sampling.compiled import load_machine_code
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
@@ -179,7 +178,7 @@ def _network_facts(model: HierarchicalVAE) -> dict[str, str]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "latent groups, fine to coarse": ", ".join(map(str, model.groups_per_scale[::-1])),
         "latent channels of a group": ", ".join(map(str, widths)),
-        "likelihood": LIKELIHOODS[config.likelihood].title,
+        "likelihood": config.pixel_distribution.title,
     }
 
 

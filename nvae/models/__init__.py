@@ -4,23 +4,33 @@ from collections.abc import Iterable
 
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.config import ModelConfig
+from nvae.models.evdvae import EVDVAE
+from nvae.models.evdvae_config import EVDVAEConfig
 from nvae.models.hierarchical import HierarchicalVAE, Output, Temperature
 from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.models.nvae import NVAE
+from nvae.models.vdvae import VDVAE
+from nvae.models.vdvae_config import VDVAEConfig
 from nvae.settings import Registry
 
 __all__ = [
+    "EVDVAE",
     "MODELS",
     "NVAE",
+    "VDVAE",
+    "EVDVAEConfig",
     "HierarchicalVAE",
     "ImageConfig",
     "ModelConfig",
     "Output",
     "Temperature",
+    "VDVAEConfig",
     "use_plugins",
 ]
 
-MODELS: Registry[type[HierarchicalVAE]] = Registry("architecture", HierarchicalVAE, {"nvae": NVAE})
+MODELS: Registry[type[HierarchicalVAE]] = Registry(
+    "architecture", HierarchicalVAE, {"nvae": NVAE, "vdvae": VDVAE, "evdvae": EVDVAE}
+)
 
 
 def use_plugins(names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 SOFT_CLAMP = 5.0
 SIGMA_FLOOR = 1e-2
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Normal:
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every element of ``z``, in nats; same shape as ``z``."""
         normalized = (z - self.mean) / self.sigma
-        return -0.5 * normalized * normalized - _HALF_LOG_2PI - self.sigma.log()
+        return -0.5 * normalized * normalized - HALF_LOG_2PI - self.sigma.log()
 
     def kl(self, prior: "Normal") -> Tensor:
         """KL(self || prior) of every element in closed form, in nats (paper, equation 2)."""

@@ -65,7 +65,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", **self.bounds())
-        LIKELIHOODS[self.likelihood].check(self)
+        self.pixel_distribution.check(self)
         if self.counted_size is not None:
             border = self.image_size - self.counted_size
             if border < 0 or border % 2:
@@ -84,6 +84,11 @@ class ImageConfig:
             "image_size": (1, 4096), "image_channels": (1, 1024), "counted_size": (1, 4096),
             "bits": (1, 8), "num_mixtures": (1, 1000),
         }  # fmt: skip
+
+    @property
+    def pixel_distribution(self) -> "type[PixelDistribution]":
+        """The class that :attr:`likelihood` names; a model may have a form of its own of one."""
+        return LIKELIHOODS[self.likelihood]
 
     @property
     def counted_pixels(self) -> int:
@@ -280,6 +285,10 @@ class LogisticMixture(PixelDistribution):
     """
 
     title = "mixture of discretized logistics"
+    brightest = 1.0
+    """Largest value of a draw, in [-1, 1]."""
+    white = 1.0
+    """Value in [-1, 1] that an image shows as 1."""
 
     def __init__(self, logits: Tensor, config: ImageConfig) -> None:
         self.levels = 2**config.bits - 1
@@ -320,7 +329,7 @@ class LogisticMixture(PixelDistribution):
         weights = torch.softmax(self.mixture_logits, dim=1).unsqueeze(1)
         means = (self.means * weights).sum(2)
         if self.coefficients is None:
-            return _logistic_to_image(means)
+            return self._to_image(means)
         return self._chain_colors(means, (self.coefficients * weights).sum(2))
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -358,7 +367,7 @@ class LogisticMixture(PixelDistribution):
         scales = self.log_scales.gather(2, index).squeeze(2).exp()
         values = means + temperature * scales * torch.logit(draw_uniform(means, generator))
         if self.coefficients is None:
-            return _logistic_to_image(values)
+            return self._to_image(values)
         return self._chain_colors(values, self.coefficients.gather(2, index).squeeze(2))
 
     def _conditional_means(self, x: Tensor) -> Tensor:
@@ -371,18 +380,16 @@ class LogisticMixture(PixelDistribution):
             [mean_red, mean_green + c0 * red, mean_blue + c1 * red + c2 * green], dim=1
         )
 
-    @staticmethod
-    def _chain_colors(values: Tensor, coefficients: Tensor) -> Tensor:
+    def _chain_colors(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Clip red, then move green by red, then blue by both; all ``(B, 3, H, W)``."""
         c0, c1, c2 = coefficients.unbind(1)
-        red = values[:, 0].clamp(-1, 1)
-        green = (values[:, 1] + c0 * red).clamp(-1, 1)
-        blue = (values[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
-        return _logistic_to_image(torch.stack([red, green, blue], dim=1))
+        red = values[:, 0].clamp(-1, self.brightest)
+        green = (values[:, 1] + c0 * red).clamp(-1, self.brightest)
+        blue = (values[:, 2] + c1 * red + c2 * green).clamp(-1, self.brightest)
+        return self._to_image(torch.stack([red, green, blue], dim=1))
 
-
-def _logistic_to_image(values: Tensor) -> Tensor:
-    return (values.clamp(-1, 1) + 1) / 2
+    def _to_image(self, values: Tensor) -> Tensor:
+        return (values.clamp(-1, self.brightest) + 1) / (self.white + 1)
 
 
 LIKELIHOODS: Registry[type[PixelDistribution]] = Registry(
@@ -394,9 +401,9 @@ LIKELIHOODS: Registry[type[PixelDistribution]] = Registry(
 
 def logit_channels(config: ImageConfig) -> int:
     """Channels of the image head, K."""
-    return LIKELIHOODS[config.likelihood].logit_channels(config)
+    return config.pixel_distribution.logit_channels(config)
 
 
 def build_likelihood(config: ImageConfig, logits: Tensor) -> PixelDistribution:
     """The distribution that ``config`` names, over ``logits`` ``(B, K, H, W)``."""
-    return LIKELIHOODS[config.likelihood](at_least_float32(logits), config)
+    return config.pixel_distribution(at_least_float32(logits), config)

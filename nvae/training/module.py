@@ -25,7 +25,6 @@ from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE
 from nvae.models.layers import MOMENTUM
-from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
 from nvae.settings import check_choice
@@ -171,7 +170,7 @@ class NVAELightning(pl.LightningModule):
                 f"a batch holds {shown}; expected are images (B, {config.image_channels}, "
                 f"{config.image_size}, {config.image_size}) or a tuple that begins with them"
             )
-        LIKELIHOODS[config.likelihood].check_data(config, config.bits)
+        config.pixel_distribution.check_data(config, config.bits)
         if x.dtype == torch.uint8:
             levels = x.float()
         elif x.is_floating_point():  # a NaN stays one: it makes a bad step, which is left out
