@@ -13,6 +13,7 @@ from nvae.training import run_folder
 from nvae.training.checkpointing import FoundCheckpoint, newest_checkpoint
 from nvae.training.ranks import OtherRankError
 from nvae.training.run_folder import Claim, RunLock, open_run, open_run_once
+from tests import PATIENCE
 from tests.training.ranks import free_port, run_ranks
 from tests.training.runs import StopAt, run, small_config
 
@@ -62,7 +63,7 @@ def test_under_torchrun(taken: Path) -> None:
     job = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
          "--master-port", str(free_port()), "job.py"],
-        cwd=taken, env=_environment(), capture_output=True, text=True, timeout=120,
+        cwd=taken, env=_environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]
     assert _found(taken) == ["run-2", "run-2"]
@@ -83,7 +84,7 @@ def test_under_slurm(taken: Path) -> None:
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+        assert [job.wait(timeout=PATIENCE) for job in jobs] == [0, 0]
     finally:
         for job in jobs:
             job.kill()
