@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvae.started import FIRST_PROCESS
+from tests import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ def test_a_rank_whose_first_process_is_gone_does_not_begin(ended: str) -> None:
     """Interrupted between the two, the first has left one behind that it does not know."""
     job = subprocess.run(
         [sys.executable, ROOT / "train.py", "data=random"], capture_output=True, text=True,
-        env=_environment(LOCAL_RANK="1", **{FIRST_PROCESS: ended}), timeout=100,
+        env=_environment(LOCAL_RANK="1", **{FIRST_PROCESS: ended}), timeout=PATIENCE,
     )  # fmt: skip
     assert (job.returncode, job.stdout, job.stderr) == (1, "", "")
 
@@ -62,7 +63,7 @@ def test_a_rank_ends_when_the_first_process_is_killed() -> None:
         assert first.stdout is not None
         assert first.stdout.readline() == b"begun\n"
         first.send_signal(signal.SIGKILL)
-        readable, _, _ = select.select([first.stdout], [], [], 60)
+        readable, _, _ = select.select([first.stdout], [], [], PATIENCE)
         assert readable
         assert first.stdout.read() == b""
 
@@ -77,6 +78,6 @@ def test_others_than_those_that_lightning_starts_go_on(ended: str, others: dict[
     environment = {k: v for k, v in _environment().items() if k != "LOCAL_RANK"}
     job = subprocess.run(
         [sys.executable, "-c", RANK.format(seconds=0.5)], capture_output=True, text=True,
-        env=environment | {FIRST_PROCESS: ended} | others, timeout=100,
+        env=environment | {FIRST_PROCESS: ended} | others, timeout=PATIENCE,
     )  # fmt: skip
     assert (job.returncode, job.stdout) == (0, "begun\ndone\n")

@@ -120,7 +120,9 @@ def depthwise_backward(
 def _normalize(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """v = (x - mean) gamma rstd + beta, of x's type."""
     gamma, beta, mean, rstd = (t.to(_wide(x)) for t in (gamma, beta, mean, rstd))
-    return F.batch_norm(x, mean, rstd**-2, gamma, beta, False, 0.0, 0.0)
+    # F.batch_norm is this call, but in torch 2.11 it refuses an eps of 0
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, gamma, beta, mean, rstd**-2, False, 0.0, 0.0, cudnn)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import PATIENCE
+
 TINY = [
     "data=random", "data.image_size=8", "data.channels=1", "data.bits=4", "data.train_size=64",
     "data.valid_size=8", "data.test_size=8", "data.batch_size=8", "model.num_scales=1",
@@ -70,7 +72,7 @@ class Job:
 
     def ended(self) -> Ended:
         """Wait for the end."""
-        self.process.join(60)
+        self.process.join(PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"it does not end: {self._out.read_text()}{self._err.read_text()}")

@@ -16,6 +16,7 @@ from nvae.cli.training_errors import AGREED, explained
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.end_together import EndTogether
 from nvae.training.run_folder import RunFolder
+from tests import PATIENCE
 from tests.hostile.runs import TINY, Ended, has_logged
 from tests.training.ranks import free_port
 
@@ -87,7 +88,7 @@ def _ended(folder: Path, mode: str, *command: object) -> Ended:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = job.communicate(timeout=120)  # the process group's own timeout is far longer
+        out, err = job.communicate(timeout=PATIENCE)  # the process group's own time-out is longer
         return Ended(job.returncode, out, err)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -168,7 +169,7 @@ def test_torchrun_hands_signals_on(tmp_path: Path, number: int, options: list[st
             assert job.poll() is None
             time.sleep(0.1)
         job.send_signal(number)
-        out, _ = job.communicate(timeout=150)
+        out, _ = job.communicate(timeout=PATIENCE)
         assert f"stopped by {signal.Signals(number).name}: saved at step" in out
         assert step_checkpoints(tmp_path / "runs" / "r" / "checkpoints")
     finally:

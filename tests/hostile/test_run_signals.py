@@ -17,6 +17,7 @@ import torch
 from nvae.training import signals as run_signals
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.module import NVAELightning
+from tests import PATIENCE
 from tests.hostile.runs import (
     TINY,
     Ended,
@@ -28,17 +29,17 @@ from tests.hostile.runs import (
 ROOT = Path(__file__).parents[2]
 
 
-def _slow_steps() -> None:
-    """A step takes 1.6 seconds, and says when it has begun."""
+def _held_step() -> None:
+    """A step says when it has begun, and is held until the signals are sent."""
     original = NVAELightning.training_step
 
-    def slow(self: NVAELightning, *arguments: Any) -> torch.Tensor:
+    def held(self: NVAELightning, *arguments: Any) -> torch.Tensor:
         Path("in_step").touch()
-        for _ in range(160):
+        while not Path("signals_sent").exists():
             time.sleep(0.01)
         return original(self, *arguments)
 
-    NVAELightning.training_step = slow  # type: ignore[method-assign]
+    NVAELightning.training_step = held  # type: ignore[method-assign]
 
 
 def _signalled(
@@ -49,7 +50,13 @@ def _signalled(
     for number, pause in signals:
         job.signal(number)
         time.sleep(pause)
+    (folder / "signals_sent").touch()
     return job.ended()
+
+
+def _pressed_twice(folder: Path, before: Callable[[], None]) -> Ended:
+    pause = 3 * run_signals.ONE_PRESS  # enough for a process that notices the first late
+    return _signalled(folder, (signal.SIGINT, pause), (signal.SIGINT, 0), before=before)
 
 
 def test_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -64,13 +71,13 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 def test_one_press_that_comes_twice_is_one(tmp_path: Path) -> None:
     """Of a terminal and a launcher; inside a step, which is finished."""
-    ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), before=_slow_steps)
+    ended = _signalled(tmp_path, (signal.SIGINT, 0.1), (signal.SIGINT, 0), before=_held_step)
     assert (ended.code, ended.err) == (130, "")
     assert "saved at step 1" in ended.out
 
 
 def test_second_press_stops_at_once(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_slow_steps)
+    ended = _pressed_twice(tmp_path, before=_held_step)
     assert ended.code == 130
     assert ended.err == "interrupted; run the same command again\n"
     assert not list((tmp_path / "runs" / "r" / "checkpoints").iterdir())
@@ -90,7 +97,7 @@ def _stuck_step() -> None:
 
 
 def test_second_press_ends_a_run_that_is_stuck(tmp_path: Path) -> None:
-    ended = _signalled(tmp_path, (signal.SIGINT, 1.2), (signal.SIGINT, 0), before=_stuck_step)
+    ended = _pressed_twice(tmp_path, before=_stuck_step)
     assert (ended.code, ended.err) == (130, "interrupted; run the same command again\n")
 
 
@@ -99,7 +106,7 @@ def test_second_press_ends_a_run_that_is_stuck(tmp_path: Path) -> None:
 )
 def test_sigterm_is_kept_beside_an_interrupt(tmp_path: Path, first: signal.Signals) -> None:
     second = ({signal.SIGTERM, signal.SIGINT} - {first}).pop()
-    ended = _signalled(tmp_path, (first, 0.1), (second, 0), before=_slow_steps)
+    ended = _signalled(tmp_path, (first, 0.1), (second, 0), before=_held_step)
     assert (ended.code, ended.err) == (143, "")
     assert "stopped by SIGTERM: saved at step 1" in ended.out
 
@@ -170,7 +177,7 @@ def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool
     """Of the first alone, as `kill` does, and of all, as a terminal does; nobody is left behind."""
     job = _two_ranks(tmp_path)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if len(_ranks_left(job.pid)) == 2 if early else has_logged(tmp_path):
                 break
@@ -179,7 +186,7 @@ def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool
             os.killpg(job.pid, signal.SIGINT)
         else:
             job.send_signal(signal.SIGINT)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=PATIENCE)
         ended = Ended(job.returncode, out, err)
         assert ended.code == 130, ended
         # a rank may be inside Python's own start, where no code of ours answers for it
@@ -215,7 +222,7 @@ def test_interrupt_while_a_rank_is_being_started_leaves_none(tmp_path: Path) -> 
     script.write_text(INTERRUPTED_AT_ITS_START)
     job = _two_ranks(tmp_path, script)
     try:
-        _, err = job.communicate(timeout=150)  # whoever is left holds the pipe
+        _, err = job.communicate(timeout=PATIENCE)  # whoever is left holds the pipe
         assert (job.returncode, err) == (130, "interrupted; run the same command again\n")
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ import torch
 
 from nvae.ops import cuda, depthwise_conv2d, library
 from nvae.ops.cuda import CompileError, compile_kernel
+from tests import PATIENCE
 
 MACROS = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
 
@@ -80,7 +81,7 @@ def test_many_processes_at_once(cache: Path) -> None:
     processes = [context.Process(target=_start, args=(str(cache), results)) for _ in range(6)]
     for process in processes:
         process.start()
-    codes = {results.get(timeout=120) for _ in processes}
+    codes = {results.get(timeout=PATIENCE) for _ in processes}
     for process in processes:
         process.join()
     assert len(codes) == 1

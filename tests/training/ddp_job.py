@@ -50,7 +50,6 @@ def main(folder: Path, mode: str) -> None:
             accelerator="cpu",
             devices=2,
             max_epochs=2,
-            timeout=30.0,
             log_every_n_steps=1,
             sync_batchnorm="none" if mode == "apart" else "world",
             ddp_comm_hook="bf16" if mode == "apart" else "none",

@@ -50,7 +50,7 @@ def config_of(
     config = small_config(folder)
     data = dataclasses.replace(config.data, global_batch=global_batch, batch_size=batch_size)
     trainer = TrainerConfig(
-        accelerator="cpu", devices=devices, max_epochs=3, timeout=60.0, log_every_n_steps=1,
+        accelerator="cpu", devices=devices, max_epochs=3, log_every_n_steps=1,
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
     objective = dataclasses.replace(config.objective, spectral_weight_initial=1.0)

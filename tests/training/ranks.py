@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import PATIENCE
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -27,7 +29,7 @@ def _worker(
     try:
         if world > 1:
             dist.init_process_group(
-                "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+                "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
             )
         queue.put((rank, function(rank, world, *arguments), None))
         if world > 1:
@@ -55,7 +57,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     results: dict[int, Any] = {}
     try:
         for _ in processes:
-            rank, value, error = queue.get(timeout=120)
+            rank, value, error = queue.get(timeout=PATIENCE)
             if error is not None:
                 raise AssertionError(f"rank {rank}: {error}")
             results[rank] = value

@@ -9,6 +9,7 @@ import pytest
 
 from nvae.training.processes import decided
 from nvae.training.trainer import TrainerConfig, meet
+from tests import PATIENCE
 from tests.training.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_a_group_parts_before_python_ends(tmp_path: Path) -> None:
     job = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
          "--master-port", str(free_port()), "job.py"],
-        cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]
 

@@ -22,6 +22,7 @@ from nvae.training.checkpointing import step_checkpoints
 from nvae.training.optimizers import learning_rate_factor
 from nvae.training.run_folder import open_run
 from nvae.training.run_length import steps_ahead
+from tests import PATIENCE
 from tests.training.other_devices_job import config_of, train
 from tests.training.runs import StopAt, last_checkpoint, run
 
@@ -36,7 +37,7 @@ def _on_two(folder: Path, stop: int) -> None:
     words = [str(folder), "2", str(stop), str(GLOBAL_BATCH)]
     job = subprocess.run(
         [sys.executable, str(ROOT / "tests/training/other_devices_job.py"), *words],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=240,
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]
 

@@ -13,6 +13,7 @@ from nvae.training import run_folder
 from nvae.training.checkpointing import FoundCheckpoint, newest_checkpoint
 from nvae.training.ranks import OtherRankError
 from nvae.training.run_folder import Claim, RunLock, open_run, open_run_once
+from tests import PATIENCE
 from tests.training.ranks import free_port, run_ranks
 from tests.training.runs import StopAt, run, small_config
 
@@ -33,7 +34,8 @@ claim = Claim(Path("run"), beside=True, processes=2)
 found = claim.path
 if rank == 0:
     (found / "checkpoints").mkdir(parents=True)
-print(found.name, flush=True)
+# a file each: two processes that print to one pipe may write into one another's lines
+Path(f"found{rank}").write_text(found.name)
 dist.barrier()
 """
 
@@ -51,16 +53,20 @@ def _environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
+def _found(folder: Path) -> list[str]:
+    return [(folder / f"found{rank}").read_text() for rank in (0, 1)]
+
+
 @pytest.mark.slow
 def test_under_torchrun(taken: Path) -> None:
     (taken / "job.py").write_text(JOB)
     job = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
          "--master-port", str(free_port()), "job.py"],
-        cwd=taken, env=_environment(), capture_output=True, text=True, timeout=120,
+        cwd=taken, env=_environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]
-    assert job.stdout.split() == ["run-2", "run-2"]
+    assert _found(taken) == ["run-2", "run-2"]
 
 
 @pytest.mark.slow
@@ -72,16 +78,17 @@ def test_under_slurm(taken: Path) -> None:
     }  # fmt: skip
     jobs = [
         subprocess.Popen(
-            [sys.executable, "job.py"], cwd=taken, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "job.py"], cwd=taken,
             env=_environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
         )
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        assert [job.communicate(timeout=120)[0].split() for job in jobs] == [["run-2"]] * 2
+        assert [job.wait(timeout=PATIENCE) for job in jobs] == [0, 0]
     finally:
         for job in jobs:
             job.kill()
+    assert _found(taken) == ["run-2", "run-2"]
 
 
 def _second_run(rank: int, world: int, folder: str) -> str:

@@ -15,6 +15,7 @@ from nvae.files import link_or_copy
 from nvae.training import checkpointing
 from nvae.training.checkpointing import CheckpointWriteError, step_checkpoints
 from nvae.training.snapshot import BackgroundWriter, Snapshots
+from tests import PATIENCE
 from tests.training.runs import assert_identical, run, small_config
 
 
@@ -58,14 +59,14 @@ def test_one_at_a_time_and_an_error_stops_what_follows() -> None:
 
     def write(content: Any) -> None:
         begun.set()
-        assert go.wait(60)
+        assert go.wait(PATIENCE)
         raise OSError("no space")
 
     tensor = torch.ones(2)
     writer.save({"a": tensor}, write, [tensor])
     writer.submit(lambda: done.append("link"))
     writer.settle()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     assert not writer.has_failed
     go.set()
     with pytest.raises(OSError, match="no space"):

@@ -21,6 +21,7 @@ from nvae.data.module import ImageDataModule
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run
+from tests import PATIENCE
 from tests.training.runs import StopAt, run, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_kill_while_training_loses_at_most_a_step(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     for _ in range(10):
         process = _process(_train, tmp_path)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             paths = step_checkpoints(checkpoints)
             if paths and int(paths[-1].stem[5:]) > reached:
@@ -94,7 +95,7 @@ def test_kill_while_training_loses_at_most_a_step(tmp_path: Path) -> None:
     # each kill may have come between writing a file and dropping another; a start that lives drops
     # what they left
     process = _process(_train, tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and _newest_step(checkpoints) < reached + 6:
         time.sleep(0.01)
     process.kill()
@@ -125,7 +126,7 @@ def test_full_disk_stops_and_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     before = {p.name: p.read_bytes() for p in (folder / "checkpoints").iterdir()}
     queue = multiprocessing.get_context("forkserver").Queue()
     process = _process(_train_on_a_full_disk, tmp_path, queue)
-    name, is_os_error, message = queue.get(timeout=120)
+    name, is_os_error, message = queue.get(timeout=PATIENCE)
     process.join()
     assert is_os_error, (name, message)
     assert "cannot write" in message
@@ -170,11 +171,11 @@ def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Si
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(number)
-    out, _ = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 128 + number
     assert "run the same command again to go on" in out
     (path,) = step_checkpoints(tmp_path / "r" / "checkpoints")[-1:]
@@ -182,7 +183,7 @@ def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Si
     assert f"saved at step {step}" in out
     again = subprocess.run(
         [*command[:-1], "trainer.max_epochs=1"],
-        env=environment, capture_output=True, text=True, timeout=200,
+        env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert f"resumed from {path.name}" in again.stdout
     assert "changed since: trainer.max_epochs: 60 -> 1" in again.stdout
