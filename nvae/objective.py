@@ -107,7 +107,7 @@ def balancing_weights(kl_per_group: Tensor, alpha: Tensor) -> Tensor:
 def elbo(
     output: Output,
     log_likelihood: Tensor,
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
     alpha: Tensor | None = None,
     free_bits: float = 0.0,
 ) -> Elbo:
@@ -116,20 +116,22 @@ def elbo(
     Args:
         output: of the model.
         log_likelihood: log p(x | z), ``(B,)``, in nats.
-        beta: KL coefficient in [0, 1].
+        beta: KL coefficient in [0, 1]; a 0-d tensor where the host does not decide by it.
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
         free_bits: nats that every group may carry for nothing: a group whose batch mean is below
             them adds this constant instead of its KL (Kingma et al. 2016, section 5). 0: none.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
-    if alpha is not None and beta < 1:
+    if alpha is not None and isinstance(beta, Tensor):
+        weights = torch.where(beta < 1, balancing_weights(kl_per_group, alpha), weights)
+    elif alpha is not None and beta < 1:
         weights = balancing_weights(kl_per_group, alpha)
     optimized = kl_per_group
     if free_bits > 0:
         mean = mean_over_ranks(kl_per_group.detach().mean(0), len(kl_per_group))
         is_free = mean < free_bits
-        optimized = torch.where(is_free, free_bits, kl_per_group)
+        optimized = kl_per_group.masked_fill(is_free, free_bits)
     return Elbo(
         reconstruction=-log_likelihood,
         kl=kl_per_group.sum(1),
@@ -263,6 +265,7 @@ class Objective(nn.Module):
         total_steps: int,
         input_noise: Tensor | None = None,
         regularize: bool = True,
+        on_device: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
         """The loss of a micro-batch.
 
@@ -274,8 +277,12 @@ class Objective(nn.Module):
             total_steps: of the whole run.
             input_noise: standard normal, like ``x``; needed where the configuration asks for it.
             regularize: add the regularizers, once an optimizer step.
+            on_device: beta and lambda as 0-d float64 tensors on the model's device, which take the
+                place of ``step``'s in all that is computed. What is captured reads them there.
         """
-        beta = self.beta(step, total_steps)
+        beta_now = self.beta(step, total_steps)
+        weight_now = self.spectral_weight(beta_now)
+        beta, weight = (beta_now, weight_now) if on_device is None else on_device
         with model.training_pass() as for_regularizers:
             if self.config.encoder_noise:
                 assert input_noise is not None
@@ -306,11 +313,12 @@ class Objective(nn.Module):
             "negative_elbo": parts.negative_elbo.mean(),
             "loss": data,
         }
-        penalty, weight = None, self.spectral_weight(beta)
-        if weight > 0 and regularize:
+        penalty = None
+        if weight_now > 0 and regularize:
             with for_regularizers:
                 values = self.regularizers()
-            penalty = weight * torch.stack(list(values.values())).sum()
+            total = torch.stack(list(values.values())).sum()
+            penalty = (weight.to(total.dtype) if isinstance(weight, Tensor) else weight) * total
             terms |= values
             terms["loss"] = data + penalty
         return Loss(
@@ -318,7 +326,7 @@ class Objective(nn.Module):
             penalty,
             {name: term.detach() for name, term in terms.items()},
             output.kl_per_group.detach().mean(0),
-            {"beta": beta, "lambda": weight},
+            {"beta": beta_now, "lambda": weight_now},
             sigma_range(output),
         )
 

@@ -5,6 +5,8 @@ storage type of its input. Images are made channels_last, parameters float32, wh
 """
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -293,7 +295,24 @@ BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
 VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3, "MODE_TRACK": 4}
 
 
-@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+_OF_CAPTURES: list[tuple[Tensor, Tensor]] = []
+"""Tables on the device that a capture has asked for, and their contents on the host."""
+
+
+@contextmanager
+def tables_of_capture() -> Iterator[list[Tensor]]:
+    """Around a capture, which copies nothing to the device: tables are filled when it has ended.
+
+    Yields:
+        The tables. The graph reads them at every replay: its owner keeps them for as long.
+    """
+    tables: list[Tensor] = []
+    _OF_CAPTURES.clear()
+    yield tables
+    tables += [on_device.copy_(on_host) for on_device, on_host in _OF_CAPTURES]
+    _OF_CAPTURES.clear()
+
+
 def block_table(
     device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
 ) -> tuple[Tensor, Tensor]:
@@ -308,8 +327,30 @@ def block_table(
     Returns:
         The rows as int64, and for every block its tensor and its first item, ``(blocks, 2)`` int64.
     """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return _copied_table(device, rows, counts, per_block)
+    # Addresses are those of the graph's own memory, so no earlier table will do. Not by a context
+    # variable: autograd asks for tables in a thread of its own.
+    tables = []
+    for on_host in _table(rows, counts, per_block):
+        tables.append(torch.empty_like(on_host, device=device))
+        _OF_CAPTURES.append((tables[-1], on_host))
+    return tables[0], tables[1]
+
+
+def _table(
+    rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
+) -> tuple[Tensor, Tensor]:
     blocks = [(t, first) for t, n in enumerate(counts) for first in range(0, n, per_block)]
-    return torch.tensor(rows).to(device), torch.tensor(blocks).to(device)
+    return torch.tensor(rows), torch.tensor(blocks)
+
+
+@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+def _copied_table(
+    device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
+) -> tuple[Tensor, Tensor]:
+    table, blocks = _table(rows, counts, per_block)
+    return table.to(device), blocks.to(device)
 
 
 def _sum_rows(partial: Tensor, dtype: torch.dtype, launcher: Launcher) -> Tensor:

@@ -33,19 +33,18 @@ class FirstBadStep:
 
     def __init__(self, seed: int, rank: int, micro_batches: int) -> None:
         self._seed, self._rank, self._micro_batches = seed, rank, micro_batches
-        self._step: list[Tensor] = []
-        self._kept: Tensor | None = None
-        self._images = 0
+        self._rows: Tensor | None = None  # of the step at hand, one a micro-batch
 
-    def add(self, loss: Loss, batch: int, index: Tensor) -> None:
-        """Take in a micro-batch; the host does not wait.
+    def add(self, loss: Loss, batch: int | Tensor, index: Tensor) -> None:
+        """Take in a micro-batch; the host does not wait. What is kept stays where it is in memory.
 
         Args:
             loss: of it.
-            batch: its number in the run, which is part of its noise's key.
+            batch: its number in the run, which is part of its noise's key; a 0-d tensor where the
+                device alone knows.
             index: of its images in their split, ``(B,)``.
         """
-        if not self._step and self._kept is None:
+        if self._rows is None:
             self._images, self._names = len(index), list(loss.terms)
         device = loss.kl_per_group.device
         padded = torch.full((self._images,), -1.0, dtype=torch.float64, device=device)
@@ -54,37 +53,39 @@ class FirstBadStep:
         every = torch.full((len(self._names),), math.nan, dtype=torch.float64, device=device)
         every[: len(terms)] = terms[: len(every)]  # the regularizers come with the last alone
         self._groups = len(loss.kl_per_group)
-        number = torch.full((1,), float(batch), dtype=torch.float64, device=device)
+        number = _filled(batch, loss.kl_per_group.double()).reshape(1)
         parts = [number, loss.kl_per_group.double(), loss.sigma_range.double().flatten()]
-        self._step.append(torch.cat([*parts, every, padded]))
+        row = torch.cat([*parts, every, padded])
+        if self._rows is None:
+            self._rows = row.new_full((self._micro_batches, len(row)), math.nan)
+            self._next = torch.zeros(1, dtype=torch.long, device=device)
+            self._kept = row.new_zeros(3 + self._rows.numel())
+        self._rows.index_copy_(0, self._next, row.unsqueeze(0))
+        self._next += 1
 
-    def judge(self, begins: Tensor, step: int, norm: Tensor, parameter: Tensor) -> None:
+    def judge(self, begins: Tensor, step: int | Tensor, norm: Tensor, parameter: Tensor) -> None:
         """End a step; the host does not wait.
 
         Args:
             begins: whether it is bad and the one before was not, a 0-d bool.
-            step: its number, counted from 1.
+            step: its number, counted from 1; a 0-d tensor where the device alone knows.
             norm: of the gradient, a 0-d tensor.
             parameter: index of the one whose gradient was worst, a 0-d tensor.
         """
-        rows = torch.stack(self._step)
-        rows = torch.nn.functional.pad(
-            rows, (0, 0, 0, self._micro_batches - len(rows)), value=math.nan
-        )
-        number = torch.full_like(norm, step)
-        now = torch.cat([torch.stack([number, norm, parameter.double()]), rows.flatten()])
-        self._step = []
-        if self._kept is None:
-            self._kept = torch.zeros_like(now)
+        assert self._rows is not None
+        head = torch.stack([_filled(step, norm), norm, parameter.double()])
+        now = torch.cat([head, self._rows.flatten()])
         is_first = begins & (self._kept[0] == 0)
-        self._kept = torch.where(is_first, now, self._kept)
+        self._kept.copy_(torch.where(is_first, now, self._kept))
+        self._rows.fill_(math.nan)  # a step of fewer micro-batches leaves the last ones so
+        self._next.zero_()
 
     def take(self) -> dict[str, Any] | None:
         """What a streak began with since the last reading, on this rank; waits for the device."""
-        if self._kept is None or not self._kept[0]:
+        if self._rows is None or not self._kept[0]:
             return None
         step, norm, parameter, *values = self._kept.tolist()
-        self._kept = torch.zeros_like(self._kept)
+        self._kept.zero_()
         width = len(values) // self._micro_batches
         rows = (values[i : i + width] for i in range(0, len(values), width))
         return {
@@ -108,6 +109,13 @@ class FirstBadStep:
             "posterior_sigma": _pairs(*ranges[:2]),
             "prior_sigma": _pairs(*ranges[2:]),
         }
+
+
+def _filled(value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-d float64 tensor; the host's number is filled in, not copied."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.full((), float(value), dtype=torch.float64, device=like.device)
 
 
 def _pairs(low: list[float], high: list[float]) -> list[list[float | str]]:

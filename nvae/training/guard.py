@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nvae.data.dataset import ImageBatch
+from nvae.objective import Loss
 from nvae.regularizers import batchnorms
 from nvae.settings import check_choice, check_fields
 from nvae.training.bad_step import FirstBadStep, write_bad_step
 from nvae.training.module import NVAELightning
+from nvae.training.ranks import has_others
 
 ON_DIVERGENCE = ("stop", "rollback")
 MOST_BAD_AT_END = 100
@@ -139,24 +141,39 @@ class BadSteps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device and has its weights."""
         assert isinstance(pl_module, NVAELightning)
-        self._statistics = RunningStatistics(pl_module.model)
+        self.begin(
+            pl_module.model, pl_module.seed, trainer.global_rank, trainer.accumulate_grad_batches
+        )
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._every_steps = min(every or self.max_consecutive_skips, self.max_consecutive_skips)
         self._step_begins = True
         self._last_step = trainer.global_step
-        self._first = FirstBadStep(
-            pl_module.seed, trainer.global_rank, trainer.accumulate_grad_batches
-        )
         self._index = torch.zeros(0, dtype=torch.long)
         if self._accepted is None:  # a checkpoint of an earlier version does not say
             self._accepted = trainer.global_step
+
+    def begin(self, model: nn.Module, seed: int = 0, rank: int = 0, micro_batches: int = 1) -> None:
+        """Watch a model, which is on its device and has its weights.
+
+        Args:
+            model: in training.
+            seed: of the noise of training.
+            rank: of this process.
+            micro_batches: of a step, at most.
+        """
+        self._statistics = RunningStatistics(model)
+        self._first = FirstBadStep(seed, rank, micro_batches)
+
+    def keep(self) -> None:
+        """A step begins: remember the running statistics."""
+        self._statistics.keep()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The first micro-batch of a step: remember the running statistics."""
         if self._step_begins:
-            self._statistics.keep()
+            self.keep()
             self._step_begins = False
         if isinstance(batch, ImageBatch):  # others have no indices
             self._index = batch.index
@@ -166,54 +183,75 @@ class BadSteps(pl.Callback):
     ) -> None:
         """Remember whose loss it is."""
         assert isinstance(pl_module, NVAELightning)
-        assert pl_module.last is not None
-        self._first.add(pl_module.last, trainer.fit_loop.total_batch_idx, self._index)
+        if pl_module.whole_step is None:  # which has done it
+            assert pl_module.last is not None
+            self.add(pl_module.last, trainer.fit_loop.total_batch_idx, self._index)
+
+    def add(self, loss: Loss, batch: int | Tensor, index: Tensor) -> None:
+        """Take in a micro-batch's loss; see :meth:`FirstBadStep.add`."""
+        self._first.add(loss, batch, index)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Judge the gradients, which Lightning clips afterwards, and switch the optimizer."""
         assert isinstance(pl_module, NVAELightning)
-        assert pl_module.last is not None
-        trained = [(n, p) for n, p in pl_module.model.named_parameters() if p.grad is not None]
+        self._steps += 1
+        self._step_begins = True
+        if pl_module.whole_step is None:  # which does it, after its backward pass
+            assert pl_module.last is not None
+            self.judge(pl_module.model, pl_module.last, optimizer, trainer.global_step + 1)
+
+    def judge(self, model: nn.Module, loss: Loss, optimizer: Optimizer, step: int | Tensor) -> None:
+        """Whether the step is bad: then the optimizer is off, running statistics are put back.
+
+        All of it on the device, in tensors that stay where they are in memory.
+
+        Args:
+            model: with the step's gradients.
+            loss: of the step's last micro-batch.
+            optimizer: gets ``found_inf``.
+            step: its number, counted from 1; a 0-d tensor where the device alone knows.
+        """
+        trained = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
         if not self._trained:  # gradients are gone when the run has ended
             self._trained = [f"{name} {tuple(p.shape)}" for name, p in trained]
         gradients = [p.grad for _, p in trained if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = torch.linalg.vector_norm(norms)
-        bad = ~(norm.isfinite() & pl_module.last.total.isfinite())
+        bad = ~(norm.isfinite() & loss.total.isfinite())
         if self.skip_threshold is not None:
             bad |= norm > self.skip_threshold
         switch = bad.float()
-        if trainer.world_size > 1:
+        if has_others():
             # the loss is this rank's own
             dist.all_reduce(switch, dist.ReduceOp.MAX)
-        self._steps += 1
-        self._count(switch, norm, norms, pl_module, trainer.global_step + 1)
+        self._count(switch, norm, norms, loss, step)
         self._statistics.restore_where(switch > 0)
-        self._step_begins = True
         optimizer.found_inf = switch  # type: ignore[attr-defined]
 
     def _count(
-        self, switch: Tensor, norm: Tensor, norms: Tensor, module: NVAELightning, step: int
+        self, switch: Tensor, norm: Tensor, norms: Tensor, loss: Loss, step: int | Tensor
     ) -> None:
-        assert module.last is not None
         if self._counters is None:
             self._counters = torch.zeros(6, dtype=torch.float64, device=norm.device)
         skipped, streak, _, *culprit = self._counters.unbind()
-        group_is_bad = ~module.last.kl_per_group.isfinite()
-        group = torch.where(group_is_bad.any(), group_is_bad.int().argmax(), -1)
+        group_is_bad = ~loss.kl_per_group.isfinite()
+        # no number in torch.where: on a GPU it would be copied there, and waited for
+        group = group_is_bad.int().argmax().masked_fill(~group_is_bad.any(), -1)
         # argmax takes a NaN for the largest
-        now = (norms.argmax(), group, module.last.terms["reconstruction"].isfinite())
+        now = (norms.argmax(), group, loss.terms["reconstruction"].isfinite())
         begins = (switch > 0) & (streak == 0)
         self._first.judge(begins, step, norm, now[0])
-        self._counters = torch.stack(
-            [
-                skipped + switch,
-                (streak + 1) * switch,
-                norm,
-                *(torch.where(begins, n, old) for n, old in zip(now, culprit, strict=True)),
-            ]
+        self._counters.copy_(
+            torch.stack(
+                [
+                    skipped + switch,
+                    (streak + 1) * switch,
+                    norm,
+                    *(torch.where(begins, n, old) for n, old in zip(now, culprit, strict=True)),
+                ]
+            )
         )
 
     def read(self) -> GuardReading:

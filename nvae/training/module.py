@@ -40,6 +40,7 @@ from nvae.training.run_length import ENTRY, RunLength
 from nvae.training.shared_statistics import SHARING, SharedStatistics
 from nvae.training.throughput import Throughput
 from nvae.training.validation import ValidationSums, group_metrics
+from nvae.training.whole_step import StepInput, StepPosition, weighted
 
 _LOG = logging.getLogger(__name__)
 
@@ -147,6 +148,9 @@ class NVAELightning(pl.LightningModule):
         self.latest: dict[str, float] = {}  # metrics at the last reading
         self._sums = ValidationSums(model)
         self._seen = 0  # images of this evaluation, on this rank
+        # does backward pass and optimizer step too, where it is set: nvae.training.captured
+        self.whole_step: Callable[[StepInput, StepPosition], Loss] | None = None
+        self._ends_step = False
         self._speed = Throughput()
 
     def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
@@ -190,32 +194,61 @@ class NVAELightning(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
-        x = self.to_input(batch).x
+        images = self.to_input(batch)
+        x = images.x
         if not self._has_checked_range:  # once, since it waits for the device
             self.model.check_range(x)
             self._has_checked_range = True
         self._speed.images += len(x) * self.trainer.world_size
         weight, is_last = self.length.weight_of(batch_idx, len(x))
         nominal = self.trainer.accumulate_grad_batches
-        noise = self._noise(self.model, len(x), self.trainer.fit_loop.total_batch_idx)
-        self.last = self.loss(
-            self.model,
-            x,
-            noise,
-            step=self.length.position(self.global_step),
-            total_steps=self.length.total_steps,
-            input_noise=self._noise.further(x) if self.loss.config.encoder_noise else None,
-            regularize=is_last,
-        )
-        loss = self.last.data * weight
-        if self.last.penalty is not None:
-            # once per optimizer step, whatever the number of micro-batches
-            loss = loss + self.last.penalty * nominal
-        return loss
+        number = self.trainer.fit_loop.total_batch_idx
+        noise = self._noise(self.model, len(x), number)
+        input_noise = self._noise.further(x) if self.loss.config.encoder_noise else None
+        position = self.length.position(self.global_step)
+        if self.whole_step is None:
+            self.last = self.loss(
+                self.model,
+                x,
+                noise,
+                step=position,
+                total_steps=self.length.total_steps,
+                input_noise=input_noise,
+                regularize=is_last,
+            )
+        else:
+            # indices of other batches than our data module's are made up
+            index = images.index if isinstance(batch, ImageBatch) else images.index[:0]
+            at = StepPosition(
+                position, self.length.total_steps, self.global_step + 1, number, weight,
+                is_first=batch_idx % nominal == 0, is_last=self._ends_step, regularize=is_last,
+            )  # fmt: skip
+            self.last = self.whole_step(StepInput(x, noise, index, input_noise), at)
+        return weighted(self.last, weight, nominal)
+
+    def optimizer_zero_grad(self, *arguments: Any, **more: Any) -> None:
+        """Lightning's hook; a whole step has done it."""
+        if self.whole_step is None:
+            super().optimizer_zero_grad(*arguments, **more)
+
+    def backward(self, loss: Tensor, *arguments: Any, **more: Any) -> None:
+        """Lightning's hook; a whole step has done it."""
+        if self.whole_step is None:
+            super().backward(loss, *arguments, **more)
 
     def optimizer_step(self, *arguments: Any, **more: Any) -> None:
         """Step, and every ``log_every_n_steps`` steps log, before a callback may stop the run."""
-        super().optimizer_step(*arguments, **more)
+        if self.whole_step is None:
+            super().optimizer_step(*arguments, **more)
+        else:
+            _, _, optimizer, closure = arguments
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_before_optimizer_step(self.trainer, self, optimizer.optimizer)
+            self._ends_step = True
+            try:
+                closure()
+            finally:
+                self._ends_step = False
         step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0 and self.last is not None:
             self._log_step(self.last, step)

@@ -229,10 +229,12 @@ class Adamax(Optimizer):
         if "step" not in group:
             group["step"] = torch.zeros((), dtype=torch.float64, device=device)
         group["step"] = group["step"].to(device)
+        rate = group["lr"]  # a tensor where the step is captured
+        if not isinstance(rate, Tensor):
+            rate = torch.full((), rate, dtype=torch.float64, device=device)
         OPS.adamax_(
             parameters, [p.grad for p in parameters], averages, norms, group["step"],
-            torch.full((), group["lr"], dtype=torch.float64, device=device), self.found_inf,
-            *group["betas"], group["eps"], group["weight_decay"],
+            rate, self.found_inf, *group["betas"], group["eps"], group["weight_decay"],
         )  # fmt: skip
 
 

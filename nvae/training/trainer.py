@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nvae.gpus import is_gpu_usable
 from nvae.settings import check_choice, check_fields
+from nvae.training.captured import CapturedSteps
 from nvae.training.checkpointing import AtomicCheckpointIO
 from nvae.training.processes import AUTO, count_processes, launcher_of_all
 from nvae.training.ranks import EqualRanks
@@ -43,7 +44,8 @@ COMM_HOOKS = {"none": None, "bf16": bf16_compress_hook}
 LIGHTNINGS_SYNC = {"True": "world", "False": "none"}
 """What Lightning's own `sync_batchnorm`, true or false, means here."""
 
-OURS = ("cpu_threads", "timeout", "sync_batchnorm", "ddp_comm_hook", "tf32")
+CUDA_GRAPH = (True, False, "auto")
+OURS = ("cpu_threads", "timeout", "sync_batchnorm", "ddp_comm_hook", "tf32", "cuda_graph")
 """Settings that are no arguments of the Trainer, or not the same ones."""
 
 NOT_SETTINGS = ("self", "callbacks", "logger", "default_root_dir")
@@ -86,6 +88,9 @@ class TrainerConfig:
         tf32: let products and convolutions of float32 round to TF32's 10 bits on NVIDIA GPUs, in
             training, validation and report (not Lightning's). Off, since what is float32 under
             mixed precision is so for its exactness, and a likelihood moves in its fourth digit.
+        cuda_graph: capture whole training steps as a CUDA graph and replay it (not Lightning's):
+            ``true`` | ``false`` | ``auto``: on an NVIDIA GPU. Where steps cannot be captured a line
+            says why; see :mod:`nvae.training.captured`.
         max_epochs: of the whole run; null: `max_steps` alone ends it.
         max_steps: optimizer steps of the whole run; -1: `max_epochs` alone ends it.
         accumulate_grad_batches: micro-batches a step; with `data.global_batch` it follows.
@@ -112,6 +117,7 @@ class TrainerConfig:
     ddp_comm_hook: str = "none"
     precision: str = "32"
     tf32: bool = False
+    cuda_graph: bool | str = "auto"
     max_epochs: int | None = 400
     max_steps: int = -1
     accumulate_grad_batches: int = 1
@@ -139,6 +145,10 @@ class TrainerConfig:
         )  # fmt: skip
         check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
         check_choice("trainer.precision", self.precision, PRECISIONS)
+        if self.cuda_graph not in CUDA_GRAPH:
+            raise ValueError(
+                f"trainer.cuda_graph={self.cuda_graph} is unknown; allowed: true, false, auto"
+            )
         check_choice("trainer.sync_batchnorm", self.sync_batchnorm, SHARING)
         check_choice("trainer.ddp_comm_hook", self.ddp_comm_hook, COMM_HOOKS)
         if self.ddp_comm_hook != "none" and getattr(self, "strategy", "auto") not in STRATEGIES:
@@ -184,6 +194,10 @@ class TrainerConfig:
 
     def _check_device(self) -> None:
         if self.resolved_accelerator() == "cpu":
+            if self.cuda_graph is True:
+                raise ValueError(
+                    "trainer.cuda_graph=true needs an NVIDIA GPU; on the CPU: auto or false"
+                )
             if self.precision == "16-mixed":
                 raise ValueError(
                     "trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed"
@@ -253,6 +267,8 @@ def build_trainer(
             arguments[f"enable_{name}"] = any(isinstance(each, kind) for each in callbacks)
     if config.world_size > 1:
         callbacks = [*callbacks, EqualRanks()]
+    if config.cuda_graph and accelerator == "gpu":
+        callbacks = [*callbacks, CapturedSteps()]
     arguments |= {"accelerator": accelerator, "plugins": plugins}
     return pl.Trainer(
         **arguments, default_root_dir=folder, callbacks=list(callbacks), logger=list(loggers)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvae.ops import adamax
 from nvae.ops.adamax import CHUNK, adamax_formula, adamax_kernel
-from nvae.ops.kernels import block_table
+from nvae.ops.kernels import _copied_table
 
 from .host import HostLauncher
 from .test_machine_code import LIMITS, disassemble, tool
@@ -87,14 +87,14 @@ def test_launches_do_not_grow_with_the_tensors(host: HostLauncher) -> None:
 
 def test_the_table_is_kept_while_addresses_stay(host: HostLauncher) -> None:
     """Else every step would copy it to the device."""
-    block_table.cache_clear()
+    _copied_table.cache_clear()
     lists, step, rate = problem()
     for _ in range(3):
         adamax_kernel(*lists, step, rate, None, *SETTINGS, launcher=host)
-    assert block_table.cache_info().misses == 1
+    assert _copied_table.cache_info().misses == 1
     lists[1][0] = lists[1][0].clone()
     adamax_kernel(*lists, step, rate, None, *SETTINGS, launcher=host)
-    assert block_table.cache_info().misses == 2
+    assert _copied_table.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("other", ["layout", "type"])
