@@ -185,6 +185,16 @@ def kernel_or_formula(
     return run
 
 
+def where_possible(launch: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """``launch`` on devices with kernels, else the formula; a list may be the first argument."""
+
+    def run(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        return launch(*args) if has_kernels(first.device) else formula(*args)
+
+    return run
+
+
 def _define(
     schema: str,
     kernel: Callable[..., Any],
@@ -197,12 +207,7 @@ def _define(
 
     bare = schema.partition("(")[0]
     name = f"nvae::{bare}"
-    launch = kernel_or_formula(name, kernel, plain)
-
-    def on_gpu(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        return launch(*args) if has_kernels(first.device) else plain(*args)
-
+    on_gpu = where_possible(kernel_or_formula(name, kernel, plain), plain)
     setattr(FORMULAS, bare, plain)
     schema = schema.replace("BN", "Tensor gamma, Tensor beta, Tensor mean, Tensor rstd")
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
