@@ -38,6 +38,23 @@ _OF_ARCHIVES = (
 )
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be made again, by the XDG base directory specification.
+
+    ``$XDG_CACHE_HOME`` where that is an absolute path, else ``~/.cache``.
+
+    Raises:
+        OSError: there is no home folder, as for a container's user that nobody has entered.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given)
+    try:
+        return Path("~/.cache").expanduser()
+    except RuntimeError:
+        raise OSError("there is no home folder") from None
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place if the block succeeds.

@@ -26,6 +26,7 @@ from nvae.data import DataConfig
 from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.objective import ObjectiveConfig
+from nvae.ops.library import IMPLS
 from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
 from nvae.training.ema import MovingAverage
 from nvae.training.logging import guard
@@ -52,6 +53,10 @@ class TrainConfig:
         resume: ``auto`` goes on where the run's folder left off, ``never`` starts anew in a folder
             beside it, ``must`` refuses to start anew.
         compile: compile every residual cell; checkpoints keep their keys.
+        kernels: ``auto``: layers run as CUDA kernels where the device can; ``cuda``: an error where
+            it cannot; ``reference``: PyTorch's own operations alone. A matter of this machine and
+            not of the model, hence no part of `model`, which checkpoints keep and a resumed run
+            must repeat.
         checkpoint_cells: recompute every latent group, and every cell around them, in the backward
             pass: about a quarter more time for a fraction of the memory. ``true`` | ``false`` |
             ``auto``: where the estimate of a step's memory exceeds what the device has.
@@ -69,6 +74,7 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"
     compile: bool = False
+    kernels: str = "auto"
     checkpoint_cells: bool | str = "auto"
     optimized_metric: str = BEST_METRIC
     architecture: str = "nvae"
@@ -83,6 +89,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self, seed=(0, None))
         check_choice("resume", self.resume, RESUME)
+        check_choice("kernels", self.kernels, IMPLS)
         if self.checkpoint_cells not in (True, False, "auto"):
             raise ValueError(
                 f"checkpoint_cells={self.checkpoint_cells} is unknown; allowed: true, false, auto"

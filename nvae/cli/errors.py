@@ -238,6 +238,7 @@ def _missing_config(error: MissingConfigException) -> str:
 def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -> str:
     key, message = str(error.full_key), " ".join(str(error.msg).partition("full_key:")[0].split())
     path, in_list, _ = key.partition("[")
+    outside = [f.name for f in dataclasses.fields(schema)]
     if "is not in struct" in message and isinstance(error.parent_node, DictConfig):
         return unknown_key(path, [str(name) for name in error.parent_node])
     if dataclasses.is_dataclass(error.object_type):  # what holds the key
@@ -246,6 +247,8 @@ def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -
         name = path
     holder, unknown = lookup(schema, name)
     if unknown is not None:
+        if unknown in outside:
+            return f"unknown key {path}: {unknown} is in no group; give {unknown}=..."
         return unknown_key(path, [f.name for f in dataclasses.fields(holder)])
     kind = typing.get_type_hints(holder).get(path.split(".")[-1])
     if "not Optional" in message and not in_list:

@@ -49,6 +49,7 @@ from nvae.evaluation.features import (
 )
 from nvae.files import read_json, write_json
 from nvae.models import HierarchicalVAE
+from nvae.ops.library import check_kernels
 from nvae.sampling import CompiledDecoder
 
 SCHEMA = with_data(EvaluateConfig)
@@ -81,6 +82,7 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         if _already_done(output, protocol, config.overwrite):
             return
         model = model.to(device)
+        model.choose_kernels(config.kernels)
         if extractor is not None:
             check_measurable(config, data, extractor, device, world)
         # without the settings of sample quality: they may change and keep the finished images
@@ -213,6 +215,7 @@ def _device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
+    check_kernels(config.kernels, device)
     return device
 
 

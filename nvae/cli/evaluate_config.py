@@ -8,6 +8,7 @@ from nvae.cli.sample_config import check_temperature, pixel_setting
 from nvae.data.config import SPLITS
 from nvae.evaluation import BoundSettings
 from nvae.evaluation.distances import DistanceSettings, check_metrics
+from nvae.ops.library import IMPLS
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 from nvae.settings import Bounds, check_choice, check_fields
 
@@ -38,6 +39,7 @@ class EvaluateConfig:
     seed: int = 0
     chunk: int = 256
     device: str = "auto"
+    kernels: str = "auto"
     tf32: bool = False
     recalibrate_bn: int = 0
     bn_temperature: float | None = None
@@ -65,6 +67,7 @@ class EvaluateConfig:
         check_split(self.split)
         check_choice("reference_split", self.reference_split, SPLITS)
         check_choice("weights", self.weights, ("ema", "raw"))
+        check_choice("kernels", self.kernels, IMPLS)
         for name in ("temperature", "bn_temperature"):
             if getattr(self, name) is not None:
                 check_temperature(name, getattr(self, name))

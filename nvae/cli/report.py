@@ -73,6 +73,7 @@ def write_report(
     accelerator: str,
     folder: RunFolder,
     tf32: bool = False,
+    kernels: str = "auto",
 ) -> None:
     """Pictures and likelihood of the best checkpoint, and what to run next.
 
@@ -87,6 +88,7 @@ def write_report(
         accelerator: that trained, ``cpu`` | ``gpu``.
         folder: of the run.
         tf32: of the run's trainer; the report says it.
+        kernels: the run's choice.
     """
     is_first = is_first_rank()
     anew = shell(setting("name", folder.path.name), "resume=auto")
@@ -106,6 +108,7 @@ no report, since report.when=never; this command with {anew} report.when=end mak
         with float32_products(tf32=tf32):  # a sweep's next run has torch's own again
             with together():
                 model = load_model(checkpoint).to(open_device(name, tf32=tf32))
+                model.choose_kernels(kernels)
                 images = ImageData(data)
                 images.setup()
             if is_first:

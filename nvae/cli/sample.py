@@ -37,6 +37,7 @@ from nvae.data.dataset import ImageData
 from nvae.data.loader import RawBatch
 from nvae.files import read_json, replacing, write_json
 from nvae.models import HierarchicalVAE
+from nvae.ops.library import check_kernels
 from nvae.pictures import save_animation, save_grids_side_by_side, save_image, save_rows
 from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.grids import (
@@ -56,7 +57,7 @@ SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
 MANIFEST = "manifest.json"
 _CHANGES_NO_PICTURE = (
-    "checkpoint", "plugins", "batch_size", "compile", "device", "output", "overwrite",
+    "checkpoint", "plugins", "batch_size", "compile", "device", "kernels", "output", "overwrite",
 )  # fmt: skip
 
 
@@ -70,8 +71,10 @@ def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
     config = build(SampleConfig, own)
     device = open_device(config.device, tf32=config.tf32)
+    check_kernels(config.kernels, device)
     opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
     model = opened.model
+    model.choose_kernels(config.kernels)
     needs_data = config.reads_images or config.mode == "nearest"
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
     request = _request(config, opened.file, data)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import HierarchicalVAE
+from nvae.ops.library import IMPLS
 from nvae.pictures import check_format
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
@@ -66,6 +67,7 @@ class SampleConfig:
     batch_size: int = 64
     compile: bool = False
     device: str = "auto"
+    kernels: str = "auto"
     tf32: bool = False
     single_images: bool = True
     npz: bool = False
@@ -77,6 +79,7 @@ class SampleConfig:
         check_fields(self, "", **_BOUNDS)
         check_choice("mode", self.mode, MODES)
         check_choice("weights", self.weights, ("ema", "raw"))
+        check_choice("kernels", self.kernels, IMPLS)
         check_choice("source", self.source, ("seeds", "images"))
         check_split(self.split)
         check_format(self.animation)

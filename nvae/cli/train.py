@@ -41,10 +41,12 @@ from nvae.cli.training_errors import AGREED, ended, explained, how_to_go_on
 from nvae.command_line import brief
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import Shard
+from nvae.ops.library import check_kernels
 from nvae.training.checkpointing import newest_checkpoint
 from nvae.training.end_together import EndTogether
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.logging import log_errors_once
+from nvae.training.memory import own_gpu
 from nvae.training.module import NVAELightning
 from nvae.training.module import build_module as build
 from nvae.training.processes import decided, is_started_by_launcher
@@ -195,6 +197,9 @@ def _train_in(path: Path, config: TrainConfig) -> None:
     """Train in a folder that no other run works in."""
     with checked():
         with together():
+            with own_gpu():
+                name = "cuda" if config.trainer.resolved_accelerator() == "gpu" else "cpu"
+                check_kernels(config.kernels, torch.device(name))
             data = ImageDataModule(config.data)
             data.prepare_data()
             data.setup()
@@ -219,8 +224,10 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             raise SystemExit(0) from None  # the launcher takes any other code for a crash
     if is_first or has_others():
         accelerator = config.trainer.resolved_accelerator()
-        tf32 = config.trainer.tf32
-        write_report(console, config.report, config.data, accelerator, folder, tf32)
+        write_report(
+            console, config.report, config.data, accelerator, folder, config.trainer.tf32,
+            config.kernels,
+        )  # fmt: skip
 
 
 def fingerprint(config: TrainConfig, data: ImageDataModule) -> dict[str, Any]:
@@ -354,6 +361,7 @@ def build_module(
         seed=config.seed,
         compile=config.compile,
         recompute=recompute,
+        kernels=config.kernels,
         run_config=config.to_dict(),
         fingerprint=marks,
         learning_rate_scale=learning_rate_scale,
@@ -379,6 +387,7 @@ def _recomputes(config: TrainConfig) -> bool:
             averages_on_device(config.callbacks),
             objective=config.objective,
             synchronized=world_size > 1 and config.trainer.sync_batchnorm != "none",
+            kernels=config.kernels,
         )
 
     if world_size == 1:

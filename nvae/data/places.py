@@ -11,6 +11,7 @@ from urllib.error import URLError
 from nvae.data.config import DataConfig, DataError
 from nvae.data.readers.pictures import ARCHIVE_SUFFIXES, is_picture
 from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
+from nvae.files import user_cache
 
 _PREPARED = re.compile(r"nvae-\d+x\d+x\d(-[a-z]+)?")
 _NO_SOURCE = ("lock.mdb",)
@@ -102,8 +103,8 @@ def _cache_folder(config: DataConfig) -> Path:
     if config.cache is not None:
         return Path(config.cache) / name
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except RuntimeError:
+        base = user_cache()
+    except OSError:
         raise DataError(
             "there is no home folder for the prepared form: set data.cache=FOLDER"
         ) from None

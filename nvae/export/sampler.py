@@ -79,7 +79,8 @@ class Sampler(nn.Module):
         check_pixel_temperature(pixel_temperature)
         self.pixel_temperature = pixel_temperature
         # torch.export.save takes channels_last weights for parts of a larger tensor and warns
-        self.decoder = PriorDecoder(model).to(memory_format=torch.contiguous_format)
+        decoder = PriorDecoder(model, stands_alone=True)
+        self.decoder = decoder.to(memory_format=torch.contiguous_format)
         self.pixel_inputs = self._record_pixel_inputs()
 
     @property

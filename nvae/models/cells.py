@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
@@ -26,7 +27,14 @@ from nvae.models.layers import (
     WeightNormConv2d,
     upsample_nearest,
 )
-from nvae.ops import bn_swish_depthwise
+from nvae.ops import (
+    BatchMoments,
+    Statistics,
+    bn_swish,
+    bn_swish_depthwise,
+    depthwise_conv2d,
+)
+from nvae.ops.library import will_take
 from nvae.settings import Registry
 
 RESIDUAL_SCALE = 0.1
@@ -157,23 +165,66 @@ class MobileConv(nn.Module):
         norm, conv = self.norm_expand, self.spatial
         y, statistics, sums = bn_swish_depthwise(
             x, norm.weight, norm.bias, conv.weight, conv.stride[0],
-            running=norm.running(), eps=EPS, group=norm.group,
+            running=norm.running(), eps=EPS, group=norm.group, impl=norm.kernels,
         )  # fmt: skip
         norm.track(statistics)
         return y, sums
 
     def folded(self) -> nn.Module:
         """The same without the normalizations, which the weights take over."""
-        layers: list[nn.Module] = [
-            _fold_around(self.norm_in, self.expand, self.norm_expand),
-            nn.SiLU(inplace=True),
-            _fold_after(self.spatial, self.norm_spatial),
-            nn.SiLU(inplace=True),
-            _fold_after(self.project, self.norm_out),
-        ]
+        expand = _fold_around(self.norm_in, self.expand, self.norm_expand)
+        spatial = _fold_after(self.spatial, self.norm_spatial)
+        project = _fold_after(self.project, self.norm_out)
+        if self.depthwise and will_take(self.spatial.kernels, spatial.weight):
+            return _FoldedChain(expand, spatial, project, self.upsample)
+        layers = [expand, nn.SiLU(inplace=True), spatial, nn.SiLU(inplace=True), project]
         if self.upsample:
             layers.insert(2, UpsampleNearest())
         return nn.Sequential(*layers)
+
+
+class _FoldedChain(nn.Module):
+    """A folded :class:`MobileConv` for the kernels: 1x1, Swish, depthwise, Swish, 1x1.
+
+    The biases of the first two convolutions are added while the next kernel loads, together with
+    Swish, which saves a pass over the tensor for each of the four.
+    """
+
+    one: Tensor
+    zero: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+    def __init__(
+        self, expand: nn.Conv2d, spatial: nn.Conv2d, project: nn.Conv2d, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.expand, self.spatial, self.project = expand, spatial, project
+        self.upsample = UpsampleNearest() if upsample else None
+        # what is left of a normalization is its shift, the convolution's bias
+        one = torch.ones_like(spatial.weight[:, 0, 0, 0])
+        self.register_buffer("one", one)
+        self.register_buffer("zero", torch.zeros_like(one))
+        self.register_buffer("mean", self.zero.double())
+        self.register_buffer("rstd", one.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        expand_bias, bias = self.expand.bias, self.spatial.bias
+        weight, stride = self.spatial.weight, self.spatial.stride[0]
+        assert expand_bias is not None
+        assert bias is not None
+        fixed = BatchMoments(self.mean, self.rstd, Statistics(self.zero, self.one))
+        x = F.conv2d(x, self.expand.weight)
+        if self.upsample is None:
+            x = bn_swish_depthwise(
+                x, self.one, expand_bias, weight, stride, running=fixed, eps=0.0
+            ).output
+        else:
+            x = bn_swish(x, self.one, expand_bias, running=fixed, eps=0.0).output
+            x = depthwise_conv2d(self.upsample(x), weight, stride)
+        y: Tensor = self.project(bn_swish(x, self.one, bias, running=fixed, eps=0.0).output)
+        return y
 
 
 def _fold_after(conv: nn.Conv2d, after: BatchNorm) -> nn.Conv2d:

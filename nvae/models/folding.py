@@ -3,6 +3,9 @@
 With running statistics a BN is an affine map per channel, so a mobile convolution needs none of
 its four: the maps go into the neighboring weights. A weight-normalized convolution becomes a plain
 one with the normalized weight. What is folded is kept while nothing that it came from changes.
+
+On a GPU that runs the kernels, depthwise convolutions go through them here too, since cuDNN's are
+the slowest of a pass; what is folded on the CPU is made of PyTorch's own layers alone.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +13,9 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from nvae.ops import depthwise_conv2d
+from nvae.ops.library import Impl, will_take
 
 T = TypeVar("T")
 
@@ -41,10 +47,21 @@ def fixed_conv(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    kernels: Impl = "reference",
 ) -> nn.Conv2d:
-    """A convolution with the given weight ``(out, in / groups, kh, kw)`` and bias ``(out,)``."""
+    """A convolution with the given weight ``(out, in / groups, kh, kw)`` and bias ``(out,)``.
+
+    Args:
+        weight: fixed, as is the bias.
+        bias: or None.
+        stride, padding, dilation, groups: as in :class:`torch.nn.Conv2d`.
+        kernels: whether it may run as a kernel of ours; depthwise ones without a bias do.
+    """
     out_channels, in_channels, *kernel = weight.shape
-    conv = nn.Conv2d(
+    is_depthwise = groups == out_channels > 1 and in_channels == 1 and bias is None
+    is_same = dilation == 1 and kernel == [2 * padding + 1] * 2
+    fits = is_depthwise and is_same and will_take(kernels, weight)
+    conv = (_DepthwiseKernel if fits else nn.Conv2d)(
         in_channels * groups, out_channels, (kernel[0], kernel[1]), stride, padding, dilation,
         groups, bias=bias is not None, device="meta",
     )  # fmt: skip
@@ -52,6 +69,11 @@ def fixed_conv(
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return conv
+
+
+class _DepthwiseKernel(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.stride[0])
 
 
 class Derived(Generic[T]):

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.distributions import Normal
+from nvae.models.folding import forget
 from nvae.models.likelihoods import ImageConfig, PixelDistribution, build_likelihood
+from nvae.ops import Impl
 
 Temperature = float | Sequence[float]
 Shape = tuple[int, int, int]
@@ -127,8 +129,10 @@ class HierarchicalVAE(nn.Module, ABC):
         config_class: of the configuration, a frozen dataclass derived from :class:`ImageConfig`.
         config: the configuration.
         latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
+        kernels: see :meth:`choose_kernels`.
     """
 
+    kernels: Impl = "auto"
     config_class: ClassVar[type[ImageConfig]]
     config: ImageConfig
     latent_shapes: tuple[Shape, ...]
@@ -191,6 +195,19 @@ class HierarchicalVAE(nn.Module, ABC):
             A context for computing regularizers of the same weights, inside or afterwards.
         """
         return nullcontext(nullcontext())
+
+    def choose_kernels(self, kernels: str) -> None:
+        """Whether layers run as CUDA kernels: ``auto`` where they can, ``reference`` never.
+
+        It is no part of the architecture, and in no checkpoint. ``cuda`` is ``auto`` here;
+        :func:`~nvae.ops.library.check_kernels` asks a device for it. Layers of one's own take part
+        by a class attribute ``kernels``.
+        """
+        chosen: Impl = "reference" if kernels == "reference" else "auto"
+        for module in self.modules():
+            if hasattr(type(module), "kernels"):
+                module.kernels = chosen  # type: ignore[assignment]
+        forget(self)  # what was folded for the other choice
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample, without gradients."""

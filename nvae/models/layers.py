@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d, reference
-from nvae.ops.library import OPS, has_kernels
+from nvae.ops.library import OPS, Impl, has_kernels
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
 EPS = 1e-5
@@ -67,9 +67,14 @@ class SpectralMatrix:
 
 
 class SpectralConv(nn.Module):
-    """Base of every convolution that spectral regularization counts."""
+    """Base of every convolution that spectral regularization counts.
+
+    Attributes:
+        kernels: see :meth:`~nvae.models.HierarchicalVAE.choose_kernels`.
+    """
 
     weight: Tensor
+    kernels: Impl = "auto"
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
         """The matrices, one for each convolution of the published model."""
@@ -105,7 +110,7 @@ class PlainConv2d(nn.Conv2d, SpectralConv):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
         if self.groups == self.in_channels == self.out_channels > 1:
-            return depthwise_conv2d(x, self.weight, self.stride[0])
+            return depthwise_conv2d(x, self.weight, self.stride[0], impl=self.kernels)
         return super().forward(x)
 
 
@@ -178,14 +183,14 @@ class WeightNormConv2d(SpectralConv):
         """``(B, C_in, H, W)`` to ``(B, C_out, H / stride, W / stride)``."""
         weight = self.normalized_weight()
         if self.groups == len(weight) > 1 and self.bias is None:  # the flows' spatial step
-            return depthwise_conv2d(x, weight, self.stride)
+            return depthwise_conv2d(x, weight, self.stride, impl=self.kernels)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def folded(self) -> nn.Module:
         """A plain convolution with the normalized weight."""
         return fixed_conv(
             self._normalize(), self.bias, stride=self.stride, padding=self.padding,
-            dilation=self.dilation, groups=self.groups,
+            dilation=self.dilation, groups=self.groups, kernels=self.kernels,
         )  # fmt: skip
 
     def spectral_matrices(self) -> list[SpectralMatrix]:
@@ -259,6 +264,7 @@ class BatchNorm(nn.Module):
         frozen: normalize with the batch but leave the running statistics alone; set while
             gradient checkpointing computes a cell for the second time.
         counted_together: :func:`counted_together` counts the batch at hand.
+        kernels: see :meth:`~nvae.models.HierarchicalVAE.choose_kernels`.
     """
 
     running_mean: Tensor
@@ -268,6 +274,7 @@ class BatchNorm(nn.Module):
     momentum: float = MOMENTUM
     frozen: bool = False
     counted_together: bool = False
+    kernels: Impl = "auto"
 
     def __init__(self, channels: int, activation: str = "none", repeats: int = 1) -> None:
         super().__init__()
@@ -289,10 +296,11 @@ class BatchNorm(nn.Module):
         running = self.running()
         if self.activation == "swish":
             x, statistics = bn_swish(
-                x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group
-            )
+                x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group,
+                impl=self.kernels,
+            )  # fmt: skip
             self.track(statistics)
-        elif running is None and self._moves_by_itself(x):
+        elif running is None and self._moves_by_itself():
             # frozen: given all the same, since torch keeps them for backward, as the first pass did
             momentum = 0.0 if self.frozen else self.momentum
             x = F.batch_norm(
@@ -301,16 +309,20 @@ class BatchNorm(nn.Module):
             self._count()
         else:
             x, statistics = batch_norm(
-                x, self.weight, self.bias, running=running, eps=EPS, group=self.group
-            )
+                x, self.weight, self.bias, running=running, eps=EPS, group=self.group,
+                impl=self.kernels,
+            )  # fmt: skip
             self.track(statistics)
         return F.elu(x) if self.activation == "elu" else x
 
-    def _moves_by_itself(self, x: Tensor) -> bool:
+    def _has_kernels(self) -> bool:
+        return self.kernels != "reference" and has_kernels(self.running_mean.device)
+
+    def _moves_by_itself(self) -> bool:
         """Whether torch's own pass may move the running statistics: on a GPU, where one launch less
         counts. On the CPU its rounding differs from ours, which published numbers were made with.
         """
-        return has_kernels(x.device) and self.group is None and self.repeats == 1
+        return self._has_kernels() and self.group is None and self.repeats == 1
 
     def running(self) -> Statistics | None:
         """The running statistics in evaluation; None in training, where the batch's are used."""
@@ -323,7 +335,7 @@ class BatchNorm(nn.Module):
             return
         mean, var, n = statistics
         asked, count = (n, 0.0) if isinstance(n, Tensor) else (None, float(n))
-        track = OPS.track_ if has_kernels(self.running_mean.device) else reference.track
+        track = OPS.track_ if self._has_kernels() else reference.track
         track(
             self.running_mean, self.running_var, mean, var, asked, count, self.repeats,
             self.momentum,

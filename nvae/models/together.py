@@ -83,12 +83,17 @@ def weights_together(modules: Sequence[nn.Module]) -> Iterator[AbstractContextMa
         A context for the regularizers, to be entered at most once, inside or after this one: there
         the weights' gradients are added to the pass's own, many at once.
     """
-    weights = [m.weight for m in modules if isinstance(m, WeightNormConv2d | BatchNorm)]
-    if not weights or not has_kernels(weights[0].device) or weights[0].dtype != torch.float32:
+    first = next((m for m in modules if isinstance(m, WeightNormConv2d | BatchNorm)), None)
+    if not (
+        first is not None
+        and first.kernels != "reference"
+        and first.weight.dtype == torch.float32
+        and has_kernels(first.weight.device)
+    ):
         yield nullcontext()
         return
     for_pass, for_regularizers = _Places(), _Places()
-    low = to_autocast_dtype(weights[0][:0]).dtype
+    low = to_autocast_dtype(first.weight[:0]).dtype
     _normalize(modules, low, for_pass, for_regularizers)
     _share_gammas(modules, for_pass, for_regularizers)
     if low != torch.float32:

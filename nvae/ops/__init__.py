@@ -2,14 +2,22 @@
 
 Three functions, each with a reference implementation in plain PyTorch and CUDA kernels that are
 compiled at first use. ``impl`` chooses: ``"auto"`` takes a kernel where one applies, ``"cuda"``
-insists on it, ``"reference"`` never does.
+insists on it, ``"reference"`` never compiles one.
 """
 
-from nvae.ops.batchnorm import Normalized, Statistics, batch_norm, bn_swish
+from nvae.ops.batchnorm import (
+    BatchMoments,
+    Normalized,
+    Statistics,
+    batch_norm,
+    bn_swish,
+    fixed_moments,
+)
 from nvae.ops.depthwise import BnSwishDepthwise, bn_swish_depthwise, depthwise_conv2d
 from nvae.ops.library import Impl
 
 __all__ = [
+    "BatchMoments",
     "BnSwishDepthwise",
     "Impl",
     "Normalized",
@@ -18,4 +26,5 @@ __all__ = [
     "bn_swish",
     "bn_swish_depthwise",
     "depthwise_conv2d",
+    "fixed_moments",
 ]

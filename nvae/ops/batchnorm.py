@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvae.ops import library
-from nvae.ops.library import OPS, Impl
+from nvae.ops.library import Impl, ops
 
 
 class Statistics(NamedTuple):
@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
 
 
 class BatchMoments(NamedTuple):
-    """What normalizing with a batch takes.
+    """What normalizing takes, worked out.
 
     Attributes:
         mean: ``(C,)`` float64, differentiable.
@@ -65,9 +65,10 @@ def batch_norm(
     gamma: Tensor,
     beta: Tensor,
     *,
-    running: Statistics | None = None,
+    running: Statistics | BatchMoments | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> Normalized:
     """gamma (x - mean) / sqrt(var + eps) + beta.
 
@@ -75,15 +76,19 @@ def batch_norm(
         x: ``(B, C, H, W)``.
         gamma: ``(C,)`` scale.
         beta: ``(C,)`` shift.
-        running: running statistics to normalize with (evaluation); they are constants. None: the
-            batch's statistics, and gradients through them (training).
+        running: running statistics to normalize with (evaluation); they are constants. Where they
+            stay the same, their :func:`fixed_moments`, made once. None: the batch's statistics, and
+            gradients through them (training).
         eps: added to the variance.
         group: process group over which batch statistics are synchronized; None: this rank alone.
+        impl: see :mod:`nvae.ops`; it matters with a group alone.
 
     Raises:
         ValueError: batch statistics of a single element.
     """
     if running is not None:
+        if isinstance(running, BatchMoments):
+            running = running.statistics
         y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
         return Normalized(y, running)
     n = count_elements(x, group)
@@ -93,8 +98,8 @@ def batch_norm(
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
         return Normalized(y, Statistics(mean, var * ((n - 1) / n), n))
     # by kernels where there are any: x is all that is kept, 2 bytes an element in bfloat16
-    x, moments = input_moments(x, running=None, sums=None, eps=eps, group=group)
-    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, False)
+    x, moments = input_moments(x, running=None, sums=None, eps=eps, group=group, impl=impl)
+    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, False, impl)
     return Normalized(y, moments.statistics)
 
 
@@ -103,7 +108,7 @@ def bn_swish(
     gamma: Tensor,
     beta: Tensor,
     *,
-    running: Statistics | None = None,
+    running: Statistics | BatchMoments | None = None,
     sums: Tensor | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
@@ -121,22 +126,23 @@ def bn_swish(
             applies.
     """
     if not library.use_kernel(impl, x):
-        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group)
+        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group, impl=impl)
         return Normalized(F.silu(y), statistics)
     # two passes forward (three with the sums of x); the backward pass recomputes from x, the only
     # tensor of its size that is kept
-    x, moments = input_moments(x, running=running, sums=sums, eps=eps, group=group)
-    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, True)
+    x, moments = input_moments(x, running=running, sums=sums, eps=eps, group=group, impl=impl)
+    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, True, impl)
     return Normalized(y, moments.statistics)
 
 
 def input_moments(
     x: Tensor,
     *,
-    running: Statistics | None,
+    running: Statistics | BatchMoments | None,
     sums: Tensor | None,
     eps: float,
     group: dist.ProcessGroup | None,
+    impl: Impl,
 ) -> tuple[Tensor, BatchMoments]:
     """What to normalize x with, and x to go on with.
 
@@ -144,36 +150,42 @@ def input_moments(
     arrive together and are added in one pass.
     """
     if running is not None:
-        mean, rstd = running.mean.detach().double(), (running.var.detach().double() + eps).rsqrt()
-        return x, BatchMoments(mean, rstd, running)
+        return x, running if isinstance(running, BatchMoments) else fixed_moments(running, eps)
     n = count_elements(x, group)
     if sums is None:
-        x, sums = _ChannelSums.apply(x)
+        x, sums = _ChannelSums.apply(x, impl)
     sums, elements = synchronize(sums, n, group)
-    mean, rstd, var = _Moments.apply(sums, elements, float(n), eps)
+    mean, rstd, var = _Moments.apply(sums, elements, float(n), eps, impl)
     count = n if elements is None else elements
     # var has no gradient already, but torch 2.11's compiler takes it for one that has
     statistics = Statistics(mean.detach(), var.detach(), count)
     return x, BatchMoments(mean, rstd, statistics)
 
 
+def fixed_moments(running: Statistics, eps: float) -> BatchMoments:
+    """Of running statistics, to be given in their place."""
+    mean, var = running.mean.detach().double(), running.var.detach().double()
+    return BatchMoments(mean, (var + eps).rsqrt(), running)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool,
+        impl: Impl,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, gamma, beta, mean, rstd)
-        ctx.swish = swish
-        y: Tensor = OPS.batch_norm(x, gamma, beta, mean, rstd, swish)
+        ctx.swish, ctx.impl = swish, impl
+        y: Tensor = ops(impl).batch_norm(x, gamma, beta, mean, rstd, swish)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, (dgamma, dbeta), (dmean, drstd) = OPS.batch_norm_backward(
+        dx, (dgamma, dbeta), (dmean, drstd) = ops(ctx.impl).batch_norm_backward(
             dy, *ctx.saved_tensors, ctx.swish
         )
-        return dx, dgamma, dbeta, dmean, drstd, None
+        return dx, dgamma, dbeta, dmean, drstd, None, None
 
 
 def count_elements(x: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -221,28 +233,29 @@ class _AllReduceSum(torch.autograd.Function):
 
 class _ChannelSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
+        ctx.impl = impl
         ctx.set_materialize_grads(False)
-        return x.view_as(x), OPS.channel_sums(x)
+        return x.view_as(x), ops(impl).channel_sums(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor | None, dsums: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, dx: Tensor | None, dsums: Tensor | None) -> tuple[Tensor | None, None]:
         if dsums is None:
-            return dx
+            return dx, None
         (x,) = ctx.saved_tensors
-        return OPS.fold(torch.zeros_like(x) if dx is None else dx, x, dsums)
+        return ops(ctx.impl).fold(torch.zeros_like(x) if dx is None else dx, x, dsums), None
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sums: Tensor, elements: Tensor | None, n: float, eps: float
+        ctx: Any, sums: Tensor, elements: Tensor | None, n: float, eps: float, impl: Impl
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, rstd, var = OPS.moments(sums, elements, n, eps).unbind(0)
+        mean, rstd, var = ops(impl).moments(sums, elements, n, eps).unbind(0)
         ctx.save_for_backward(sums, elements)
-        ctx.n, ctx.eps = n, eps
+        ctx.n, ctx.eps, ctx.impl = n, eps, impl
         ctx.mark_non_differentiable(var)
         ctx.set_materialize_grads(False)  # no zeros for var; mean and rstd are used together
         return mean, rstd, var
@@ -251,7 +264,7 @@ class _Moments(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dmean: Tensor, drstd: Tensor, _: None
-    ) -> tuple[Tensor, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None]:
         sums, elements = ctx.saved_tensors
-        dsums = OPS.moments_backward(sums, elements, ctx.n, ctx.eps, dmean, drstd)
-        return dsums, None, None, None
+        dsums = ops(ctx.impl).moments_backward(sums, elements, ctx.n, ctx.eps, dmean, drstd)
+        return dsums, None, None, None, None

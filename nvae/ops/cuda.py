@@ -5,10 +5,15 @@ is needed to compile. Launches go to PyTorch's current stream.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import struct
 import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -19,12 +24,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nvae.files import user_cache
+
 OPTIONS = ("--std=c++17", "--ftz=true", "--extra-device-vectorization")
 CACHE_VARIABLE = "NVAE_CACHE_DIR"
+LONGEST_TURN = 120.0
+"""Seconds to wait for another process that compiles the same kernel, which takes it a few."""
+_warned: set[str] = set()
 
 
 class CompileError(RuntimeError):
-    """A kernel could not be compiled; the message holds the compiler's own."""
+    """A kernel could not be compiled or loaded: what failed, and what to do where that is known."""
+
+
+def warn_once(key: str, message: str) -> None:
+    """Warn, but not at every step."""
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def kernel_source(name: str) -> str:
@@ -36,7 +53,8 @@ def kernel_source(name: str) -> str:
 def compile_kernel(name: str, macros: tuple[tuple[str, int], ...], arch: int) -> bytes:
     """Machine code of a kernel, from the cache where it has been compiled before.
 
-    Safe when many processes start at once: each writes a file of its own and moves it into place.
+    Of many processes that start at once one compiles, and the others read what it has written.
+    Where the cache cannot be used, a warning says so once and everyone compiles.
 
     Args:
         name: the kernel's file here, without ``.cu``.
@@ -49,20 +67,38 @@ def compile_kernel(name: str, macros: tuple[tuple[str, int], ...], arch: int) ->
     source = kernel_source(name)
     options = (f"--gpu-architecture=sm_{arch}", *OPTIONS, *(f"-D{k}={v}" for k, v in macros))
     key = hashlib.sha256("\0".join((source, *options, _version())).encode()).hexdigest()
-    path = cache_folder() / f"{name}-{key[:40]}.cubin"
+    try:
+        path = cache_folder() / f"{name}-{key[:40]}.cubin"
+    except OSError as error:
+        _warn_of_cache(str(error))
+        return _compile(source, name, options)
     code = _read(path)
     if code is None:
-        code = _compile(source, name, options)
-        _write(path, code)
+        with _turn(path):
+            code = _read(path)  # another process may have made it meanwhile
+            if code is None:
+                code = _compile(source, name, options)
+                _write(path, code)
     return code
 
 
 def cache_folder() -> Path:
-    """``$NVAE_CACHE_DIR``, else ``nvae/kernels`` in the user's cache directory."""
+    """``$NVAE_CACHE_DIR``, else ``nvae/kernels`` in the user's cache directory.
+
+    Raises:
+        OSError: the variable is not set, and the user has no home folder.
+    """
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "nvae" / "kernels"
+    return user_cache() / "nvae" / "kernels"
+
+
+def _warn_of_cache(reason: str) -> None:
+    warn_once(
+        "cache",
+        f"compiled CUDA kernels are not kept for another start ({reason}): set {CACHE_VARIABLE} to "
+        "a folder that can be written",
+    )
 
 
 def _read(path: Path) -> bytes | None:
@@ -75,18 +111,48 @@ def _read(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Inside, no other process or thread compiles what will be stored as ``path``.
+
+    Only a saving: where there can be no lock, or its holder takes too long, all go on.
+    """
+    lock = path.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + LONGEST_TURN
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # whoever waits for it has it open
+        os.close(descriptor)  # which gives it to the next
+
+
 def _write(path: Path, code: bytes) -> None:
     """Store atomically. A folder that cannot be written costs time at the next start, no more."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    except OSError:
+    except OSError as error:
+        _warn_of_cache(str(error))
         return
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        _warn_of_cache(str(error))
         Path(temporary).unlink(missing_ok=True)
 
 
@@ -94,7 +160,9 @@ def _nvrtc() -> ModuleType:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise CompileError(f"cuda.bindings with NVRTC is not installed ({error})") from error
+        raise CompileError(
+            f"cuda.bindings with NVRTC is not installed ({error}): pip install cuda-bindings"
+        ) from error
     module: ModuleType = nvrtc
     return module
 
@@ -105,7 +173,10 @@ def _version() -> str:
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the bindings are there, the library is not
-        raise CompileError(f"NVRTC does not load ({error})") from error
+        raise CompileError(
+            f"NVRTC does not load ({error}): install nvidia-cuda-nvrtc for CUDA "
+            f"{torch.version.cuda}, the one that torch was built with"
+        ) from error
     return f"nvrtc {major}.{minor}"
 
 
@@ -122,6 +193,12 @@ def _compile(source: str, name: str, options: tuple[str, ...]) -> bytes:
             log = b" " * size
             nvrtc.nvrtcGetProgramLog(program, log)
             text = log.decode(errors="replace").strip("\0 \n")
+            if "--gpu-architecture" in text:
+                arch = options[0].partition("=")[2]
+                raise CompileError(
+                    f"NVRTC ({_version()}) does not know {arch}: update cuda-bindings and "
+                    "nvidia-cuda-nvrtc, or torch, which brings both"
+                )
             raise CompileError(f"{name} ({' '.join(options)}): {status}\n{text}")
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         code = b" " * size
@@ -203,8 +280,7 @@ class CudaLauncher:
         Raises:
             CompileError: the kernel does not compile.
         """
-        from cuda.bindings import driver
-
+        driver = _driver()
         with torch.cuda.device(device):
             _ensure_context(device.index)
             function = _load(
@@ -226,8 +302,7 @@ def _ensure_context(index: int) -> None:
     """Make the device's context current. In a thread of autograd that has not called the CUDA
     runtime yet, PyTorch has chosen a device, but the driver knows of no context.
     """
-    from cuda.bindings import driver
-
+    driver = _driver()
     if int(_check(driver.cuCtxGetCurrent())) == 0:
         context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(index))))
         _check(driver.cuCtxSetCurrent(context))
@@ -250,24 +325,34 @@ def _load(
     device: int, kernel: str, macros: tuple[tuple[str, int], ...], arch: int, shared: int
 ) -> Any:
     """The loaded kernel; modules belong to a device's context and live as long as the process."""
-    from cuda.bindings import driver
-
-    module = _check(driver.cuModuleLoadData(compile_kernel(kernel, macros, arch)))
-    function = _check(driver.cuModuleGetFunction(module, b"kernel"))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, attribute, shared))
+    driver = _driver()
+    code = compile_kernel(kernel, macros, arch)
+    try:
+        module = _check(driver.cuModuleLoadData(code))
+        function = _check(driver.cuModuleGetFunction(module, b"kernel"))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, shared))
+    except RuntimeError as error:
+        raise CompileError(
+            f"the compiled kernel does not load ({error}): the driver may be too old for this "
+            "NVRTC; update it, or install torch for an older CUDA"
+        ) from error
     return function
 
 
-def _check(result: tuple[Any, ...]) -> Any:
-    from cuda.bindings import driver
+def _driver() -> ModuleType:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise CompileError(
+            f"cuda.bindings is not installed ({error}): pip install cuda-bindings"
+        ) from error
+    module: ModuleType = driver
+    return module
 
+
+def _check(result: tuple[Any, ...]) -> Any:
     status, *values = result
-    if status in (
-        driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU,
-        driver.CUresult.CUDA_ERROR_INVALID_IMAGE,
-    ):
-        raise CompileError(f"the compiled kernel does not load: {status.name}")
-    if status != driver.CUresult.CUDA_SUCCESS:
+    if status != _driver().CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: {status.name}")
     return values[0] if values else None

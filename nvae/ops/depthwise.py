@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvae.ops import library, reference
-from nvae.ops.batchnorm import Statistics, bn_swish, input_moments
+from nvae.ops.batchnorm import BatchMoments, Statistics, batch_norm, input_moments
 from nvae.ops.library import OPS, Impl
 
 
@@ -88,7 +89,7 @@ def bn_swish_depthwise(
     weight: Tensor,
     stride: int = 1,
     *,
-    running: Statistics | None = None,
+    running: Statistics | BatchMoments | None = None,
     sums: Tensor | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
@@ -118,12 +119,10 @@ def bn_swish_depthwise(
     """
     check_depthwise(x, weight, stride)
     if not library.use_kernel(impl, x, weight.shape[-1]):
-        y, statistics = bn_swish(
-            x, gamma, beta, running=running, eps=eps, group=group, impl="reference"
-        )
-        return BnSwishDepthwise(reference.depthwise(y, weight, stride), statistics, None)
+        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group, impl=impl)
+        return BnSwishDepthwise(reference.depthwise(F.silu(y), weight, stride), statistics, None)
     x, moments = input_moments(
-        library.to_autocast_dtype(x), running=running, sums=sums, eps=eps, group=group
+        library.to_autocast_dtype(x), running=running, sums=sums, eps=eps, group=group, impl=impl
     )
     y, sums_y = _BnSwishDepthwise.apply(
         x, gamma, beta, moments.mean, moments.rstd, weight, stride, running is None

@@ -4,28 +4,32 @@ Each has a kernel (CUDA), a formula (CPU, and CUDA where the kernel does not com
 (shapes, for tracing). They have no autograd of their own: the functions in front of them do.
 """
 
-import warnings
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from nvae.command_line import brief
 from nvae.ops import kernels, reference, weight_norm
 from nvae.ops.adamax import adamax_cpu, adamax_formula, adamax_kernel
-from nvae.ops.cuda import CompileError, compile_kernel
+from nvae.ops.cuda import CompileError, warn_once
 from nvae.ops.kernels import DTYPES, doubles, like, nhwc
+from nvae.ops.probe import find_fault
 from nvae.ops.tiling import MAX_KERNEL
 
 Impl = Literal["auto", "reference", "cuda"]
 IMPLS: tuple[str, ...] = get_args(Impl)
-OLDEST_ARCH = 80
 OPS = torch.ops.nvae
+FORMULAS = SimpleNamespace()
+"""What the ops of the same names compute without kernels, on any device."""
 LIBRARY = torch.library.Library("nvae", "DEF")
-_warned: set[str] = set()
+_probing = threading.Lock()
 _assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
 
 
@@ -73,7 +77,41 @@ def use_kernel(impl: Impl, x: Tensor, kernel_size: int = 1) -> bool:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels run on a device that is there."""
-    return device.type == "cuda" and _unavailable(device.index or 0, True) is None
+    return device.type == "cuda" and _unavailable(device.index, True) is None
+
+
+def will_take(impl: Impl, weight: Tensor) -> bool:
+    """Whether kernels take a depthwise convolution with this weight ``(C, 1, K, K)``, so far as can
+    be known before its input is.
+    """
+    if impl == "reference" or _not_applicable(weight, weight.shape[-1]) is not None:
+        return False
+    return has_kernels(weight.device)
+
+
+def check_kernels(impl: str, device: torch.device) -> None:
+    """Refuse a choice of kernels, the setting ``kernels``, that cannot be on this device.
+
+    Raises:
+        ValueError: one line: an unknown choice, or ``cuda`` where there are none, with the reason.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"kernels={impl} is unknown; allowed: {', '.join(IMPLS)}")
+    if impl != "cuda":
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"kernels=cuda needs an NVIDIA GPU, but the device is {device.type}; kernels=auto "
+            "works everywhere"
+        )
+    reason = _unavailable(device.index, False)
+    if reason is not None:
+        raise ValueError(f"kernels=cuda: {reason}; kernels=auto goes on without them")
+
+
+def ops(impl: Impl) -> Any:
+    """Where to call the registered ops from: ``reference`` compiles no kernel on any device."""
+    return FORMULAS if impl == "reference" else OPS
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
@@ -96,16 +134,24 @@ def _not_applicable(x: Tensor, kernel_size: int) -> str | None:
     return None
 
 
-def _unavailable(device: int, warn: bool) -> str | None:
-    """Why a device has no kernels, or None. torch.compile runs it while tracing."""
+def _unavailable(device: int | None, warn: bool) -> str | None:
+    """Why a device (None: the current one) has no kernels, or None.
+
+    torch.compile runs it while tracing.
+    """
     assumed = _kernels_assumed()
     if assumed is not None:
         return None if assumed else "assumed to be absent"
     if torch.version.cuda is None:
         return "the kernels need an NVIDIA GPU"
-    reason = _try(*torch.cuda.get_device_capability(device))
+    with _probing:  # one thread probes, the others wait for what it finds
+        reason = _fault(torch.cuda.current_device() if device is None else device)
     if reason is not None and warn:
-        warn_once("unavailable", f"CUDA kernels are off: {reason}")
+        warn_once(
+            "unavailable",
+            f"CUDA kernels are off, plain PyTorch takes their place and is slower: {reason} "
+            "(kernels=reference leaves them out without a word)",
+        )
     return reason
 
 
@@ -119,24 +165,9 @@ _kernels_assumed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _try(major: int, minor: int) -> str | None:
-    """Compile the smallest kernel, once a process."""
-    arch = 10 * major + minor
-    if arch < OLDEST_ARCH:
-        return f"compute capability {major}.{minor} is below {OLDEST_ARCH / 10}"
-    try:
-        macros = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
-        compile_kernel("vectors", macros, arch)
-    except CompileError as error:
-        return str(error)
-    return None
-
-
-def warn_once(key: str, message: str) -> None:
-    """Warn, but not at every step."""
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+def _fault(device: int) -> str | None:
+    """What a device's probe finds, once a process."""
+    return find_fault(torch.device("cuda", device))
 
 
 def kernel_or_formula(
@@ -148,8 +179,18 @@ def kernel_or_formula(
         try:
             return kernel(*args)
         except CompileError as error:
-            warn_once(name, f"{name} runs without its CUDA kernel: {error}")
+            warn_once(name, f"{name} runs without its CUDA kernel: {brief(error)}")
             return formula(*args)
+
+    return run
+
+
+def where_possible(launch: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """``launch`` on devices with kernels, else the formula; a list may be the first argument."""
+
+    def run(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        return launch(*args) if has_kernels(first.device) else formula(*args)
 
     return run
 
@@ -165,14 +206,11 @@ def _define(
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
-    launch = kernel_or_formula(f"nvae::{schema.partition('(')[0]}", kernel, plain)
-
-    def on_gpu(*args: Any) -> Any:
-        reason = _unavailable(args[0].device.index, True)
-        return launch(*args) if reason is None else plain(*args)
-
+    bare = schema.partition("(")[0]
+    name = f"nvae::{bare}"
+    on_gpu = where_possible(kernel_or_formula(name, kernel, plain), plain)
+    setattr(FORMULAS, bare, plain)
     schema = schema.replace("BN", "Tensor gamma, Tensor beta, Tensor mean, Tensor rstd")
-    name = f"nvae::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, on_gpu, "CUDA")
     LIBRARY.impl(name, on_cpu or plain, "CPU")

@@ -26,11 +26,18 @@ class PriorDecoder(nn.Module):
 
     A pure function of its inputs, so that it can be traced, compiled and replayed. Later changes of
     the model's weights or statistics do not reach it.
+
+    Args:
+        model: on the device where it will run.
+        stands_alone: made of PyTorch's own operations alone, for a program that is to run without
+            this package; else the model's choice of kernels holds.
     """
 
-    def __init__(self, model: HierarchicalVAE) -> None:
+    def __init__(self, model: HierarchicalVAE, *, stands_alone: bool = False) -> None:
         super().__init__()
         self.model = model.without_encoder()
+        if stands_alone:
+            self.model.choose_kernels("reference")
         with torch.no_grad():
             fold(self.model)
 

@@ -348,8 +348,9 @@ class NVAELightning(pl.LightningModule):
         """Optimizer, and its learning rate as a function of the step."""
         config = self.optimizer_config
         optimizer = build_optimizer(
-            config, self.model.parameters(), fused=self.trainer.precision != "16-mixed"
-        )
+            config, self.model.parameters(), fused=self.trainer.precision != "16-mixed",
+            kernels=self.model.kernels,
+        )  # fmt: skip
         # a resumed run takes them from the configuration, not from the checkpoint
         self._hyperparameters = {
             name: value for name, value in optimizer.param_groups[0].items() if name != "params"
@@ -501,6 +502,7 @@ def build_module(
     seed: int = 0,
     compile: bool = False,
     recompute: bool = False,
+    kernels: str = "auto",
     **more: Any,
 ) -> NVAELightning:
     """Model with its initial weights, objective and optimizer.
@@ -512,10 +514,12 @@ def build_module(
         seed: of initial weights and noise.
         compile: compile the model's blocks.
         recompute: recompute the segments' activations in the backward pass.
+        kernels: see :meth:`HierarchicalVAE.choose_kernels`.
         more: see there.
     """
     torch.manual_seed(seed)  # the same initial weights on every rank
     model = build()
+    model.choose_kernels(kernels)
     if compile:
         compile_blocks(model)
     if recompute:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nvae.ops.library import OPS
+from nvae.ops.library import Impl, ops
 from nvae.settings import Registry, check_arguments, check_choice, check_fields
 
 APEX_OPTIMIZERS = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
@@ -187,6 +187,8 @@ class Adamax(Optimizer):
 
     found_inf: Tensor | None = None
     """0-d float tensor, set before a step: 1 leaves parameters and state as they are."""
+    kernels: Impl = "auto"
+    """``reference``: never by the kernel."""
 
     def __init__(
         self,
@@ -232,7 +234,7 @@ class Adamax(Optimizer):
         rate = group["lr"]  # a tensor where the step is captured
         if not isinstance(rate, Tensor):
             rate = torch.full((), rate, dtype=torch.float64, device=device)
-        OPS.adamax_(
+        ops(self.kernels).adamax_(
             parameters, [p.grad for p in parameters], averages, norms, group["step"],
             rate, self.found_inf, *group["betas"], group["eps"], group["weight_decay"],
         )  # fmt: skip
@@ -280,7 +282,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = True
+    config: OptimizerConfig,
+    parameters: Iterable[nn.Parameter],
+    *,
+    fused: bool = True,
+    kernels: Impl = "auto",
 ) -> Optimizer:
     """The optimizer that ``config`` names; it honors ``found_inf``, see the top of the file.
 
@@ -289,6 +295,7 @@ def build_optimizer(
         parameters: to be trained.
         fused: AdamW runs in one kernel and asks nobody. Not with float16, whose loss scaler has to
             see the gradients before a fused step could.
+        kernels: the model's; ``reference`` keeps Adamax from its kernel.
     """
     kind = optimizer_class(config.name)
     arguments: dict[str, Any] = {
@@ -304,7 +311,10 @@ def build_optimizer(
     arguments |= config.arguments
     if kind is not Adamax and not arguments.get("fused"):
         kind = host_switched(kind)
-    return kind(list(parameters), **arguments)
+    optimizer = kind(list(parameters), **arguments)
+    if isinstance(optimizer, Adamax):
+        optimizer.kernels = kernels
+    return optimizer
 
 
 def learning_rate_factor(

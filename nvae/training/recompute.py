@@ -78,6 +78,7 @@ def should_recompute(
     *,
     objective: ObjectiveConfig | None = None,
     synchronized: bool = False,
+    kernels: str = "auto",
 ) -> bool:
     """Whether a training step would not fit in the GPU's memory without it, by estimate.
 
@@ -88,10 +89,12 @@ def should_recompute(
         average_on_device: a moving average of the weights lives beside the model.
         objective: of the run.
         synchronized: there are several ranks.
+        kernels: the run's choice.
     """
     plain, _ = estimate_memory(
         build, batch_size, precision=precision, objective=objective,
         average_on_device=average_on_device, synchronized=synchronized,
+        kernels=False if kernels == "reference" else None,
     )  # fmt: skip
     return plain.total > USABLE_MEMORY * torch.cuda.get_device_properties(0).total_memory
 

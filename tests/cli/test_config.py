@@ -176,6 +176,8 @@ def test_model_follows_the_data() -> None:
 
 MISTAKES = {
     "model.groups_per_scal=3": "unknown key model.groups_per_scal (did you mean groups_per_scale?)",
+    "model.kernels=reference": "unknown key model.kernels: kernels is in no group; give kernels=",
+    "kernels=fast": "kernels='fast' is unknown; allowed: auto, reference, cuda",
     "+model.width=3": "unknown key model.width; allowed here: image_size",
     "trainer.max_epochs=many": "trainer.max_epochs=many is not an integer",
     "callbacks.guard.skip_threshold=big": "skip_threshold='big' is not a number or null",

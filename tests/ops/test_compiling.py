@@ -1,8 +1,13 @@
 """The kernel cache on disk, and what happens where there is no compiler."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
+import pwd
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,23 +64,76 @@ def test_damaged_file_is_replaced(cache: Path, damage: bytes) -> None:
     assert stored.stat().st_size == len(code) + 32
 
 
-def test_folder_that_cannot_be_made_is_no_error(
+def test_folder_that_cannot_be_made_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
+    """A home that belongs to somebody else, or one that is mounted for reading."""
+    monkeypatch.setattr(cuda, "_warned", set())
+    monkeypatch.delenv("NVAE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME")
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NVAE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert compile_kernel("vectors", MACROS, 90).startswith(b"\x7fELF")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match=r"not kept.*directory.*: set NVAE_CACHE_DIR") as caught:
+        assert compile_kernel("vectors", MACROS, 90).startswith(b"\x7fELF")
+    assert "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been said
+        compile_kernel("vectors", MACROS, 90)
+
+
+def test_read_only_cache_is_read_and_not_written(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = compile_kernel("vectors", MACROS, 90)
+
+    def read_only(*_: object, **__: object) -> tuple[int, str]:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(cuda, "_warned", set())
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(cuda.tempfile, "mkstemp", read_only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compile_kernel("vectors", MACROS, 90) == code
+    with pytest.warns(RuntimeWarning, match=r"not kept .*Read-only file system"):
+        assert compile_kernel("vectors", MACROS, 80)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_user_that_nobody_has_entered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container under another number: no HOME, no line in /etc/passwd."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "USER", "LOGNAME", "NVAE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="no home folder.*: set NVAE_CACHE_DIR"):
+        assert compile_kernel("vectors", MACROS, 90).startswith(b"\x7fELF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    compile_kernel("vectors", MACROS, 90)
+    assert len(list((cache / "nvae" / "kernels").iterdir())) == 1
 
 
 def _start(folder: str, results: "multiprocessing.Queue[bytes]") -> None:
-    import os
-
     os.environ["NVAE_CACHE_DIR"] = folder
     results.put(compile_kernel("vectors", MACROS, 90))
 
 
-def test_many_processes_at_once(cache: Path) -> None:
-    """All get the same code, and no temporary file stays behind."""
+def test_many_processes_at_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One compiles, all get the same code, and neither lock nor temporary file stays behind."""
+    real = cuda._compile
+
+    def counted(*arguments: Any) -> bytes:
+        with (tmp_path / "compiled").open("a") as file:
+            file.write(".")
+        return real(*arguments)
+
+    monkeypatch.setattr(cuda, "_compile", counted)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=_start, args=(str(cache), results)) for _ in range(6)]
@@ -87,6 +145,19 @@ def test_many_processes_at_once(cache: Path) -> None:
     assert len(codes) == 1
     (stored,) = cache.iterdir()
     assert stored.suffix == ".cubin"
+    assert (tmp_path / "compiled").read_text() == "."
+
+
+def test_holder_of_the_lock_that_hangs_holds_up_nobody(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_kernel("vectors", MACROS, 90)
+    (stored,) = cache.iterdir()
+    stored.unlink()
+    monkeypatch.setattr(cuda, "LONGEST_TURN", 0.1)
+    with stored.with_suffix(".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert compile_kernel("vectors", MACROS, 90).startswith(b"\x7fELF")
 
 
 def test_compiler_message_is_kept(cache: Path) -> None:
@@ -142,22 +213,18 @@ def test_auto_takes_the_kernel_only_where_it_applies(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def gpu_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU passes for an H100 whose NVRTC is missing."""
-
-    def refuse(*_: object) -> bytes:
-        raise CompileError("NVRTC is not installed")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    """The CPU passes for a GPU whose probe finds no compiler."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(library, "_not_applicable", lambda *_: None)
-    monkeypatch.setattr(library, "compile_kernel", refuse)
-    monkeypatch.setattr(library, "_try", library._try.__wrapped__)
-    monkeypatch.setattr(library, "_warned", set())
+    monkeypatch.setattr(library, "_fault", lambda _: "NVRTC is not installed")
+    monkeypatch.setattr(cuda, "_warned", set())
 
 
 @pytest.mark.usefixtures("gpu_without_compiler")
 def test_no_compiler_warns_once_and_uses_the_reference() -> None:
     x, w = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
-    with pytest.warns(RuntimeWarning, match="CUDA kernels are off: NVRTC is not installed"):
+    with pytest.warns(RuntimeWarning, match="CUDA kernels are off.*: NVRTC is not installed"):
         depthwise_conv2d(x, w)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -176,10 +243,10 @@ def test_no_compiler_does_not_break_the_graph() -> None:
 
 
 def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(library, "_not_applicable", lambda *_: None)
-    monkeypatch.setattr(library, "compile_kernel", lambda *_: b"")
-    monkeypatch.setattr(library, "_try", library._try.__wrapped__)
+    monkeypatch.setattr(library, "_fault", lambda _: None)
     x = torch.randn(1, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     w = torch.randn(3, 1, 3, 3)
     torch._dynamo.reset()
@@ -193,7 +260,3 @@ def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.Monkey
         x, w
     )
     assert "nvae.depthwise" in graphs[0].code
-
-
-def test_old_gpu_has_no_kernels() -> None:
-    assert library._try(7, 5) == "compute capability 7.5 is below 8.0"

@@ -116,7 +116,7 @@ def test_driver_errors_are_raised(driver: FakeDriver) -> None:
     """An image of the wrong architecture counts as a failed compilation, a launch's does not."""
     launch = Launch("k", (), 1, 32, 0, (torch.zeros(1), None), bytes(8))
     driver.load_status = Result.CUDA_ERROR_NO_BINARY_FOR_GPU
-    with pytest.raises(CompileError, match="does not load: CUDA_ERROR_NO_BINARY_FOR_GPU"):
+    with pytest.raises(CompileError, match=r"does not load .*CUDA_ERROR_NO_BINARY_FOR_GPU"):
         CudaLauncher().launch(DEVICE, launch)
     driver.load_status = Result.CUDA_SUCCESS
     driver.launch_status = Result.CUDA_ERROR_ILLEGAL_ADDRESS
