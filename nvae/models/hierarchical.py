@@ -11,7 +11,8 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,9 +92,34 @@ class Output:
     groups: tuple[GroupSample, ...]
 
     @cached_property
+    def _kl_of_alike(self) -> list[tuple[list[int], Tensor]]:
+        """Groups of one shape by their indices, N, and their KL of every channel, ``(N * B, L)``.
+
+        Thirty groups one by one are a thousand small operations.
+        """
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for index, group in enumerate(self.groups):
+            assert group.posterior is not None
+            tensors = group.z, group.prior.sigma, group.posterior.sigma
+            layouts = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+            alike[layouts, group.has_flow].append(index)
+        return [
+            (indices, _one_after_another([self.groups[i] for i in indices]).kl.sum((2, 3)))
+            for indices in alike.values()
+        ]
+
+    @cached_property
     def kl_per_channel(self) -> tuple[Tensor, ...]:
         """KL of every latent channel, one ``(B, L)`` a group, in nats."""
-        return tuple(group.kl.sum((2, 3)) for group in self.groups)
+        return self._by_group(lambda kl: kl)
+
+    def _by_group(self, of_alike: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        rows = {
+            index: row
+            for indices, kl in self._kl_of_alike
+            for index, row in zip(indices, of_alike(kl).chunk(len(indices)), strict=True)
+        }
+        return tuple(rows[index] for index in range(len(self.groups)))
 
     @cached_property
     def kl_by_channel(self) -> Tensor:
@@ -105,7 +131,7 @@ class Output:
     @cached_property
     def kl_per_group(self) -> Tensor:
         """KL of every group, ``(B, G)``, in nats."""
-        return torch.stack([kl.sum(1) for kl in self.kl_per_channel], dim=1)
+        return torch.stack(self._by_group(lambda kl: kl.sum(1)), dim=1)
 
     @cached_property
     def log_q(self) -> Tensor:
@@ -116,6 +142,22 @@ class Output:
     def log_p(self) -> Tensor:
         """log p(z) of the latents drawn, ``(B,)``, in nats."""
         return torch.stack([group.log_p.sum((1, 2, 3)) for group in self.groups]).sum(0)
+
+
+def _one_after_another(groups: Sequence[GroupSample]) -> GroupSample:
+    """Groups of one shape as one group, its batch all their batches."""
+    if len(groups) == 1:
+        return groups[0]
+    priors = [group.prior for group in groups]
+    posteriors = [group.posterior for group in groups if group.posterior is not None]
+    drawn = [g.posterior_sample for g in groups if g.posterior_sample is not None]
+    return GroupSample(
+        torch.cat([group.z for group in groups]),
+        Normal(torch.cat([p.mean for p in priors]), torch.cat([p.sigma for p in priors])),
+        Normal(torch.cat([q.mean for q in posteriors]), torch.cat([q.sigma for q in posteriors])),
+        torch.cat(drawn) if groups[0].has_flow else None,
+        groups[0].has_flow,
+    )
 
 
 class HierarchicalVAE(nn.Module, ABC):

@@ -184,8 +184,10 @@ class NVAE(HierarchicalVAE):
         return around + groups * (config.encoder_cells_per_group + config.decoder_cells_per_group)
 
     def blocks(self) -> list[nn.Module]:
-        """The residual cells."""
-        return [module for module in self.modules() if isinstance(module, Cell)]
+        """The latent groups with all that is in them, and the residual cells around them."""
+        inside = {id(module) for group in self.groups for module in group.modules()}
+        cells = [module for module in self.modules() if isinstance(module, Cell)]
+        return [*self.groups, *(cell for cell in cells if id(cell) not in inside)]
 
     @contextmanager
     def training_pass(self) -> Iterator[AbstractContextManager[None]]:
@@ -197,11 +199,6 @@ class NVAE(HierarchicalVAE):
         norms = [m for m in modules if isinstance(m, BatchNorm)]
         with weights_together(modules) as for_regularizers, counted_together(norms):
             yield for_regularizers
-
-    def segments(self) -> list[nn.Module]:
-        """The latent groups with all that is in them, and the residual cells around them."""
-        inside = {id(cell) for group in self.groups for cell in group.modules()}
-        return [*self.groups, *(cell for cell in self.blocks() if id(cell) not in inside)]
 
     def without_encoder(self) -> Self:
         """A copy in evaluation mode that can only sample: encoder and posteriors are gone."""
