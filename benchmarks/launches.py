@@ -59,7 +59,7 @@ class Operations(TorchDispatchMode):
 def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Operations]:
     """Forward, backward and optimizer of the second step of what the overrides describe."""
     config = compose_train(overrides)
-    with FakeTensorMode(allow_non_fake_inputs=True), _kernels_in_place():
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels_in_place():
         model = config.build_model()
         for module in model.modules():
             if isinstance(module, DataInitConv2d):
@@ -91,7 +91,7 @@ def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Oper
 
 
 @contextlib.contextmanager
-def _kernels_in_place() -> Iterator[None]:
+def kernels_in_place() -> Iterator[None]:
     """The registered ops are taken as on a GPU, by tensors that say they are on the CPU: a backward
     pass on a GPU that is not there cannot be traced."""
 

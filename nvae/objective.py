@@ -131,7 +131,7 @@ def elbo(
     if free_bits > 0:
         mean = mean_over_ranks(kl_per_group.detach().mean(0), len(kl_per_group))
         is_free = mean < free_bits
-        optimized = kl_per_group.masked_fill(is_free, free_bits)
+        optimized = torch.where(is_free, free_bits, kl_per_group)
     return Elbo(
         reconstruction=-log_likelihood,
         kl=kl_per_group.sum(1),

@@ -110,9 +110,9 @@ def adamax_formula(
     taken = torch.ones_like(step) if switched_off is None else 1 - switched_off.to(step)
     if switched_off is not None:
         # 0 times a NaN is a NaN: what is left out must be finite first
-        is_off = ~taken.bool()
+        switch = taken.bool()
         for gradient in gradients:
-            gradient.masked_fill_(is_off, 0.0)
+            gradient.copy_(torch.where(switch, gradient, 0.0))
     step += taken
     if weight_decay:
         torch._foreach_add_(gradients, weights, alpha=weight_decay)

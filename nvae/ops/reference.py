@@ -55,8 +55,7 @@ def moments_backward(
     """Gradient of the sums; a variance clamped at 0 passes none."""
     count = n if elements is None else elements
     mean, rstd, var = moments(sums, elements, n, eps)
-    # a number in torch.where is copied to a GPU, and the host waits for it
-    dvar = torch.where(var > 0, -0.5 * rstd**3 * drstd, var.new_zeros(()))
+    dvar = torch.where(var > 0, -0.5 * rstd**3 * drstd, 0.0)
     return torch.stack([dmean - 2 * mean * dvar, dvar]) / count
 
 

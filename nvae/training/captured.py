@@ -209,7 +209,8 @@ class CapturedStep:
         self._captured.clear()
 
     def forget(self) -> None:
-        """What was captured no longer holds: warm up and capture anew."""
+        """Other parameters are trained than before: warm up and capture anew."""
+        self._step.forget_gradients()
         self._captured.clear()
         self._count.clear()
 

@@ -237,8 +237,7 @@ class BadSteps(pl.Callback):
             self._counters = torch.zeros(6, dtype=torch.float64, device=norm.device)
         skipped, streak, _, *culprit = self._counters.unbind()
         group_is_bad = ~loss.kl_per_group.isfinite()
-        # no number in torch.where: on a GPU it would be copied there, and waited for
-        group = group_is_bad.int().argmax().masked_fill(~group_is_bad.any(), -1)
+        group = torch.where(group_is_bad.any(), group_is_bad.int().argmax(), -1)
         # argmax takes a NaN for the largest
         now = (norms.argmax(), group, loss.terms["reconstruction"].isfinite())
         begins = (switch > 0) & (streak == 0)

@@ -132,7 +132,7 @@ class WholeStep:
         assert len(optimizer.param_groups) == 1
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.guard, self.clip, self.micro_batches = guard, clip, micro_batches
-        self._has_gradients = False
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     def coefficients(self, at: StepPosition) -> dict[str, float]:
         """beta and lambda, by the names that :class:`Loss` gives them."""
@@ -168,27 +168,34 @@ class WholeStep:
         )
         total = weighted(loss, weight, self.micro_batches) / self.micro_batches
         with torch.autocast(batch.x.device.type, enabled=False):
-            if at.is_first:
-                self._clear_gradients()
+            self._prepare_gradients(at.is_first)
             if self.guard is not None:
                 self.guard.add(loss, number, batch.index)
             total.backward()
-            self._has_gradients = True
             if at.is_last:
                 self._step(loss, step, rate)
         penalty = None if loss.penalty is None else loss.penalty.detach()
         return replace(loss, data=loss.data.detach(), penalty=penalty)
 
-    def _clear_gradients(self) -> None:
-        """Forgotten where one backward pass makes a step, so that it writes them without reading;
-        zeroed where several passes, each perhaps a graph of its own, add to the same memory."""
-        if self.micro_batches == 1 or not self._has_gradients:
+    def _prepare_gradients(self, is_first: bool) -> None:
+        """Where one backward pass makes a step there are none before it, and it writes them without
+        reading. Where several passes do, each perhaps a graph of its own, all add to the memory of
+        the first step's, which is kept: Lightning lets go of gradients before a validation."""
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        if is_first and self._gradients:
+            torch._foreach_zero_([gradient for _, gradient in self._gradients])
+        elif is_first:
             self.optimizer.zero_grad(set_to_none=True)
-            return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
+
+    def forget_gradients(self) -> None:
+        """Other parameters are trained from the next step on."""
+        self._gradients = []
 
     def _step(self, loss: Loss, step: Tensor, rate: Tensor) -> None:
+        if self.micro_batches > 1 and not self._gradients:
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         if self.guard is not None:
             self.guard.judge(self.model, loss, self.optimizer, step)
         if self.clip is not None:
@@ -200,7 +207,7 @@ class WholeStep:
         """The optimizer's settings that the arithmetic takes as they are, by name."""
         group = self.optimizer.param_groups[0]
         changing = ("lr", "capturable")
-        return {name: group[name] for name in self.optimizer.defaults if name not in changing}
+        return {name: group.get(name) for name in self.optimizer.defaults if name not in changing}
 
 
 def reads_device(optimizer: Optimizer) -> bool:
@@ -219,11 +226,12 @@ def rate_on_device(optimizer: Optimizer, rate: Tensor) -> Iterator[None]:
 
     Args:
         optimizer: see :func:`reads_device`.
-        rate: 0-d float64; torch's kernel takes it as float32.
+        rate: 0-d float64; torch's CUDA kernel of AdamW takes it as float32.
     """
     group = optimizer.param_groups[0]
     kept: dict[str, Any] = {name: group[name] for name in ("lr", "capturable") if name in group}
-    group["lr"] = rate if type(optimizer) is Adamax else rate.float()
+    takes_single = type(optimizer) is not Adamax and rate.is_cuda
+    group["lr"] = rate.float() if takes_single else rate
     if "capturable" in group:
         group["capturable"] = rate.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
