@@ -41,7 +41,8 @@ def warn_once(key: str, message: str) -> None:
     """Warn, but not at every step."""
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        # by a place that is no file: a line of source would follow, and says nothing here
+        warnings.warn_explicit(message, RuntimeWarning, "nvae.ops", 0)
 
 
 def kernel_source(name: str) -> str:
@@ -143,16 +144,17 @@ def _turn(path: Path) -> Iterator[None]:
 def _write(path: Path, code: bytes) -> None:
     """Store atomically. A folder that cannot be written costs time at the next start, no more."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     except OSError as error:
-        _warn_of_cache(str(error))
+        _warn_of_cache(f"{path.parent}: {error.strerror or error}")
         return
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(temporary, path)
     except OSError as error:
-        _warn_of_cache(str(error))
+        _warn_of_cache(f"{path.parent}: {error.strerror or error}")
         Path(temporary).unlink(missing_ok=True)
 
 

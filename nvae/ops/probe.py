@@ -1,5 +1,7 @@
 """Whether a device runs the kernels: one of them is compiled, loaded, launched and checked."""
 
+from typing import Any
+
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -37,8 +39,9 @@ def find_fault(device: torch.device, launcher: Launcher = kernels.CUDA) -> str |
 
 def _worst_difference(device: torch.device, launcher: Launcher) -> float:
     """Of batch normalization and Swish by kernel and by formula, one launch."""
-    x = torch.linspace(-3, 3, 2 * 8 * 3 * 3, device=device).view(2, 8, 3, 3)
-    gamma, beta = torch.linspace(0.5, 2, 8, device=device), torch.linspace(-1, 1, 8, device=device)
+    to: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    x = torch.linspace(-3, 3, 2 * 8 * 3 * 3, **to).view(2, 8, 3, 3)
+    gamma, beta = torch.linspace(0.5, 2, 8, **to), torch.linspace(-1, 1, 8, **to)
     bn = (gamma, beta, beta.double(), gamma.double())
     found = kernels.bn_forward(x, bn, True, launcher)
     wanted = reference.bn_forward(x, *bn, swish=True)

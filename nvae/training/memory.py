@@ -248,8 +248,9 @@ def own_gpu() -> AbstractContextManager[Any]:
 
 
 def runs_kernels() -> bool:
-    """Whether this machine's GPU does; False without one."""
-    return torch.cuda.is_available() and has_kernels(torch.device("cuda"))
+    """Whether this rank's GPU does; False without one."""
+    with own_gpu():  # to find out, a kernel is run
+        return torch.cuda.is_available() and has_kernels(torch.device("cuda"))
 
 
 def trace(

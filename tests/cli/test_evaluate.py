@@ -239,10 +239,16 @@ def test_wrong_settings_are_refused(settings, words):
         EvaluateConfig("model.ckpt", **settings)
 
 
+def test_insisting_on_kernels_needs_a_gpu(evaluate, checkpoint):
+    said = evaluate.fails(f"checkpoint={checkpoint}", "device=cpu", "kernels=cuda")
+    assert "kernels=cuda needs an NVIDIA GPU, but the device is cpu" in said
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
         ("device=tpu", "allowed: auto, cpu, cuda"),
+        ("kernels=fast", "allowed: auto, reference, cuda"),
         ("importance_samples=[0]", "every K"),
         ("importance_samples=many", "importance_samples"),
         ("chekpoint=x", "did you mean checkpoint?"),

@@ -211,6 +211,8 @@ def test_wrong_settings_are_refused(settings, words):
         (("recalibrate_bn=2", "bn_batch_size=1"), "at least 2"),
         (("temprature=1",), "did you mean temperature?"),
         (("device=cuda:99",), "CUDA device"),
+        (("kernels=fast",), "allowed: auto, reference, cuda"),
+        (("kernels=cuda", "device=cpu"), "kernels=cuda needs an NVIDIA GPU"),
         (("keep=[a]",), "keep[0]: a is not an integer"),
     ],
 )

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
 from nvae.ops.adamax import adamax_formula
+from nvae.ops.cuda import CudaLauncher
+from nvae.ops.library import check_kernels
+from nvae.ops.probe import find_fault
 
 from .cases import Case, make_problem, relative_error, tolerance
 from .test_adamax_kernel import SETTINGS
@@ -21,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 BFLOAT = torch.bfloat16
+GPU = torch.device("cuda", 0)
 MAIN = [
     Case(32, 1536, 16, 16, dtype=BFLOAT),
     Case(4, 360, 64, 64, dtype=BFLOAT),
@@ -29,6 +33,23 @@ MAIN = [
     Case(16, 120, 32, 32, s=2),
     Case(8, 64, 33, 31, k=11),
 ]
+
+
+def test_probe_finds_nothing_wrong() -> None:
+    assert find_fault(GPU) is None
+    check_kernels("cuda", GPU)
+
+
+def test_reference_launches_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(CudaLauncher, "launch", refuse)
+    x = torch.randn(2, 8, 6, 6, device="cuda").contiguous(memory_format=torch.channels_last)
+    v, w = torch.ones(8, device="cuda"), torch.randn(8, 1, 3, 3, device="cuda")
+    bn_swish_depthwise(x, v, v, w, impl="reference")
+    with pytest.raises(AssertionError, match="launched"):
+        bn_swish_depthwise(x, v, v, w)
 
 
 def chain(x: Tensor, *params: Tensor, stride: int = 1, impl: str = "cuda") -> Tensor:

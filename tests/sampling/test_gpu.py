@@ -43,6 +43,34 @@ def test_compiled_and_replayed_samples_are_the_same():
         assert torch.allclose(replayed, plain, atol=1e-4)
 
 
+def test_samples_by_kernels_and_without_are_the_same():
+    """Folded cells, and the copy that is compiled and replayed."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    model = small_nvae("normal", flows=1).cuda().to(memory_format=torch.channels_last)
+    pictures = []
+    for kernels in ("reference", "auto"):
+        model.choose_kernels(kernels)
+        pictures.append(sample_images(model, range(7), temperature=0.7, batch_size=3))
+        decode = CompiledDecoder(model, batch_size=3)
+        for _ in range(3):  # warm-up, capture, replay
+            images = sample_images(model, range(7), temperature=0.7, batch_size=3, decode=decode)
+        pictures.append(images)
+    for other in pictures[1:]:
+        assert torch.allclose(other, pictures[0], atol=1e-4)
+
+
+def test_likelihood_by_kernels_and_without_is_the_same():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    x = torch.rand(5, 1, 8, 8, device="cuda").round()
+    model = small_nvae(flows=1).cuda().to(memory_format=torch.channels_last)
+    found = []
+    for kernels in ("reference", "auto"):
+        model.choose_kernels(kernels)
+        batch = SimpleNamespace(x=x, index=torch.arange(5))
+        found.append(evaluate(model, [batch], importance_samples=(6,)).negative_elbo.mean)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_likelihood_is_the_same_on_both_devices():
     x = torch.rand(5, 1, 8, 8, dtype=torch.float64).round()
     batch = SimpleNamespace(x=x, index=torch.arange(5))
