@@ -1,5 +1,6 @@
 """Real training steps to be measured: what `train.py` runs, on random images, for a few steps."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Fitted:
         milliseconds: between the ends of two steps, by the device's clock where it has one.
         losses: of each step, in nats, ``(steps,)``.
         skipped: steps that the guard has left out.
+        replays: micro-batches that were replayed from a CUDA graph.
         peak_bytes: most memory that was allocated on the GPU, model and optimizer included; 0 on
             the CPU.
         module: with its weights.
@@ -49,6 +51,7 @@ class Fitted:
     milliseconds: list[float]
     losses: Tensor
     skipped: int
+    replays: int
     peak_bytes: int
     module: NVAELightning
 
@@ -65,6 +68,7 @@ class Recorder(pl.Callback):
         self.steps, self.bad_step = steps, bad_step
         self.losses: list[Tensor] = []
         self._ends: list[Any] = []
+        self.replays = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -81,6 +85,8 @@ class Recorder(pl.Callback):
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.last is not None
         self.losses.append(pl_module.last.total.detach().clone())
+        whole_step = getattr(pl_module, "whole_step", None)
+        self.replays = 0 if whole_step is None else whole_step.replays
         if pl_module.device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)
             end.record()
@@ -101,7 +107,7 @@ class Recorder(pl.Callback):
 
 def compose_steps(overrides: Sequence[str]) -> TrainConfig:
     """The configuration of `train.py` with these overrides, but on random images and for steps."""
-    return compose_train([*overrides[:1], *RANDOM_IMAGES, *STEPS_ALONE, *overrides[1:]])
+    return compose_train([*RANDOM_IMAGES, *STEPS_ALONE, *overrides])
 
 
 def fit_steps(config: TrainConfig, steps: int, bad_step: int | None = None) -> Fitted:
@@ -114,6 +120,8 @@ def fit_steps(config: TrainConfig, steps: int, bad_step: int | None = None) -> F
     """
     is_on_gpu = config.trainer.resolved_accelerator() == "gpu"
     if is_on_gpu:
+        gc.collect()  # what an earlier run has left is none of this one's peak
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, float32_products(tf32=config.trainer.tf32):
         module = build_module(config)
@@ -131,6 +139,7 @@ def fit_steps(config: TrainConfig, steps: int, bad_step: int | None = None) -> F
         milliseconds,
         torch.stack(recorder.losses).double().cpu(),
         0 if guard is None else guard.read().skipped,
+        recorder.replays,
         torch.cuda.max_memory_allocated() if is_on_gpu else 0,
         module,
     )

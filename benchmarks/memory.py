@@ -1,8 +1,8 @@
 """Memory of a training step: the estimate beside a measured peak.
 
-    python benchmarks/memory.py experiment=cifar10
-    python benchmarks/memory.py experiment=cifar10 --fit 24 80
-    python benchmarks/memory.py experiment=mnist data.batch_size=16 --measure
+    python -m benchmarks.memory experiment=cifar10
+    python -m benchmarks.memory experiment=cifar10 --fit 24 80
+    python -m benchmarks.memory experiment=mnist data.batch_size=16 --measure
 
 Overrides are those of train.py. The estimate needs no GPU and runs nothing; it is of one with our
 kernels unless `--eager` is given. `--fit` says the largest batch of GPUs with so many GB, of which
@@ -11,17 +11,19 @@ the CPU the bytes that are held between forward and backward, which is the part 
 """
 
 import argparse
-import dataclasses
 
 import torch
 
+from benchmarks.fit import compose_steps, fit_steps
 from nvae.cli.config import TrainConfig, averages_on_device, compose_train
 from nvae.cli.train import build_module
 from nvae.training.memory import HALF, MemoryEstimate, estimate_memory, kept_bytes
-from nvae.training.optimizers import build_optimizer
 from nvae.training.recompute import USABLE_MEMORY
 
 GIB = 2**30
+STEPS = 8
+"""Enough for a captured step to be replayed."""
+
 LABELS = ("all kept", "segments recomputed")
 
 
@@ -79,28 +81,6 @@ def print_largest(config: TrainConfig, sizes: list[float], kernels: bool) -> Non
         print(f"{size:g} GB, largest batch: {', '.join(texts)}")
 
 
-def measured_on_gpu(config: TrainConfig, recompute: bool) -> int:
-    """Peak of the allocator over three whole steps."""
-    module = build_module(dataclasses.replace(config, checkpoint_cells=recompute)).to("cuda")
-    model, objective = module.model, module.loss
-    optimizer = build_optimizer(config.optimizer, model.parameters())
-    c = config.model
-    x = torch.rand(
-        config.data.batch_size, c.image_channels, c.image_size, c.image_size, device="cuda"
-    ).to(memory_format=torch.channels_last)
-    half = HALF.get(config.trainer.precision)
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", half or torch.float16, enabled=half is not None):
-            noise = model.draw_noise(len(x))
-            loss = objective(model, x, noise, step=15, total_steps=100)
-        assert loss.penalty is not None
-        (loss.data + loss.penalty).backward()
-        optimizer.step()
-    return torch.cuda.max_memory_allocated()
-
-
 def print_held_on_cpu(config: TrainConfig) -> None:
     """What a real pass keeps; the CPU has no kernels."""
     module = build_module(config).train()
@@ -140,7 +120,8 @@ def main() -> None:
         return
     if torch.cuda.is_available():
         for recompute, label in enumerate(LABELS):
-            peak = measured_on_gpu(config, bool(recompute))
+            words = [*options.overrides, f"checkpoint_cells={bool(recompute)}"]
+            peak = fit_steps(compose_steps(words), STEPS).peak_bytes
             print(f"{'measured, ' + label:<32}{peak / GIB:>8.2f}")
     else:
         print_held_on_cpu(config)

@@ -55,9 +55,16 @@ class Options:
     dry: bool = False
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise ValueError
+    return seconds
+
+
 SWITCH = {"true": True, "false": False}
 KINDS: dict[str, Any] = {
-    "only": str, "missing": SWITCH.__getitem__, "limit": float,
+    "only": str, "missing": SWITCH.__getitem__, "limit": _seconds,
     "out": Path, "data_root": str, "dry": SWITCH.__getitem__,
 }  # fmt: skip
 

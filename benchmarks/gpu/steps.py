@@ -5,7 +5,6 @@ It is timed by CUDA events at the ends of steps that nothing waits for, so time 
 waits for the host counts. The KL coefficient is below 1, where balancing is on: the dearest phase.
 """
 
-import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fit import compose_steps, fit_steps
+from benchmarks.fit import Fitted, compose_steps, fit_steps
 from benchmarks.gpu.running import Bar, Case, Cases, Emit, Part, Setting
 from benchmarks.memory import estimates
-from nvae.training.memory import runs_kernels
 
 PRESETS = {
     "cifar10": ("experiment=cifar10", "data.batch_size=32"),
@@ -30,11 +28,11 @@ PRECISIONS = {
 REFERENCE, KERNELS, COMPILED = "reference", "kernels", "compiled"
 CAPTURED, BOTH = "captured", "captured and compiled"
 WAYS = {
-    REFERENCE: ("model.kernels=reference", "trainer.cuda_graph=false"),
-    CAPTURED: ("trainer.cuda_graph=true",),
-    BOTH: ("trainer.cuda_graph=true", "compile=true"),
-    KERNELS: ("trainer.cuda_graph=false",),
-    COMPILED: ("trainer.cuda_graph=false", "compile=true"),
+    REFERENCE: ("kernels=reference", "trainer.cuda_graph=false"),
+    CAPTURED: ("kernels=cuda", "trainer.cuda_graph=true"),
+    BOTH: ("kernels=cuda", "trainer.cuda_graph=true", "compile=true"),
+    KERNELS: ("kernels=cuda", "trainer.cuda_graph=false"),
+    COMPILED: ("kernels=cuda", "trainer.cuda_graph=false", "compile=true"),
 }
 """Overrides of each way through a step, those that bars judge first."""
 
@@ -46,17 +44,17 @@ DRY = (
 """A network and images that take no time."""
 
 WARM_UP, TIMED = 15, 30
-MEMORY_STEPS = 6
+MEMORY_STEPS = 8
 EQUAL_STEPS, BAD_STEP = 200, 120
 GIB = 2**30
 
 
 def overrides_of(preset: str, precision: str, way: str, dry: bool) -> tuple[str, ...]:
-    """For `train.py`. In a dry run, on the CPU, nothing can be captured and nothing is compiled."""
+    """For `train.py`. On the CPU of a dry run nothing is compiled or captured."""
     chosen = (*(DRY if dry else PRESETS[preset]), *PRECISIONS[precision], *WAYS[way])
     if not dry:
         return chosen
-    unfit = ("trainer.cuda_graph=true", "compile=true")
+    unfit = ("kernels=cuda", "trainer.cuda_graph=true", "compile=true")
     return tuple(word for word in chosen if word not in unfit)
 
 
@@ -65,6 +63,7 @@ def time_step(emit: Emit, overrides: Sequence[str], dry: bool) -> None:
     config = compose_steps(overrides)
     warm_up, timed = (1, 2) if dry else (WARM_UP, TIMED)
     fitted = fit_steps(config, warm_up + timed)
+    check_captured(overrides, fitted)
     times = fitted.milliseconds[-timed:]
     ms, batch = statistics.median(times), config.data.batch_size
     emit(
@@ -78,9 +77,15 @@ def time_step(emit: Emit, overrides: Sequence[str], dry: bool) -> None:
         peak_gib=fitted.peak_bytes / GIB,
         loss=float(fitted.losses[-1]),
         tf32=config.trainer.tf32,
-        has_kernels=runs_kernels(),
+        replays=fitted.replays,
         overrides=list(overrides),
     )
+
+
+def check_captured(overrides: Sequence[str], fitted: Fitted) -> None:
+    """Raise where steps that should have been replayed from a graph were not."""
+    if "trainer.cuda_graph=true" in overrides and not fitted.replays:
+        raise RuntimeError("no step was captured; the log says why")
 
 
 def step_cases(preset: str) -> Callable[[Setting], list[Case]]:
@@ -117,8 +122,7 @@ def step_figures(preset: str) -> Callable[[Cases], Iterator[tuple[str, str, str]
                 f"{values['ms']:.1f} ms ({values['fastest']:.1f} to {values['slowest']:.1f}), "
                 f"{values['images_per_second']:.0f} images/s, {values['peak_gib']:.1f} GiB"
             )
-            kernels = "" if values["has_kernels"] or REFERENCE in name else ", without kernels"
-            yield f"step {preset}, batch {values['batch']}, {name}{kernels}", figure, beside
+            yield f"step {preset}, batch {values['batch']}, {name}", figure, beside
 
     return figures
 
@@ -138,9 +142,11 @@ def captured_speedup(cases: Cases) -> float | None:
 def measure_memory(emit: Emit, overrides: Sequence[str], recompute: bool, kernels: bool) -> None:
     """Emit the estimate for a step, and what some steps have allocated at most."""
     config = compose_steps([*overrides, f"checkpoint_cells={str(recompute).lower()}"])
-    estimate = estimates(config, config.data.batch_size, kernels and runs_kernels())[recompute]
+    estimate = estimates(config, config.data.batch_size, kernels)[recompute]
     emit(f"estimated {estimate.total / GIB:.2f} GiB", estimated_gib=estimate.total / GIB)
-    peak = fit_steps(config, MEMORY_STEPS).peak_bytes
+    fitted = fit_steps(config, MEMORY_STEPS)
+    check_captured(overrides, fitted)
+    peak = fitted.peak_bytes
     emit(
         f"allocated {peak / GIB:.2f} GiB, {peak / estimate.total:.2f} times the estimate",
         peak_gib=peak / GIB,
@@ -197,11 +203,9 @@ def compare(emit: Emit, overrides: dict[str, Sequence[str]], dry: bool) -> None:
         ]
         fitted = fit_steps(compose_steps([*words, *length]), steps, bad_step)
         weights = {key: w.detach().cpu() for key, w in fitted.module.model.state_dict().items()}
+        check_captured(words, fitted)
         here = fitted.losses, weights, fitted.skipped
         del fitted
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if eager is None:
             eager = here
             emit(f"{name}: loss {here[0][0]:.3f} to {here[0][-1]:.3f} nats", skipped=here[2])

@@ -51,8 +51,8 @@ class Outcomes:
         self.counts["failed"] += 1
         text = str(report.longrepr)
         self.failures[report.nodeid] = text[-4000:]
-        last = text.strip().splitlines()[-1] if text.strip() else ""
-        self._emit(f"failed: {report.nodeid}: {last}", **self.counts, failures=self.failures)
+        shown = f"failed: {report.nodeid}: {last_line(text)}"
+        self._emit(shown, **self.counts, failures=self.failures)
 
     def tell(self) -> None:
         """All counts."""
@@ -208,7 +208,7 @@ def train(emit: Emit, data_root: str, folder: str, seconds: float, dry: bool) ->
 
 
 DRY_TRAINING = (
-    "data.train_size=16", "data.valid_size=8", "data.test_size=8", "data.batch_size=4",
+    "data.train_size=null", "data.valid_size=4", "data.test_size=null", "data.batch_size=4",
     "model.encoder_channels=4", "model.decoder_channels=4", "model.latent_channels=2",
     "model.groups_per_scale=1", "trainer.accelerator=cpu", "trainer.cpu_threads=1",
     "optimizer.warmup_epochs=0", "report.samples=2", "report.temperatures=[1.0]",
@@ -224,7 +224,8 @@ def follow(run: Path, words: Sequence[str]) -> Iterator[dict[str, Any]]:
     """
     command = [sys.executable, str(ROOT / "train.py"), *words]
     path, read = run / "metrics.jsonl", 0
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    errors = run.with_suffix(".err")
+    with errors.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stderr=file) as process:
         is_over = False
         while not is_over:
             is_over = process.poll() is not None
@@ -234,8 +235,15 @@ def follow(run: Path, words: Sequence[str]) -> Iterator[dict[str, Any]]:
             read = len(whole)
             if not is_over:
                 time.sleep(0.5)
+    said = errors.read_text(errors="replace")
+    print(said)
     if process.returncode:
-        raise RuntimeError(f"train.py ended with {process.returncode}")
+        raise RuntimeError(f"train.py ended with {process.returncode}: {last_line(said)}")
+
+
+def last_line(text: str) -> str:
+    """The last that is not empty; an exception's message, mostly."""
+    return (text.strip().splitlines() or [""])[-1]
 
 
 def last_of(run: Path, name: str) -> float:
