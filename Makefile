@@ -3,7 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 UV ?= .venv-uv
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
@@ -12,15 +12,15 @@ ALL_TESTS := -m "not gpu" --numprocesses 2 --dist worksteal
 .PHONY: help setup train test test-quick test-oldest test-newest lint format clean
 
 help:
-	@echo "make train       train on real digits (CPU, five to seven minutes), print the likelihood, draw samples"
-	@echo "make test        run all tests that need no GPU"
-	@echo "make test-quick  leave out the slow ones"
-	@echo "make test-oldest run all tests with the lowest versions that pyproject.toml names, on Python 3.12"
-	@echo "make test-newest run all tests with the newest versions, on Python 3.13"
-	@echo "make lint        linter, formatter, type checker"
-	@echo "make format      format the code"
-	@echo "make setup       make the environment in $(VENV)"
-	@echo "make clean       remove the environments"
+	@echo "make train        train on real digits (CPU, five to seven minutes), print the likelihood, draw samples"
+	@echo "make test         run all tests that need no GPU"
+	@echo "make test-quick   leave out the slow ones"
+	@echo "make test-oldest  run all tests with the lowest versions that pyproject.toml names, on Python 3.12"
+	@echo "make test-newest  run all tests with the newest versions, on Python 3.13"
+	@echo "make lint         linter, formatter, type checker"
+	@echo "make format       format the code"
+	@echo "make setup        make the environment in $(VENV)"
+	@echo "make clean        remove the environments"
 
 setup: $(VENV)/.installed
 
@@ -50,7 +50,7 @@ $(OLDEST)/.installed: resolution = lowest-direct
 $(NEWEST)/.installed: python = 3.13
 $(NEWEST)/.installed: resolution = highest
 $(OLDEST)/.installed $(NEWEST)/.installed: pyproject.toml | $(UV)/bin/uv
-	$(UV)/bin/uv venv --quiet --clear --python $(python) $(@D)
+	$(UV)/bin/uv venv --quiet --clear --seed --python $(python) $(@D)
 	$(UV)/bin/uv pip install --quiet --python $(@D) --resolution $(resolution) --editable '.[dev]'
 	@touch $@
 

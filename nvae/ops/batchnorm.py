@@ -221,7 +221,7 @@ class _AllReduceSum(torch.autograd.Function):
         ctx.group = group
         x = x.clone()
         dist.all_reduce(x, group=group)
-        return x
+        return x.view_as(x)  # compiled by torch 2.11, what was written in place has gradient 0
 
     @staticmethod
     @once_differentiable
