@@ -70,7 +70,7 @@ def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
     config = build(SampleConfig, own)
     device = open_device(config.device, tf32=config.tf32)
-    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins, config.settings)
     model = opened.model
     needs_data = config.reads_images or config.mode == "nearest"
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
