@@ -265,7 +265,7 @@ def _values(config: Config, family: str) -> dict[str, Any]:
     name = f"{family}_{str(config).lower().removeprefix(f'{family}_')}"
     if name not in names:
         raise ValueError(
-            f"config={config} is no preset of {family}{did_you_mean(str(config), names)} and no "
+            f"config={config} is no preset of {family}{did_you_mean(name, names)} and no "
             f"JSON or cfg file; presets: {', '.join(names)}"
         )
     return _preset(name)

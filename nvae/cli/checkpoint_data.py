@@ -25,6 +25,7 @@ from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
 from nvae.models import HierarchicalVAE
 from nvae.models.likelihoods import ImageConfig
+from nvae.published_very_deep import ENTRIES
 from nvae.settings import check_choice, check_fields
 
 _MOST_IN_MEMORY = 1 << 28
@@ -241,7 +242,9 @@ class OpenedCheckpoint:
     run_config: dict[str, Any]
 
 
-def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: str, weights: str, plugins: Sequence[str] = (), settings: str | None = None
+) -> OpenedCheckpoint:
     """Open what :func:`load_model` reads.
 
     Args:
@@ -249,16 +252,18 @@ def open_checkpoint(path: str, weights: str, plugins: Sequence[str] = ()) -> Ope
         weights: ``ema`` or ``raw``.
         plugins: ``package.module:NAME`` of models, likelihoods and cell families that the
             checkpoint may name; what is not among them is not imported.
+        settings: of a published file that does not hold them; ``config`` of :func:`load_model`.
 
     Raises:
         CheckpointError: see there.
         ValueError: other weights, or a plugin that is none.
     """
-    model = load_model(path, cast(Weights, weights), plugins=plugins)  # which checks both
+    # which checks both
+    model = load_model(path, cast(Weights, weights), plugins=plugins, config=settings)
     if is_weights_folder(path):
         return OpenedCheckpoint(Path(path) / WEIGHTS_FILE, model, "exported", {})
     checkpoint = load_checkpoint(path)
-    averaged = weights == "ema" and "current_model_state" in checkpoint
+    averaged = weights == "ema" and not {"current_model_state", ENTRIES[1]}.isdisjoint(checkpoint)
     said = checkpoint.get("run_config")
     run_config = said if isinstance(said, dict) else {}
     return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)

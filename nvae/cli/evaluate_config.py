@@ -33,6 +33,7 @@ class EvaluateConfig:
     checkpoint: str
     split: str = "test"
     plugins: list[str] = field(default_factory=list)
+    settings: str | None = None
     weights: str = "ema"
     importance_samples: list[int] = field(default_factory=lambda: [1000])
     elbo_samples: int = 1

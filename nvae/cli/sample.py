@@ -72,7 +72,7 @@ def _run(composed: DictConfig) -> None:
     config = build(SampleConfig, own)
     device = open_device(config.device, tf32=config.tf32)
     check_kernels(config.kernels, device)
-    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins)
+    opened = open_checkpoint(config.checkpoint, config.weights, config.plugins, config.settings)
     model = opened.model
     model.choose_kernels(config.kernels)
     needs_data = config.reads_images or config.mode == "nearest"

@@ -45,6 +45,7 @@ class SampleConfig:
     checkpoint: str
     mode: str = "prior"
     plugins: list[str] = field(default_factory=list)
+    settings: str | None = None
     weights: str = "ema"
     seeds: Any = None
     temperature: Any = 1.0

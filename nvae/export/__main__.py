@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         help="averaged weights where there are any, or the raw ones (default: ema)",
     )  # fmt: skip
     parser.add_argument(
+        "--settings", metavar="PRESET|FILE",
+        help="of a published VDVAE or Efficient-VDVAE, whose file does not hold them: a preset of "
+        "configs/model, or the authors' JSON or cfg file",
+    )  # fmt: skip
+    parser.add_argument(
         "--pixel-temperature", type=_pixel_temperature, default="mean", metavar="mean|T",
         help="what the sampler gives: the likelihood's mean, or a draw with this factor on the "
         "pixel noise, which it then takes as an input (default: mean)",
@@ -73,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 given.checkpoint,
                 given.to,
                 weights=given.weights,
+                settings=given.settings,
                 pixel_temperature=given.pixel_temperature,
                 with_sampler=not given.no_sampler,
                 compiled_batch=given.compile,

@@ -24,7 +24,7 @@ from nvae.export.sampler import (
     largest_difference,
 )
 from nvae.files import write_json
-from nvae.models import MODELS, NVAE, HierarchicalVAE
+from nvae.models import MODELS, HierarchicalVAE
 from nvae.sampling.compiled import load_machine_code
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 
@@ -38,6 +38,7 @@ def export(
     folder: Path,
     *,
     weights: Weights = "ema",
+    settings: str | None = None,
     pixel_temperature: PixelTemperature = "mean",
     with_sampler: bool = True,
     compiled_batch: int | None = None,
@@ -48,6 +49,7 @@ def export(
         checkpoint: anything that :func:`load_model` reads.
         folder: must not hold anything yet.
         weights: averaged or raw.
+        settings: of a published file that does not hold them; ``config`` of :func:`load_model`.
         pixel_temperature: what the sampler gives: ``"mean"``, or a draw with this factor on the
             pixel noise.
         with_sampler: write the program.
@@ -66,7 +68,7 @@ def export(
     """
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
-    model = load_model(checkpoint, weights)
+    model = load_model(checkpoint, weights, config=settings)
     run_config = None
     if checkpoint.is_file():  # an exported folder says nothing of its training
         run_config = load_checkpoint(checkpoint, ["run_config"]).get("run_config")
@@ -148,22 +150,21 @@ def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None)
         model: with its weights.
         run_config: of the run that trained it, where that is known; it may be anybody's.
     """
-    paper = " after [Vahdat & Kautz, NeurIPS 2020](https://arxiv.org/abs/2007.03898)"
-    is_nvae = isinstance(model, NVAE)
+    family, paper = _FAMILIES.get(MODELS.name_of(type(model)), (type(model).__name__, ""))
     parts = [
         _FRONT_MATTER,
-        f"# Deep hierarchical VAE ({'NVAE' if is_nvae else type(model).__name__})\n",
-        f"A deep hierarchical variational autoencoder{paper if is_nvae else ''}, trained with the "
-        "`nvae` package.\n",
+        f"# Deep hierarchical VAE ({family})\n",
+        f"A deep hierarchical variational autoencoder{f' after {paper}' if paper else ''}, trained "
+        "with the `nvae` package.\n",
         _table(_network_facts(model)),
         "`config.json` has every setting of the network.\n",
         "## Training\n",
         _table(facts)
         if (facts := _training_facts(run_config or {}))
         else "The checkpoint does not say what it was trained on.\n",
-        _USE,
+        _USE.replace("HUB", _HUB if family == "NVAE" else ""),
     ]
-    if not is_nvae:
+    if not paper:
         name = MODELS.name_of(type(model))
         parts.append(f"Name the model's class first: `nvae.models.MODELS[{name!r}]`.\n")
     return "\n".join(parts)
@@ -218,6 +219,15 @@ tags:
 ---
 """
 
+_FAMILIES = {
+    "nvae": ("NVAE", "[Vahdat & Kautz, NeurIPS 2020](https://arxiv.org/abs/2007.03898)"),
+    "vdvae": ("VDVAE", "[Child, ICLR 2021](https://arxiv.org/abs/2011.10650)"),
+    "evdvae": ("Efficient-VDVAE", "[Hazami et al. 2022](https://arxiv.org/abs/2203.13751)"),
+}
+"""Name and paper of the package's models."""
+
+_HUB = "`nvae.hub.HubNVAE.from_pretrained` reads it too. "
+
 _USE = """## Use
 
 ```python
@@ -227,6 +237,6 @@ model = load_model("FOLDER")  # this folder
 images = model.sample(16, temperature=0.7)  # (16, C, H, W) in [0, 1]
 ```
 
-`nvae.hub.HubNVAE.from_pretrained` reads it too. `sampler.pt2`, where present, needs torch alone;
+HUB`sampler.pt2`, where present, needs torch alone;
 `sampler.json` says what it takes.
 """

@@ -7,6 +7,7 @@ families differ in what ``vdvae.py`` and ``evdvae.py`` hold: activation, latent 
 where a layer's state and encoder map come from, start and end, initialization.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Output, Temperature
 from nvae.models.layers import without_autocast
 from nvae.models.likelihoods import ImageConfig, LogisticMixture, PixelDistribution
-from nvae.models.stable_mixture import LogisticForm, StableLogisticMixture
+from nvae.models.stable_mixture import DATA_BITS, LogisticForm, StableLogisticMixture
 
 MOST_LAYERS = 5000
 """Blocks of one network; the deepest published one has 140."""
@@ -44,6 +45,12 @@ class VeryDeepConfig(ImageConfig):
     @abstractmethod
     def logistics(self) -> LogisticForm:
         """Form of the logistic mixture."""
+
+    @property
+    def overcounts(self) -> bool:
+        """The likelihood's masses do not sum to 1, so that its figures are no code lengths."""
+        is_mixture = self.pixel_distribution is StableLogisticMixture
+        return is_mixture and not self.normalized and self.bits < DATA_BITS
 
     @property
     def pixel_distribution(self) -> type[PixelDistribution]:
@@ -128,15 +135,21 @@ class LogSigmaNormal(Normal):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every element of ``z``, in nats; same shape as ``z``."""
-        normalized = (z - self.mean) * torch.exp(-self.log_sigma)
+        normalized = (z - self.mean) * _inverse(self.log_sigma)
         return -0.5 * normalized * normalized - HALF_LOG_2PI - self.log_sigma
 
     def kl(self, prior: Normal) -> Tensor:
         """KL(self || prior) of every element in closed form, in nats."""
         of_prior = prior.log_sigma if isinstance(prior, LogSigmaNormal) else prior.sigma.log()
-        difference = (self.mean - prior.mean) * torch.exp(-of_prior)
+        difference = (self.mean - prior.mean) * _inverse(of_prior)
         log_ratio = self.log_sigma - of_prior
         return 0.5 * (difference * difference + torch.exp(2 * log_ratio)) - 0.5 - log_ratio
+
+
+def _inverse(log_sigma: Tensor) -> Tensor:
+    """1 / sigma, as far as its square can be represented."""
+    largest = -0.5 * math.log(torch.finfo(log_sigma.dtype).tiny)
+    return torch.exp((-log_sigma).clamp(max=largest))
 
 
 class TopDownLayer(nn.Module):

@@ -56,7 +56,7 @@ def test_every_data_set_has_a_network_and_a_schedule(name: str) -> None:
         assert (c.model.encoder_channels, c.trainer.max_epochs) != (20, 60)
 
 
-@pytest.mark.parametrize("name", _choices("model"))
+@pytest.mark.parametrize("name", [n for n in _choices("model") if n.startswith("nvae")])
 def test_sizes_say_how_many_parameters_they_have(name: str) -> None:
     text = (ROOT / "configs" / "model" / f"{name}.yaml").read_text()
     said = re.match(r"# ([\d,]+) parameters", text)

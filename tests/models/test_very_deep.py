@@ -1,0 +1,133 @@
+"""What the house does with any model, with both families."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from nvae.checkpoint import load_model, save_model
+from nvae.export.folder import export
+from nvae.export.sampler import Sampler, export_sampler, largest_difference
+from nvae.models import EVDVAE, MODELS, VDVAE
+from nvae.objective import ObjectiveConfig, build_objective
+from nvae.sampling import CompiledDecoder, decode, encode, from_noise, sample_images
+from nvae.training.recompute import recompute_segments
+
+from . import test_evdvae, test_vdvae
+
+FAMILIES = {"vdvae": (VDVAE, test_vdvae.config), "evdvae": (EVDVAE, test_evdvae.config)}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    cls, config = FAMILIES[request.param]
+    model = cls(config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # so that every layer matters
+    return model.eval()
+
+
+@pytest.fixture
+def x():
+    return torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_round_trip_of_a_checkpoint(model, x, tmp_path):
+    save_model(model, tmp_path / "model.ckpt")
+    loaded = load_model(tmp_path / "model.ckpt")
+    assert type(loaded) is type(model) is MODELS[MODELS.name_of(type(model))]
+    assert loaded.config == model.config
+    noise = model.draw_noise(3)
+    torch.testing.assert_close(loaded(x, noise).logits, model(x, noise).logits)
+
+
+def loss_and_gradients(model, x, noise):
+    objective = build_objective(
+        model, ObjectiveConfig(kl_anneal_portion=0, kl_balancing=False, spectral_weight=0)
+    )
+    loss = objective(model.train(), x, noise, step=0, total_steps=1)
+    loss.data.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_objective_is_the_negative_elbo_and_reaches_every_parameter(model, x):
+    noise = model.draw_noise(3)
+    with torch.no_grad():
+        output = model(x, noise)
+        log_likelihood = model.likelihood(output.logits).log_prob(x)
+    loss, gradients = loss_and_gradients(model, x, noise)
+    expected = (output.kl_per_group.sum(1) - log_likelihood).mean()
+    torch.testing.assert_close(loss.total, expected)
+    assert loss.penalty is None
+    missing = {name for name, gradient in gradients.items() if gradient is None}
+    assert not missing
+
+
+def test_recomputed_segments_give_the_same_gradients(model, x):
+    noise = model.draw_noise(3)
+    other = copy.deepcopy(model)
+    recompute_segments(other)
+    _, plain = loss_and_gradients(model, x, noise)
+    _, recomputed = loss_and_gradients(other, x, noise)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_the_decoding_half_draws_the_same(model):
+    half = model.without_encoder()
+    noise = model.draw_noise(2)
+    assert torch.equal(half.sample_logits(2, 0.7, noise), model.sample_logits(2, 0.7, noise))
+    assert not [name for name in half.state_dict() if "posterior" in name or "encoder" in name]
+
+
+def test_latents_of_images(model, x):
+    """z and its coordinates under the prior decode to the same image."""
+    latents = encode(model, x, torch.arange(3))
+    again = from_noise(model, latents.noise)
+    for z, other in zip(latents.z, again.z, strict=True):
+        torch.testing.assert_close(z, other, atol=1e-4, rtol=1e-3)
+    assert decode(model, latents).shape == x.shape
+
+
+def test_exported_program(model, tmp_path):
+    """For batches of any size, with drawn pixels."""
+    sampler = Sampler(model, 1.0)
+    assert largest_difference(sampler, export_sampler(sampler).module()) <= 1e-5
+    save_model(model, tmp_path / "model.ckpt")
+    export(tmp_path / "model.ckpt", tmp_path / "out", with_sampler=False)
+    loaded = load_model(tmp_path / "out")
+    noise = model.draw_noise(2)
+    torch.testing.assert_close(
+        loaded.sample_logits(2, noise=noise), model.sample_logits(2, noise=noise)
+    )
+    assert "HubNVAE" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@torch.inference_mode()
+def test_compiled_sampling(model):
+    found = sample_images(model, range(3), batch_size=2, decode=CompiledDecoder(model, 2))
+    torch.testing.assert_close(found, sample_images(model, range(3)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "normal", "logistic_mixture"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_likelihood(family, kind, x):
+    cls, config = FAMILIES[family]
+    model = cls(config(likelihood=kind, bits=1 if kind == "bernoulli" else 4)).eval()
+    log_prob = model.likelihood(model(x.round()).logits).log_prob(x.round())
+    assert log_prob.shape == (3,)
+    assert log_prob.isfinite().all()
+
+
+def test_mixed_precision_keeps_distributions_in_float32(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.logits.dtype == torch.float32
+    for group in output.groups:
+        assert group.prior.sigma.dtype == group.posterior.mean.dtype == torch.float32
+    assert output.kl_per_group.isfinite().all()
