@@ -68,6 +68,9 @@ def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Oper
                 if p.ndim == 4:  # Module.to does not take parameters without storage
                     laid_out = p.detach().to(memory_format=torch.channels_last)
                     setattr(module, name, nn.Parameter(laid_out))
+            for name, b in module.named_buffers(recurse=False):
+                if b.ndim == 4:
+                    setattr(module, name, b.to(memory_format=torch.channels_last))
         objective = Objective(model, config.objective)
         if objective.spectral_norm is not None:
             objective.spectral_norm.is_warm = True

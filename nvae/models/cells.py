@@ -8,11 +8,12 @@ and around them; names and contents are the published ones (appendix A; `mconv_e
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.models.layers import (
@@ -286,7 +287,30 @@ class Cell(nn.Module):
         y = self.branch(x)
         if self.attention is None:
             return self.skip(x) + RESIDUAL_SCALE * y
-        return torch.addcmul(self.skip(x), y, RESIDUAL_SCALE * self.attention.gate(y))
+        return _add_scaled(self.skip(x), y, RESIDUAL_SCALE * self.attention.gate(y))
+
+
+def _add_scaled(skip: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """skip + y * scale, all ``(B, C, H, W)`` but the scale, ``(B, C, 1, 1)``."""
+    if torch.is_grad_enabled() and skip.dtype == y.dtype == scale.dtype:
+        out: Tensor = _AddScaled.apply(skip, y, scale)
+        return out
+    return torch.addcmul(skip, y, scale)
+
+
+class _AddScaled(torch.autograd.Function):
+    """Torch's own backward pass multiplies both factors by 1 first, y in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, skip: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale)
+        return torch.addcmul(skip, y, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, scale = ctx.saved_tensors
+        return grad, grad * scale, (grad * y).sum((2, 3), keepdim=True)
 
 
 _SWISH, _DILATED = ActConvSpec(), ActConvSpec(dilation=2)
