@@ -188,12 +188,15 @@ def print_tables(out: Path, parts: Sequence[Part]) -> list[str]:
         device, results = record.read_results(folder, parts)
         if results:
             print(f"\n{record.table(device, results, parts)}", flush=True)
-            unmet += [f"{what}: not met" for what in record.unmet(device, results, parts)]
+            unmet += [f"{device}: {what}: not met" for what in record.unmet(device, results, parts)]
     return unmet
 
 
 def main(words: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     """The command; its exit code."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     options = options_of(words, parts)
     out = options.out or record.RESULTS
     if options.dry and options.out is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.running import Cases, Emit, Part
+from benchmarks.gpu.running import DRY, Cases, Emit, Part
 from nvae.files import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -21,7 +21,7 @@ def environment(emit: Emit, dry: bool) -> None:
     """Emit the device and the versions that figures belong to."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if dry:
-        emit("dry: tiny shapes on the CPU; no figure means anything", device="dry", versions=found)
+        emit("dry: tiny shapes on the CPU; no figure means anything", device=DRY, versions=found)
         return
     gpu = torch.cuda.get_device_properties(0)
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

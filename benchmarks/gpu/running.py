@@ -24,6 +24,9 @@ from nvae.command_line import brief
 Cases = Mapping[str, Mapping[str, Any]]
 """What was measured, by case: what `benchmarks/results` keeps of a part."""
 
+DRY = "dry"
+"""Stands for a GPU's name in a dry run."""
+
 SECONDS_TO_END = 10.0
 """After its last word a process may flush and free; then it is killed."""
 
@@ -94,7 +97,7 @@ class Bar:
         value = self.measured(cases)
         if value is None:
             return "not measured"
-        if self.device is not None and self.device not in device:
+        if device == DRY or (self.device is not None and self.device not in device):
             return "not judged"
         return (
             "met" if (value <= self.wanted if self.at_most else value >= self.wanted) else "not met"
@@ -137,9 +140,7 @@ def run_case(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.gpu.__main__"])
     here, there = context.Pipe()
-    process = context.Process(
-        target=_work, args=(there, case.work, dict(case.arguments), str(log)), daemon=True
-    )
+    process = context.Process(target=_work, args=(there, case.work, dict(case.arguments), str(log)))
     process.start()
     there.close()
     until = time.monotonic() + seconds

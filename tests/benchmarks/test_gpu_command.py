@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import record
-from benchmarks.gpu.__main__ import PARTS, main, options_of
+from benchmarks.gpu.__main__ import PARTS, main, options_of, print_tables
 from benchmarks.gpu.running import Bar, Case, run_case
 from tests.benchmarks import works
 from tests.test_borders import ROOT
@@ -73,7 +73,7 @@ def test_parts_bars_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["broken"]["error"] == "ValueError: there is no kernel"
     assert cases_of(tmp_path, "last")["short"]["value"] == 2.0
     assert "small, one: value 3.0\n" in shown
-    assert "| largest | >= 4 m | 5 m | met |\n" in shown
+    assert "| largest | >= 4 m | 5 m | not judged |\n" in shown
     assert "| two | 5 |  |\n" in shown
     assert "| small: broken | failed | ValueError: there is no kernel |\n" in shown
     assert said == "small, broken: ValueError: there is no kernel\n"
@@ -209,8 +209,31 @@ def test_a_bar_is_judged_where_it_is_for() -> None:
     assert time_bar.verdict({"step": {"ms": 71.0}}, "NVIDIA H200") == "not met"
     assert time_bar.verdict(cases, "NVIDIA A100") == "not judged"
     assert time_bar.verdict({}, "NVIDIA H200") == "not measured"
+    assert time_bar.verdict({"step": {"ms": 71.0}}, "dry") == "not judged"
     assert Bar("ratio", 61, "x", ms).verdict(cases, "NVIDIA A100") == "not met"
     assert Bar("ratio", 60, "x", ms).verdict(cases, "NVIDIA A100") == "met"
+
+
+def test_a_bar_that_is_not_met_fails_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tables are of all machines whose results are there, and say what was reached."""
+    for device, value in (("NVIDIA A", 3.0), ("NVIDIA B", 5.0)):
+        file = record.PartFile(tmp_path / device / "small.json", {"device": device})
+        file.begin("one")
+        file.add("one", value=value, ended=True)
+    assert print_tables(tmp_path, works.PARTS) == ["NVIDIA A: largest: not met"]
+    assert main(["table", f"out={tmp_path}"], works.PARTS) == 0
+    shown = capsys.readouterr().out
+    assert "| bar, on NVIDIA A | wanted | measured | |\n|---|---|---|---|\n" in shown
+    assert "| largest | >= 4 m | 3 m | not met |\n" in shown
+    assert "| largest | >= 4 m | 5 m | met |\n" in shown
+
+
+def test_help_is_the_commands_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(part.name in shown for part in PARTS)
 
 
 def test_results_stay_on_the_same_machine_alone(tmp_path: Path) -> None:
