@@ -46,9 +46,8 @@ def short_config(root: Path, case: str = "two batches a step") -> TrainConfig:
     if case == "batches of two sizes":
         config.data = replace(config.data, train_size=42, global_batch=10)
         config.trainer.accumulate_grad_batches = 3
-    if case == "clipped":
+    if case == "clipped, with options":
         config.trainer.gradient_clip_val = 1.0
-    if case == "options":
         config.objective.free_bits = 0.5
         config.objective.encoder_noise = 0.05
         config.objective.spectral_weight_initial = 1.0
@@ -59,8 +58,7 @@ REPLAYED = {
     "two batches a step": 24 - 2 * WARM_UPS,
     "one batch a step": 24 - WARM_UPS,
     "batches of two sizes": 36 - 3 * WARM_UPS,
-    "clipped": 24 - 2 * WARM_UPS,
-    "options": 24 - 2 * WARM_UPS,
+    "clipped, with options": 24 - 2 * WARM_UPS,
 }
 
 
