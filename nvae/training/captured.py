@@ -230,11 +230,13 @@ class CapturedSteps(pl.Callback):
 
     Attributes:
         step: in training, where steps are captured.
+        replays: micro-batches that the last training has replayed.
     """
 
     def __init__(self, graphs: Callable[[torch.device], Graphs] = CudaGraphs) -> None:
         self._graphs = graphs
         self.step: CapturedStep | None = None
+        self.replays = 0
         self._trained: list[bool] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -285,6 +287,8 @@ class CapturedSteps(pl.Callback):
     def _end(self, module: pl.LightningModule) -> None:
         if isinstance(module, NVAELightning):
             module.whole_step = None
+        if self.step is not None:
+            self.replays = self.step.replays
         self.step = None
 
     def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
