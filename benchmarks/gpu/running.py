@@ -145,7 +145,7 @@ def run_case(
     there.close()
     until = time.monotonic() + seconds
     try:
-        while here.poll(max(0.0, until - time.monotonic())):
+        while (left := until - time.monotonic()) > 0 and here.poll(left):
             try:
                 kind, *content = here.recv()
             except (EOFError, ConnectionError):
@@ -162,8 +162,9 @@ def run_case(
         return f"stopped after {seconds:.0f} s"
     finally:
         here.close()
+        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # compilers and training runs, too
+            os.killpg(process.pid, signal.SIGKILL)  # compilers and training runs, too
         process.kill()
         process.join(SECONDS_TO_END)
 
