@@ -409,6 +409,11 @@ def _announce(console: Console, config: TrainConfig, folder: RunFolder, changed:
         console.print(f"run {folder.path}, resumed from {folder.checkpoint.name}")
     for line in changed:
         console.print(f"  changed since: {brief(line)}")
+    if config.compile and config.trainer.resolved_accelerator() == "cpu":
+        console.print(
+            "compile=true is meant for GPUs: on the CPU a small model's step may take longer with "
+            "it; compare train/images_per_second with compile=false"
+        )
 
 
 def _is_first_process() -> bool:

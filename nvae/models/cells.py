@@ -152,7 +152,7 @@ class MobileConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
         if self._folded.usable(self.training):
-            return self._folded.get([*self.parameters(), *self.buffers()], self.folded)(x)
+            return self._folded.get(self._folds_from(), self.folded)(x)
         x = self.expand(self.norm_in(x))
         if self.depthwise and not self.upsample:
             x, sums = self._normalized_depthwise(x)
@@ -160,6 +160,14 @@ class MobileConv(nn.Module):
             x = self.norm_expand(x)
             x, sums = self.spatial(upsample_nearest(x) if self.upsample else x), None
         return self.norm_out(self.project(self.norm_spatial(x, sums)))
+
+    def _folds_from(self) -> list[Tensor]:
+        # named one by one: a walk through the modules takes as long as a convolution of one image
+        norms = self.norm_in, self.norm_expand, self.norm_spatial, self.norm_out
+        return [
+            self.expand.weight, self.spatial.weight, self.project.weight,
+            *(t for n in norms for t in (n.weight, n.bias, n.running_mean, n.running_var)),
+        ]  # fmt: skip
 
     def _normalized_depthwise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """BN+Swish and the depthwise convolution in one op; the next BN's sums come with it."""

@@ -1,10 +1,12 @@
 """`train.py` from end to end, as a user runs it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -195,3 +197,13 @@ def test_report_without_any_checkpoint_is_one_line(
     assert err.count("\n") == 1
     assert f"no checkpoint in {tmp_path}" in err
     assert f"name={tmp_path.name} resume=auto" in err
+
+
+@pytest.mark.parametrize(("asked", "lines"), [(True, 1), (False, 0)])
+def test_compile_on_the_cpu_says_that_it_may_not_pay(asked: bool, lines: int) -> None:
+    """A digits-like model took 448 ms a step with it and 365 ms without."""
+    config = compose_train(["trainer.accelerator=cpu", f"compile={asked}"])
+    console = Console(record=True, soft_wrap=True, file=io.StringIO())
+    folder = SimpleNamespace(passed_over=[], checkpoint=None, path="runs/r")
+    train._announce(console, config, folder, [])  # type: ignore[arg-type]
+    assert console.export_text().count("compile=true is meant for GPUs") == lines
