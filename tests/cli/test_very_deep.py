@@ -1,0 +1,99 @@
+"""VDVAE and Efficient-VDVAE from the command line."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from nvae.cli.config import compose_train
+from nvae.models import MODELS
+from nvae.published_very_deep import FAMILIES, presets
+from nvae.settings import CONFIGS
+from tests.reference.very_deep import FOLDER
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_alone_chooses_the_architecture(family):
+    """`model=` is the one choice; the objective and the rest are the same for all families."""
+    config = compose_train([f"model={family}_tiny", "objective=elbo"])
+    assert config.architecture == family
+    model = config.build_model()
+    assert type(model) is FAMILIES[family]
+    text = (CONFIGS / "model" / f"{family}_tiny.yaml").read_text()
+    said = re.search(r"# ([\d,]+) parameters", text)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert config.objective.spectral_weight == 0
+
+
+def test_block_strings_and_lists_are_typed_as_they_are():
+    blocks = "model.encoder_blocks='8x3,8d2,4x1,4d4,1x1'"
+    config = compose_train(["model=vdvae_tiny", blocks])
+    assert len(config.model.encoder_plan) == 7
+    config = compose_train(["model=evdvae_tiny", "model.down_n_blocks_per_res=[1,1,0,2]"])
+    assert config.model.layers_per_level == [2, 2, 1, 3]
+    with pytest.raises(ValueError, match=r"model\.image_size=32 does not fit data\.image_size=8"):
+        compose_train(["model=vdvae_cifar10"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_with_every_setting_say_the_defaults(family):
+    values = yaml.safe_load((CONFIGS / "model" / f"{family}.yaml").read_text())
+    of_data = {"image_size", "image_channels", "counted_size", "bits", "likelihood"}
+    plain = MODELS[family].config_class(image_size=32).to_dict()
+    assert values["model"].keys() == plain.keys()
+    for key in plain.keys() - of_data:
+        assert values["model"][key] == plain[key], key
+
+
+def test_presets_of_five_bits_read_eight(tmp_path):
+    """The network and the likelihood drop the low bits themselves."""
+    five = [n for f in FAMILIES for n in presets(f) if "5bits" in n or n == "vdvae_ffhq256"]
+    assert len(five) == 4
+    for name in five:
+        config = compose_train(["data=ffhq256", "data.bits=8", f"model={name}"])
+        assert (config.model.bits, config.data.bits) == (5, 8)
+
+
+def test_published_five_bits_give_both_numbers(evaluate, tmp_path):
+    """The published figure, and that of masses that sum to 1, with the reason."""
+    output = tmp_path / "result.json"
+    images = ["random", "data.image_size=16", "data.bits=8", "data.channels=3", "data.test_size=2"]
+    text = evaluate(
+        f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}",
+        f"settings={FOLDER / 'vdvae_small.json'}", f"output={output}", "importance_samples=[]",
+        "device=cpu", *(f"data={images[0]}", *images[1:]),
+    )  # fmt: skip
+    assert "its masses do not sum to 1" in text
+    assert text.count("negative ELBO") == 2
+    found = json.loads(output.read_text())
+    published, normalized = found["result"], found["normalized"]
+    assert published["kl"] == normalized["kl"]
+    assert published["reconstruction"]["mean"] != normalized["reconstruction"]["mean"]
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+    wrong = evaluate.fails(
+        f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}", "settings=cifar10", "device=cpu"
+    )
+    assert "8 encoder blocks" in wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_the_negative_elbo(family):
+    """A hundred steps on two images that repeat."""
+    torch.manual_seed(0)
+    model = compose_train([f"model={family}_tiny"]).build_model()
+    x = (torch.arange(128).view(2, 1, 8, 8) % 16) / 15
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(100):
+        output = model(x)
+        loss = (output.kl_per_group.sum(1) - model.likelihood(output.logits).log_prob(x)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 200)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * losses[0]
