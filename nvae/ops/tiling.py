@@ -105,32 +105,37 @@ def forward_tiling(shape: Shape, limits: DeviceLimits, element_bytes: int) -> Ti
 
 
 @cache
-def backward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
+def backward_tiling(shape: Shape, limits: DeviceLimits, element_bytes: int) -> Tiling:
     """Tiling of ``depthwise_backward.cu``, in pixels of the input.
 
-    One channel a thread; 128 threads at no more than 168 registers, three blocks of them. Blocks
-    walk over several units, so that partial weight gradients are few.
+    Two channels a thread, 32 a block; 128 threads at no more than 168 registers, three blocks of
+    them. Beside the tile of dy there has to be room for x, ``element_bytes`` a value. Blocks walk
+    over several units, so that partial weight gradients are few.
     """
-    patch = (4, 4) if shape.k <= TUNED_KERNEL else (2, 4)
+    patch = (2, 4)
 
     def shared(channels: int, images: int, th: int, tw: int) -> int:
         staged = images * (th + shape.k - 1) * (tw + shape.k - 1)
-        taps = -(-(shape.k**2) * (channels + 1) // 4) * 4
-        return 4 * (staged * channels + taps + 2 * channels)
+        taps = -(-(shape.k**2) * (channels + 2) // 4) * 4
+        x = -(-images * th * tw * channels * element_bytes // 16) * 16
+        return 4 * (staged * channels + taps + 5 * channels) + x
 
     tiling = _tiling(
-        shape, (shape.h, shape.w), patch, limits, shared,
-        channels_per_block(shape.c) if shape.k <= TUNED_KERNEL else 32,
-        per_thread=1, most_threads=128, resident_threads=384,
+        shape, (shape.h, shape.w), patch, limits, shared, 32,
+        per_thread=2, most_threads=128, resident_threads=384,
     )  # fmt: skip
-    return _walking(tiling, shape, limits)
+    # where the thread groups' sums meet: all taps, or a row of them, and BN's two
+    taps = shape.k**2 if shape.k <= TUNED_KERNEL else shape.k
+    groups = tiling.threads * 2 // tiling.channels
+    sums = 4 * groups * (taps + 2) * (tiling.channels + 2)
+    return _walking(replace(tiling, shared=max(tiling.shared, sums)), shape, limits)
 
 
 def _walking(tiling: Tiling, shape: Shape, limits: DeviceLimits) -> Tiling:
     """As many blocks as finish soonest: full waves of them, each walking over several units.
 
     A block's start (weights, the first copy that nothing hides, its partial sums) is reckoned as
-    half a unit.
+    half a unit; of equals the fewest blocks, which leave the fewest partial sums.
     """
     down, across, units, _ = tiling.grid
     resident = min(
@@ -140,8 +145,8 @@ def _walking(tiling: Tiling, shape: Shape, limits: DeviceLimits) -> Tiling:
     slots = limits.multiprocessors * resident
     columns = channel_blocks(shape.c, tiling.channels)
 
-    def duration(a_block: int) -> float:
-        return -(-columns * -(-units // a_block) // slots) * (a_block + 0.5)
+    def duration(a_block: int) -> tuple[float, int]:
+        return -(-columns * -(-units // a_block) // slots) * (a_block + 0.5), -a_block
 
     # more than this in one block would leave multiprocessors without any
     most = max(1, -(-units * columns // slots)) + 1
