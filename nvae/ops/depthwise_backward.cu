@@ -398,11 +398,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
     const int live = min(CB, C - c0);
 #if NEED_DW
     float* to = a.partial_weight + (static_cast<long long>(row) * C + c0) * (K * K);
+#pragma unroll 1
     for (int i = threadIdx.x; i < live * TAPS; i += THREADS)
         to[i / TAPS * (K * K) + first_row * K + i % TAPS] =
             add_groups<ROWS>(tile + i % TAPS * WEIGHT_PITCH + i / TAPS);
 #endif
 #if FUSED && NEED_DX
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * CB; i += THREADS)
         if (i % CB < live)
             a.partial_sums[(static_cast<long long>(row) * 2 + i / CB) * C + c0 + i % CB] =
