@@ -92,19 +92,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 #if HAS_BN
                 const float centered = x[i] - mean[i];
                 const float v = fmaf(centered, scale[i], shift[i]);
-#if SWISH
-                const float s = sigmoid(v);
-#endif
 #endif
 #if MODE == MODE_APPLY
 #if SWISH
-                out[i] = v * s;
+                out[i] = v * sigmoid(v);
 #else
                 out[i] = v;
 #endif
 #elif MODE == MODE_BACKWARD
 #if SWISH
-                const float g = dy[i] * fmaf(v * s, 1.f - s, s);  // Swish' = s + v s (1 - s)
+                const float g = dy[i] * swish_slope(v);
 #else
                 const float g = dy[i];
 #endif

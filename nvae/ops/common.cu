@@ -116,6 +116,44 @@ __device__ __forceinline__ float store_one(elem* p, float v) {
 #endif
 }
 
+// Two adjacent channels as they are stored
+#if ELEM == 32
+typedef float2 Pair;
+#else
+typedef unsigned Pair;
+#endif
+
+__device__ __forceinline__ float2 widen_pair(Pair bits) {
+#if ELEM == 32
+    return bits;
+#elif ELEM == 17
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+#else
+    return make_float2(widen(static_cast<unsigned short>(bits)),
+                       widen(static_cast<unsigned short>(bits >> 16)));
+#endif
+}
+
+// Stores two channels and returns what was stored.
+__device__ __forceinline__ float2 store_pair(elem* p, float2 v, bool both) {
+#if VIO >= 2
+#if ELEM == 32
+    const Pair bits = v;
+#else
+    const Pair bits = pack(v.x, v.y);
+#endif
+    *reinterpret_cast<Pair*>(p) = bits;
+    return widen_pair(bits);
+#else
+    return make_float2(store_one(p, v.x), both ? store_one(p + 1, v.y) : 0.f);
+#endif
+}
+
+// Two adjacent channels in shared memory
+__device__ __forceinline__ float2 pair(const float* p) {
+    return *reinterpret_cast<const float2*>(p);
+}
+
 __device__ __forceinline__ Raw load_raw(const elem* p) {
     return __ldg(reinterpret_cast<const Raw*>(p));
 }
@@ -210,4 +248,9 @@ __device__ __forceinline__ void store_vector(elem* p, const float (&v)[VIO]) {
 // 1 / (1 + exp(-v)), to a few ulp; exp overflows to infinity for v < -88, which gives 0
 __device__ __forceinline__ float sigmoid(float v) {
     return __fdividef(1.f, 1.f + __expf(-v));
+}
+// The derivative of v sigmoid(v)
+__device__ __forceinline__ float swish_slope(float v) {
+    const float s = sigmoid(v);
+    return fmaf(v * s, 1.f - s, s);
 }

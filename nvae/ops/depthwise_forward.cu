@@ -154,10 +154,6 @@ __device__ __forceinline__ void activate(const Args& a, const Raw* raw, float* t
     }
 }
 
-__device__ __forceinline__ float2 pair(const float* p) {
-    return *reinterpret_cast<const float2*>(p);
-}
-
 // even and odd point at the patch's first input value, in the two orders of a pixel's channels;
 // weights at the two channels' first tap
 __device__ __forceinline__ void convolve(const float* even, const float* odd, const float* weights,
@@ -205,23 +201,6 @@ __device__ __forceinline__ void convolve(const float* even, const float* odd, co
             }
         }
     }
-}
-
-// Stores two channels and returns what was stored.
-__device__ __forceinline__ float2 store_pair(elem* p, float2 v, bool both) {
-#if VIO >= 2
-#if ELEM == 32
-    *reinterpret_cast<float2*>(p) = v;
-    return v;
-#else
-    const unsigned packed = pack(v.x, v.y);
-    *reinterpret_cast<unsigned*>(p) = packed;
-    return make_float2(widen(static_cast<unsigned short>(packed)),
-                       widen(static_cast<unsigned short>(packed >> 16)));
-#endif
-#else
-    return make_float2(store_one(p, v.x), both ? store_one(p + 1, v.y) : 0.f);
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const Args a) {

@@ -92,7 +92,7 @@ def depthwise_backward(
     """
     x, dy, weight = nhwc(x), nhwc(dy.to(x.dtype)), _vector(weight)
     shape = _shape(x, weight, stride)
-    tiling = backward_tiling(shape, launcher.limits(x.device))
+    tiling = backward_tiling(shape, launcher.limits(x.device), x.element_size())
     rows = tiling.grid[3]
     y, dsums = through_sums if through_sums is not None else (None, None)
     y = None if y is None else nhwc(y)

@@ -14,6 +14,7 @@ from nvae.ops.cuda import DeviceLimits
 
 MAX_KERNEL = 11
 RESERVED_SHARED = 1024  # what the system takes of every block's shared memory
+CHANNELS = 32  # of a block; a thread takes two
 TUNED_KERNEL = 5  # up to this size the weights stay in registers
 
 
@@ -68,11 +69,6 @@ class Tiling:
         }  # fmt: skip
 
 
-def channels_per_block(c: int) -> int:
-    """64 (whole 128-byte lines in 16 bits), or 32 where that leaves fewer lanes idle."""
-    return 64 if -(-c // 64) * 64 <= -(-c // 32) * 32 * 1.07 else 32
-
-
 def channel_blocks(c: int, channels: int) -> int:
     """Blocks side by side."""
     return -(-c // channels)
@@ -88,49 +84,54 @@ def forward_tiling(shape: Shape, limits: DeviceLimits, element_bytes: int) -> Ti
     """
     patch = (4, 4) if shape.k <= TUNED_KERNEL and shape.s == 1 else (2, 4)
 
-    def shared(channels: int, images: int, th: int, tw: int) -> int:
+    def shared(images: int, th: int, tw: int) -> int:
         staged = ((th - 1) * shape.s + shape.k) * ((tw - 1) * shape.s + shape.k)
         copied = staged
         if th >= shape.out[0] and tw >= shape.out[1]:  # the whole image: its padding stays
             copied = min(staged, shape.h * shape.w)
-        taps = -(-(shape.k**2) * (channels + 2) // 4) * 4
-        floats = images * staged * channels + taps + 3 * channels
-        return 4 * floats + -(-images * copied * channels * element_bytes // 16) * 16
+        taps = -(-(shape.k**2) * (CHANNELS + 2) // 4) * 4
+        floats = images * staged * CHANNELS + taps + 3 * CHANNELS
+        return 4 * floats + -(-images * copied * CHANNELS * element_bytes // 16) * 16
 
     tiling = _tiling(
-        shape, shape.out, patch, limits, shared, 32,
-        per_thread=2, most_threads=256 if shape.k <= TUNED_KERNEL else 128, resident_threads=512,
+        shape, shape.out, patch, limits, shared,
+        most_threads=256 if shape.k <= TUNED_KERNEL else 128, resident_threads=512,
     )  # fmt: skip
     return _walking(tiling, shape, limits)
 
 
 @cache
-def backward_tiling(shape: Shape, limits: DeviceLimits) -> Tiling:
+def backward_tiling(shape: Shape, limits: DeviceLimits, element_bytes: int) -> Tiling:
     """Tiling of ``depthwise_backward.cu``, in pixels of the input.
 
-    One channel a thread; 128 threads at no more than 168 registers, three blocks of them. Blocks
-    walk over several units, so that partial weight gradients are few.
+    Two channels a thread, 32 a block; 128 threads at no more than 168 registers, three blocks of
+    them. Beside the tile of dy there has to be room for x, ``element_bytes`` a value. Blocks walk
+    over several units, so that partial weight gradients are few.
     """
-    patch = (4, 4) if shape.k <= TUNED_KERNEL else (2, 4)
+    patch = (2, 4)
 
-    def shared(channels: int, images: int, th: int, tw: int) -> int:
+    def shared(images: int, th: int, tw: int) -> int:
         staged = images * (th + shape.k - 1) * (tw + shape.k - 1)
-        taps = -(-(shape.k**2) * (channels + 1) // 4) * 4
-        return 4 * (staged * channels + taps + 2 * channels)
+        taps = -(-(shape.k**2) * (CHANNELS + 2) // 4) * 4
+        x = -(-images * th * tw * CHANNELS * element_bytes // 16) * 16
+        return 4 * (staged * CHANNELS + taps + 5 * CHANNELS) + x
 
     tiling = _tiling(
         shape, (shape.h, shape.w), patch, limits, shared,
-        channels_per_block(shape.c) if shape.k <= TUNED_KERNEL else 32,
-        per_thread=1, most_threads=128, resident_threads=384,
+        most_threads=128, resident_threads=384,
     )  # fmt: skip
-    return _walking(tiling, shape, limits)
+    # where the thread groups' sums meet: all taps, or a row of them, and BN's two
+    taps = shape.k**2 if shape.k <= TUNED_KERNEL else shape.k
+    groups = tiling.threads * 2 // CHANNELS
+    sums = 4 * groups * (taps + 2) * (CHANNELS + 2)
+    return _walking(replace(tiling, shared=max(tiling.shared, sums)), shape, limits)
 
 
 def _walking(tiling: Tiling, shape: Shape, limits: DeviceLimits) -> Tiling:
     """As many blocks as finish soonest: full waves of them, each walking over several units.
 
     A block's start (weights, the first copy that nothing hides, its partial sums) is reckoned as
-    half a unit.
+    half a unit; of equals the fewest blocks, which leave the fewest partial sums.
     """
     down, across, units, _ = tiling.grid
     resident = min(
@@ -138,10 +139,10 @@ def _walking(tiling: Tiling, shape: Shape, limits: DeviceLimits) -> Tiling:
         max(1, limits.shared_per_multiprocessor // (tiling.shared + RESERVED_SHARED)),
     )
     slots = limits.multiprocessors * resident
-    columns = channel_blocks(shape.c, tiling.channels)
+    columns = channel_blocks(shape.c, CHANNELS)
 
-    def duration(a_block: int) -> float:
-        return -(-columns * -(-units // a_block) // slots) * (a_block + 0.5)
+    def duration(a_block: int) -> tuple[float, int]:
+        return -(-columns * -(-units // a_block) // slots) * (a_block + 0.5), -a_block
 
     # more than this in one block would leave multiprocessors without any
     most = max(1, -(-units * columns // slots)) + 1
@@ -164,10 +165,8 @@ def _tiling(
     extent: tuple[int, int],
     patch: tuple[int, int],
     limits: DeviceLimits,
-    shared: Callable[[int, int, int, int], int],
-    channels: int,
+    shared: Callable[[int, int, int], int],
     *,
-    per_thread: int,
     most_threads: int,
     resident_threads: int,
 ) -> Tiling:
@@ -178,9 +177,7 @@ def _tiling(
         extent: height and width that the tiles cover.
         patch: pixels a thread computes at a time.
         limits: of the device.
-        shared: bytes of shared memory for (channels, images, tile height, tile width).
-        channels: of a block.
-        per_thread: channels of a thread.
+        shared: bytes of shared memory for (images, tile height, tile width).
         most_threads: threads of a block.
         resident_threads: threads a multiprocessor has registers for.
     """
@@ -190,7 +187,7 @@ def _tiling(
             limits.shared_per_block,
             limits.shared_per_multiprocessor // resident - RESERVED_SHARED,
         )
-        tiles = [tile for tile in _tiles(extent, patch) if shared(channels, 1, *tile) <= budget]
+        tiles = [tile for tile in _tiles(extent, patch) if shared(1, *tile) <= budget]
         if tiles:
             break
     else:
@@ -199,19 +196,17 @@ def _tiling(
         )
     tile = tiles[0]
     patches = tile[0] * tile[1] // (patch[0] * patch[1])
-    lanes = channels // per_thread
+    lanes = CHANNELS // 2
     images = 1  # small images: several a block, for threads to have work
     while (
-        images < shape.b
-        and images * patches * lanes < 128
-        and shared(channels, 2 * images, *tile) <= budget
+        images < shape.b and images * patches * lanes < 128 and shared(2 * images, *tile) <= budget
     ):
         images *= 2
     wanted_threads = min(most_threads, images * patches * lanes)
-    threads = -(-wanted_threads // channels) * channels  # so that a thread's channels stay
+    threads = -(-wanted_threads // CHANNELS) * CHANNELS  # so that a thread's channels stay
     down, across = -(-extent[0] // tile[0]), -(-extent[1] // tile[1])
     units = -(-shape.b // images) * down * across
     return Tiling(
-        channels, images, tile, patch, threads, max(1, resident_threads // threads),
-        shared(channels, images, *tile), (down, across, units, units),
+        CHANNELS, images, tile, patch, threads, max(1, resident_threads // threads),
+        shared(images, *tile), (down, across, units, units),
     )  # fmt: skip

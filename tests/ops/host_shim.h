@@ -101,7 +101,7 @@ inline float2 fma2(float2 a, float2 b, float2 c) {
 }
 
 struct Index {
-    int x;
+    int x, y;
 };
 inline thread_local Index threadIdx, blockIdx;
 

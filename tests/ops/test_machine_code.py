@@ -144,7 +144,8 @@ def test_machine_code(configuration: tuple, tmp_path: Path) -> None:
 def test_most_instructions_of_the_main_loop_are_the_convolution(tmp_path: Path) -> None:
     """The tuned kernels stay near their multiply-adds: 25 an output forward, 50 backward.
 
-    Counted over the whole kernel, one patch of 16 outputs of one or two channels a thread.
+    Counted over the whole kernel: a patch of 4x4 outputs of two channels, and one of 2x4 whose two
+    gradients take as many.
     """
     binary = tool()
     forward, backward = (
@@ -155,7 +156,7 @@ def test_most_instructions_of_the_main_loop_are_the_convolution(tmp_path: Path) 
         opcodes = disassemble(binary, launch.kernel, launch.macros, 90, tmp_path)[3]
         products = [o for o in opcodes if o.startswith("FFMA")]
         assert len(products) >= 800
-        assert len(opcodes) < 3.5 * 800, launch.kernel
+        assert len(opcodes) < 2.8 * 800, launch.kernel
 
 
 def test_every_kernel_compiles_for_every_architecture() -> None:
