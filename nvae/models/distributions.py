@@ -6,7 +6,9 @@ Everything here is computed in float32 at least, also under mixed precision.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -47,6 +49,11 @@ class Normal:
         if temperature != 1.0:
             sigma = sigma * temperature
         return cls(soft_clamp(mean), sigma)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Distributions of one class and shape as one, whose batch is all their batches."""
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def sample(self, noise: Tensor) -> Tensor:
         """Reparameterized draw from standard normal ``noise`` of the same shape."""

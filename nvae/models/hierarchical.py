@@ -102,7 +102,8 @@ class Output:
             assert group.posterior is not None
             tensors = group.z, group.prior.sigma, group.posterior.sigma
             layouts = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-            alike[layouts, group.has_flow].append(index)
+            kinds = type(group.prior), type(group.posterior), group.has_flow
+            alike[layouts, kinds].append(index)
         return [
             (indices, _one_after_another([self.groups[i] for i in indices]).kl.sum((2, 3)))
             for indices in alike.values()
@@ -153,8 +154,8 @@ def _one_after_another(groups: Sequence[GroupSample]) -> GroupSample:
     drawn = [g.posterior_sample for g in groups if g.posterior_sample is not None]
     return GroupSample(
         torch.cat([group.z for group in groups]),
-        Normal(torch.cat([p.mean for p in priors]), torch.cat([p.sigma for p in priors])),
-        Normal(torch.cat([q.mean for q in posteriors]), torch.cat([q.sigma for q in posteriors])),
+        type(priors[0]).joined(priors),
+        type(posteriors[0]).joined(posteriors),
         torch.cat(drawn) if groups[0].has_flow else None,
         groups[0].has_flow,
     )

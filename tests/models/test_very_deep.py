@@ -10,6 +10,8 @@ from nvae.checkpoint import load_model, save_model
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
 from nvae.models import EVDVAE, MODELS, VDVAE
+from nvae.models.hierarchical import GroupSample, Output
+from nvae.models.very_deep import LogSigmaNormal
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.sampling import CompiledDecoder, decode, encode, from_noise, sample_images
 from nvae.training.recompute import recompute_segments
@@ -131,3 +133,17 @@ def test_mixed_precision_keeps_distributions_in_float32(model, x):
     for group in output.groups:
         assert group.prior.sigma.dtype == group.posterior.mean.dtype == torch.float32
     assert output.kl_per_group.isfinite().all()
+
+
+def test_kl_of_groups_worked_out_together_knows_their_log_sigma():
+    """Sigma itself rounds to 0 here; a KL that is made of it would be infinite."""
+    groups = []
+    for shift in (0.0, 0.5):
+        zeros, log_sigma = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), -120.0)
+        prior = LogSigmaNormal.of(zeros, log_sigma + shift)
+        posterior = LogSigmaNormal.of(zeros, log_sigma)
+        groups.append(GroupSample(zeros, prior, posterior, zeros))
+    output = Output(torch.zeros(2, 1, 8, 8), tuple(groups))
+    expected = torch.stack([group.kl.sum((1, 2, 3)) for group in groups], dim=1)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(output.kl_per_group, expected, rtol=1e-6, atol=1e-4)
