@@ -150,7 +150,8 @@ def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None)
         model: with its weights.
         run_config: of the run that trained it, where that is known; it may be anybody's.
     """
-    family, paper = _FAMILIES.get(MODELS.name_of(type(model)), (type(model).__name__, ""))
+    ours = (_FAMILIES[name] for name in _FAMILIES if isinstance(model, MODELS[name]))
+    family, paper = next(ours, (type(model).__name__, ""))
     parts = [
         _FRONT_MATTER,
         f"# Deep hierarchical VAE ({family})\n",
