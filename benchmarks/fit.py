@@ -16,6 +16,7 @@ from nvae.cli.common import float32_products
 from nvae.cli.config import TrainConfig, build_callbacks, compose_train, with_objects
 from nvae.cli.train import build_module
 from nvae.data.module import ImageDataModule
+from nvae.training.captured import CapturedStep
 from nvae.training.guard import guard_of
 from nvae.training.module import NVAELightning
 from nvae.training.trainer import build_trainer
@@ -85,8 +86,8 @@ class Recorder(pl.Callback):
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.last is not None
         self.losses.append(pl_module.last.total.detach().clone())
-        whole_step = getattr(pl_module, "whole_step", None)
-        self.replays = 0 if whole_step is None else whole_step.replays
+        step = pl_module.whole_step
+        self.replays = step.replays if isinstance(step, CapturedStep) else 0
         if pl_module.device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)
             end.record()

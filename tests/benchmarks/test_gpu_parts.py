@@ -1,7 +1,6 @@
 """What the acceptance's parts do, in small on the CPU."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +12,7 @@ from benchmarks.fit import compose_steps, fit_steps
 from benchmarks.gpu import steps, use
 from benchmarks.gpu.running import Setting
 from benchmarks.sample import UNFOLDED
-from nvae.cli.config import TrainConfig
-from nvae.training.trainer import TrainerConfig
 from tests.data.files import pictures, write_idx
-
-SETTINGS = {each.name for config in (TrainConfig, TrainerConfig) for each in fields(config)}
-HAS_WAYS = {"kernels", "cuda_graph"} <= SETTINGS
 
 
 def emitted(work: Callable[..., None], **arguments: Any) -> dict[str, Any]:
@@ -49,13 +43,12 @@ def test_steps_are_real_and_counted() -> None:
     assert any(moved)
 
 
-@pytest.mark.skipif(not HAS_WAYS, reason="settings of the ways are not there yet")
 @pytest.mark.parametrize("way", steps.WAYS)
 def test_ways_compose(way: str) -> None:
     for precision in steps.PRECISIONS:
         config = compose_steps(steps.overrides_of("cifar10", precision, way, dry=True))
         assert config.trainer.tf32 == (precision == "tf32")
-        assert (config.kernels == "reference") == (way == steps.REFERENCE)  # type: ignore[attr-defined]
+        assert (config.kernels == "reference") == (way == steps.REFERENCE)
 
 
 def test_a_step_that_was_not_captured_is_no_captured_step() -> None:
