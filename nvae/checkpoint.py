@@ -174,7 +174,9 @@ def _check_format(
         held = f"format={found}" if found else "a format of this project, which takes no format="
         raise CheckpointError(f"{path} is no checkpoint of format={wanted}; it has {held}")
     if config is not None and found not in FAMILIES:
-        raise CheckpointError(f"{path} says its settings itself; leave config=, of the commands settings=, out")
+        raise CheckpointError(
+            f"{path} says its settings itself; leave config=, of the commands settings=, out"
+        )
 
 
 def _network_state(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def test_any_value_anywhere_costs_its_part_only(run: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_more_values_anywhere_cost_their_part_only(run: Path, name: str) -> None:
     """A step that shares no factor with the number of values, so that all of them come."""
-    assert math.gcd(4, len(VALUES)) == 1
-    assert _confuse(run, name, every=4) > 30
+    assert math.gcd(8, len(VALUES)) == 1
+    assert _confuse(run, name, every=8) > 15
 
 
 @pytest.mark.parametrize("name", FILES)
