@@ -5,7 +5,7 @@ its four: the maps go into the neighboring weights. A weight-normalized convolut
 one with the normalized weight. What is folded is kept while nothing that it came from changes.
 
 On a GPU that runs the kernels, depthwise convolutions go through them here too, since cuDNN's are
-the slowest of a pass; what is folded on the CPU is made of PyTorch's own layers alone.
+the slowest of a pass; what is folded on the CPU is made of PyTorch's own operations alone.
 """
 
 from collections.abc import Callable, Iterable
