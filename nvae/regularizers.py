@@ -138,7 +138,8 @@ class _SigmaSum(torch.autograd.Function):
         # the scale falls as ||w|| grows: d scale / d w = -scale w / ((||w|| + eps) ||w||)
         tiny = torch.finfo(norm.dtype).tiny
         shrink = -grad * per_row / ((norm + NORM_EPS) * norm.clamp_min(tiny))
-        grad_weight = torch.addcmul(stacked * shrink.unsqueeze(2), outer, right)
+        # in place: memory that is new to the process costs a CPU more than the arithmetic
+        grad_weight = (stacked * shrink.unsqueeze(2)).addcmul_(outer, right)
         return (None,) * 5 + grad_weight.unbind() + (grad * per_row).unbind()
 
 

@@ -5,13 +5,14 @@ its four: the maps go into the neighboring weights. A weight-normalized convolut
 one with the normalized weight. What is folded is kept while nothing that it came from changes.
 
 On a GPU that runs the kernels, depthwise convolutions go through them here too, since cuDNN's are
-the slowest of a pass; what is folded on the CPU is made of PyTorch's own layers alone.
+the slowest of a pass; what is folded on the CPU is made of PyTorch's own operations alone.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.ops import depthwise_conv2d
@@ -61,7 +62,7 @@ def fixed_conv(
     is_depthwise = groups == out_channels > 1 and in_channels == 1 and bias is None
     is_same = dilation == 1 and kernel == [2 * padding + 1] * 2
     fits = is_depthwise and is_same and will_take(kernels, weight)
-    conv = (_DepthwiseKernel if fits else nn.Conv2d)(
+    conv = (_DepthwiseKernel if fits else _FixedConv2d)(
         in_channels * groups, out_channels, (kernel[0], kernel[1]), stride, padding, dilation,
         groups, bias=bias is not None, device="meta",
     )  # fmt: skip
@@ -69,6 +70,35 @@ def fixed_conv(
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return conv
+
+
+def evaluated_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int,
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """:func:`torch.nn.functional.conv2d` in evaluation; a 1x1 convolution on the CPU as a product.
+
+    The product takes and gives channels_last, and what follows it stays in that layout, which is
+    the faster one for depthwise convolutions too. For a single image oneDNN would pack the weights
+    at every call. Neither with gradients nor while something is being traced: a compiler or an
+    exported program chooses for itself.
+    """
+    is_pointwise = weight.shape[2:] == (1, 1) and stride == groups == 1 and padding == 0
+    if (
+        is_pointwise
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    ):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class _FixedConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return evaluated_conv2d(
+            x, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.dilation[0],
+            self.groups,
+        )  # fmt: skip
 
 
 class _DepthwiseKernel(nn.Conv2d):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae.models.folding import Derived, fixed_conv
+from nvae.models.folding import Derived, evaluated_conv2d, fixed_conv
 from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d, reference
 from nvae.ops.library import OPS, Impl, has_kernels
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
@@ -184,7 +184,8 @@ class WeightNormConv2d(SpectralConv):
         weight = self.normalized_weight()
         if self.groups == len(weight) > 1 and self.bias is None:  # the flows' spatial step
             return depthwise_conv2d(x, weight, self.stride, impl=self.kernels)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        convolve = F.conv2d if self.training else evaluated_conv2d
+        return convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def folded(self) -> nn.Module:
         """A plain convolution with the normalized weight."""

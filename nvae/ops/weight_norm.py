@@ -55,9 +55,9 @@ def _scaled_gradient(
     along = (grad * weight).sum(tuple(range(1, weight.ndim)))
     # d scale / d ||w|| = -scale / (||w|| + eps), d ||w|| / d w = w / ||w||
     shrink = along * scale / ((norm + NORM_EPS) * norm.clamp_min(torch.finfo(norm.dtype).tiny))
-    grad_weight = torch.addcmul(
-        grad * _per_row(scale, weight), weight, _per_row(shrink, weight), value=-1
-    )
+    grad_weight = grad * _per_row(scale, weight)
+    # in place: memory that is new to the process costs a CPU more than the arithmetic
+    grad_weight.addcmul_(weight, _per_row(shrink, weight), value=-1)
     return grad_weight, along * scale
 
 

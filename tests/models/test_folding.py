@@ -32,6 +32,31 @@ def test_every_cell_family_folds_exactly(family: str, memory_format: torch.memor
     torch.testing.assert_close(found.kl_per_group, expected.kl_per_group, rtol=1e-9, atol=1e-9)
 
 
+def test_evaluation_on_the_cpu_multiplies_where_a_convolution_is_pointwise() -> None:
+    """The convolution's numbers in the layout that the next ones are fast in, from any layout."""
+    conv = WeightNormConv2d(6, 8, 1).double().eval()
+    x = torch.rand(2, 6, 5, 7, dtype=torch.float64)
+    expected = conv(x)  # with gradients: torch's convolution, of x's layout
+    assert expected.is_contiguous()
+    for layer in (conv, conv.folded()):
+        for given in (x, x.to(memory_format=torch.channels_last)):
+            with torch.no_grad():
+                found = layer(given)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_training_without_gradients_convolves_as_with_them() -> None:
+    """A part of the pass that is computed twice, once without gradients, gives the same bits."""
+    conv = WeightNormConv2d(32, 48, 1)
+    x = torch.rand(2, 32, 8, 8)
+    expected = conv(x)
+    with torch.no_grad():
+        found = conv(x)
+    assert found.stride() == expected.stride()
+    assert torch.equal(found, expected)
+
+
 def test_nothing_foldable_stays() -> None:
     folded = fold(small_model().eval())
     assert not [module for module in folded.modules() if isinstance(module, Foldable)]
