@@ -7,7 +7,7 @@ its name, into every log.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -110,6 +110,7 @@ def elbo(
     beta: float | Tensor = 1.0,
     alpha: Tensor | None = None,
     free_bits: float = 0.0,
+    kl_weights: Tensor | None = None,
 ) -> Elbo:
     """Assemble the negative ELBO.
 
@@ -120,10 +121,14 @@ def elbo(
         alpha: balancing constants; balancing applies while beta < 1. None: no balancing.
         free_bits: nats that every group may carry for nothing: a group whose batch mean is below
             them adds this constant instead of its KL (Kingma et al. 2016, section 5). 0: none.
+        kl_weights: other coefficients of the groups' KL, ``(G,)``, whatever beta is; then alpha is
+            None.
     """
     kl_per_group = output.kl_per_group
     weights = torch.ones_like(kl_per_group[0])
-    if alpha is not None and isinstance(beta, Tensor):
+    if kl_weights is not None:
+        weights = kl_weights
+    elif alpha is not None and isinstance(beta, Tensor):
         weights = torch.where(beta < 1, balancing_weights(kl_per_group, alpha), weights)
     elif alpha is not None and beta < 1:
         weights = balancing_weights(kl_per_group, alpha)
@@ -145,7 +150,8 @@ class ObjectiveConfig:
     r"""Annealing, balancing and regularization.
 
     Attributes:
-        name: ``elbo``, or ``package.module:Class`` for a subclass of :class:`Objective`.
+        name: ``elbo``, ``gamma_balanced`` (Efficient-VDVAE's), or ``package.module:Class`` for a
+            subclass of :class:`Objective`.
         options: of such a class; see :attr:`Objective.defaults`.
         kl_anneal_portion: share of all steps over which beta rises to 1; 0 turns annealing off.
         kl_constant_portion: share of all steps that beta stays at its minimum.
@@ -160,6 +166,9 @@ class ObjectiveConfig:
             it further down (Ishida et al. 2020, equation 1), in nats. null: none.
         encoder_noise: standard deviation of Gaussian noise on the encoder's input, in units of
             [0, 1]; the likelihood still counts the clean image. 0: none.
+        per_dimension: the loss and its gradients are in nats per counted dimension (channels times
+            pixels), as VDVAE's and Efficient-VDVAE's bounds on the gradient norm mean them; the
+            terms that are logged stay nats per image, ``loss`` apart.
     """
 
     name: str = "elbo"
@@ -174,6 +183,7 @@ class ObjectiveConfig:
     free_bits: float = 0.0
     flooding: float | None = None
     encoder_noise: float = 0.0
+    per_dimension: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
@@ -265,7 +275,7 @@ class Objective(nn.Module):
         total_steps: int,
         input_noise: Tensor | None = None,
         regularize: bool = True,
-        on_device: tuple[Tensor, Tensor] | None = None,
+        on_device: Sequence[Tensor] | None = None,
     ) -> Loss:
         """The loss of a micro-batch.
 
@@ -277,12 +287,12 @@ class Objective(nn.Module):
             total_steps: of the whole run.
             input_noise: standard normal, like ``x``; needed where the configuration asks for it.
             regularize: add the regularizers, once an optimizer step.
-            on_device: beta and lambda as 0-d float64 tensors on the model's device, which take the
-                place of ``step``'s in all that is computed. What is captured reads them there.
+            on_device: :meth:`coefficients` as 0-d float64 tensors on the model's device, which take
+                the place of ``step``'s in all that is computed. What is captured reads them there.
         """
-        beta_now = self.beta(step, total_steps)
-        weight_now = self.spectral_weight(beta_now)
-        beta, weight = (beta_now, weight_now) if on_device is None else on_device
+        now = self.coefficients(step, total_steps)
+        used = now if on_device is None else dict(zip(now, on_device, strict=True))
+        weight = used["lambda"]
         with model.training_pass() as for_regularizers:
             if self.config.encoder_noise:
                 assert input_noise is not None
@@ -295,9 +305,10 @@ class Objective(nn.Module):
         parts = elbo(
             output,
             model.likelihood(output.logits).log_prob(x),
-            beta,
+            used["beta"],
             self.alpha if self.config.kl_balancing else None,
             self.config.free_bits,
+            self.kl_weights(output, used),
         )
         extra = self.extra_terms(output, x)
         data = parts.loss
@@ -305,6 +316,8 @@ class Objective(nn.Module):
             data = data + term
         if self.config.flooding is not None:
             data = (data - self.config.flooding).abs() + self.config.flooding
+        if self.config.per_dimension:
+            data = data / model.config.counted_pixels
         terms = {
             **extra,
             "reconstruction": parts.reconstruction.mean(),
@@ -314,7 +327,7 @@ class Objective(nn.Module):
             "loss": data,
         }
         penalty = None
-        if weight_now > 0 and regularize:
+        if now["lambda"] > 0 and regularize:
             with for_regularizers:
                 values = self.regularizers()
             total = torch.stack(list(values.values())).sum()
@@ -326,7 +339,7 @@ class Objective(nn.Module):
             penalty,
             {name: term.detach() for name, term in terms.items()},
             output.kl_per_group.detach().mean(0),
-            {"beta": beta_now, "lambda": weight_now},
+            now,
             sigma_range(output),
         )
 
@@ -339,6 +352,32 @@ class Objective(nn.Module):
         """
         del output, x
         return {}
+
+    def coefficients(self, step: float, total_steps: int) -> dict[str, float]:
+        """What changes over the run, by name: ``beta``, ``lambda``, then a subclass's own.
+
+        All are logged. Where steps are replayed from a CUDA graph, the host computes them anew and
+        the graph reads them from the device, so a subclass must take them from there too: from the
+        argument of :meth:`kl_weights`.
+
+        Args:
+            step: position in the schedules, optimizer steps done.
+            total_steps: of the whole run.
+        """
+        beta = self.beta(step, total_steps)
+        return {"beta": beta, "lambda": self.spectral_weight(beta)}
+
+    def kl_weights(
+        self, output: Output, coefficients: Mapping[str, float | Tensor]
+    ) -> Tensor | None:
+        """A subclass's coefficients of the groups' KL, ``(G,)``; None: those of ``kl_balancing``.
+
+        Args:
+            output: of the model.
+            coefficients: see :meth:`coefficients`; 0-d tensors where a step is captured.
+        """
+        del output, coefficients
+        return None
 
     def beta(self, step: float, total_steps: int) -> float:
         """KL coefficient after ``step`` optimizer steps of ``total_steps``."""
@@ -366,6 +405,56 @@ class Objective(nn.Module):
             }
 
 
+class GammaBalanced(Objective):
+    """Efficient-VDVAE's balancing of the groups' KL (Hazami et al. 2022), for the first steps.
+
+    A group's coefficient is its KL per latent variable, over the mean of all groups', without
+    gradient: groups that carry much are pushed down most. It goes on after beta has reached 1, up
+    to a step of its own; `kl_balancing`, which is NVAE's, is off beside it. The published training
+    took each GPU's own batch for the mean; here it is that of all ranks.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        "portion": 0.0125,  # share of all steps that it lasts
+        "per_variable": True,  # false: by a group's whole KL
+    }
+
+    def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
+        super().__init__(model, config)
+        if config.kl_balancing:
+            raise ValueError("objective.name=gamma_balanced takes objective.kl_balancing=false")
+        portion = self.options["portion"]
+        if not 0 <= portion <= 1:
+            raise ValueError(f"objective.options.portion is {portion}; allowed: 0 to 1")
+
+    def coefficients(self, step: float, total_steps: int) -> dict[str, float]:
+        """With ``gamma``: 1 while the balancing lasts, then 0."""
+        lasts = step <= round(self.options["portion"] * total_steps)
+        return super().coefficients(step, total_steps) | {"gamma": float(lasts)}
+
+    def kl_weights(self, output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:
+        """Coefficients of the groups' KL, ``(G,)``, mean 1."""
+        kl = output.kl_per_group.detach()
+        variables = [group.z[0].numel() if self.options["per_variable"] else 1
+                     for group in output.groups]  # fmt: skip
+        weights = gamma_weights(kl, kl.new_tensor(variables))
+        gamma = coefficients["gamma"]
+        if isinstance(gamma, Tensor):
+            return torch.where(gamma > 0, weights, torch.ones_like(weights))
+        return weights if gamma else torch.ones_like(weights)
+
+
+def gamma_weights(kl_per_group: Tensor, variables: Tensor) -> Tensor:
+    """Groups' KL per latent variable over the mean of all groups', ``(G,)``, without gradient.
+
+    Args:
+        kl_per_group: ``(B, G)``, in nats, over the whole batch on this device.
+        variables: latent variables of each group, ``(G,)``.
+    """
+    mean = mean_over_ranks(kl_per_group.detach().mean(0), len(kl_per_group)) / variables
+    return mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)
+
+
 @torch.no_grad()
 def sigma_range(output: Output) -> Tensor:
     """Smallest and largest sigma of every group's posterior, then prior, ``(4, G)``."""
@@ -377,7 +466,9 @@ def sigma_range(output: Output) -> Tensor:
     return torch.stack(rows)
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective.name", Objective, {"elbo": Objective})
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective.name", Objective, {"elbo": Objective, "gamma_balanced": GammaBalanced}
+)
 
 
 def build_objective(model: HierarchicalVAE, config: ObjectiveConfig) -> Objective:

@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from nvae.models.folding import forget
+from nvae.training.guard import BadSteps, guard_of
 
 CHUNK = 16 * 2**20
 """Elements that are gathered on the device for one copy: 64 MiB of float32."""
@@ -94,46 +95,75 @@ Place = tuple[dict[str, Tensor | None], str]
 
 
 class _Averaged:
-    """The tensors of one type: their averages, the model's own, and how to update the former."""
+    """The tensors of one type: their averages, the model's own, and how to update the former.
 
-    def __init__(self, averages: list[Tensor], places: list[Place], decay: float) -> None:
+    Args:
+        averages: in place.
+        places: of the model's own.
+        decay: of the average.
+        guarded: :meth:`start` is told whether the step was left out.
+    """
+
+    def __init__(
+        self, averages: list[Tensor], places: list[Place], decay: float, guarded: bool
+    ) -> None:
         self._averages, self._places = averages, places
         self._weight = 1 - decay
         current = self._current()
         self._lerps = averages[0].is_floating_point()
         # of a model on another device the average is updated from a copy beside it
         self.is_apart = _apart(averages[0], current[0])
-        self._copy = HostCopy(current) if self.is_apart else None
+        self._guarded = guarded and self._lerps
+        self._taken = current[0].new_ones(()) if self._guarded else None
+        self._copy = HostCopy(self._with_flag(current)) if self.is_apart else None
 
     def _current(self) -> list[Tensor]:
         return [kept[name] for kept, name in self._places]  # type: ignore[misc]
 
-    def start(self) -> None:
-        """Queue the copy, where one is needed."""
+    def _with_flag(self, current: list[Tensor]) -> list[Tensor]:
+        return current if self._taken is None else [*current, self._taken]
+
+    def start(self, left_out: Tensor | None) -> None:
+        """Queue the copy, where one is needed.
+
+        Args:
+            left_out: the step was, 0-d bool on the model's device: then averages stay as they are.
+        """
+        if self._guarded and left_out is not None:
+            self._taken = (~left_out).to(self._averages[0].dtype)
         if self._copy is not None:
-            self._copy.start(self._current())
+            self._copy.start(self._with_flag(self._current()))
 
     @torch.no_grad()
     def update(self, first: bool) -> None:
-        """One multi-tensor operation: the average moves; counters and flags are copied."""
+        """The average moves; counters and flags are copied. Nothing asks the device."""
+        taken = self._taken
         if self._copy is None:
             current = self._current()
         else:
             self._copy.wait()
-            current = self._copy.copies
-        if self._lerps and not first:
-            torch._foreach_lerp_(self._averages, current, self._weight)
-        else:
+            current = self._copy.copies[: len(self._averages)]
+            if taken is not None:
+                taken = self._copy.copies[-1]
+        if first or not self._lerps:
             torch._foreach_copy_(self._averages, current)
+        elif taken is None:
+            torch._foreach_lerp_(self._averages, current, self._weight)
+        elif not taken.is_cuda:
+            torch._foreach_lerp_(self._averages, current, [taken * self._weight] * len(current))
+        else:  # with a list of weights it would be an operation for each tensor there
+            change = torch._foreach_sub(current, self._averages)
+            torch._foreach_mul_(change, taken * self._weight)
+            torch._foreach_add_(self._averages, change)
 
 
 class MovingAverage(WeightAveraging):
     """Averages parameters and running statistics after every optimizer step.
 
-    The arithmetic is that of :func:`torch.optim.swa_utils.get_ema_multi_avg_fn`. A step is one
-    multi-tensor operation a type of tensor, on the device that the average is on, and nothing
+    The arithmetic is that of :func:`torch.optim.swa_utils.get_ema_multi_avg_fn`. A step is a few
+    multi-tensor operations a type of tensor, on the device that the average is on, and nothing
     waits: an average in the host's memory is updated by a thread, from copies that arrive while
-    training goes on.
+    training goes on. A step that the run's guard left out leaves the average as it is.
 
     Validation and pictures use the average. It is the `state_dict` of every checkpoint, and the raw
     weights are `current_model_state` there: in `step_N.ckpt` by Lightning's hook, in `best.ckpt` by
@@ -147,6 +177,7 @@ class MovingAverage(WeightAveraging):
     def __init__(self, decay: float, device: str | None = None) -> None:
         super().__init__(device=device)
         self.decay, self.device = decay, device
+        self._guard: BadSteps | None = None
         self._groups: list[_Averaged] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._update: Future[None] | None = None
@@ -171,7 +202,9 @@ class MovingAverage(WeightAveraging):
             same, places = pairs[average.dtype]
             same.append(average)
             places.append(place)
-        self._groups = [_Averaged(*lists, self.decay) for lists in pairs.values()]
+        self._guard = guard_of(trainer)
+        guarded = self._guard is not None
+        self._groups = [_Averaged(*lists, self.decay, guarded) for lists in pairs.values()]
         apart = any(group.is_apart for group in self._groups)
         self._thread = ThreadPoolExecutor(1, "moving-average") if apart else None
 
@@ -186,8 +219,9 @@ class MovingAverage(WeightAveraging):
         assert self._groups is not None
         first = not self._average_model.n_averaged
         self._settle()
+        left_out = None if self._guard is None else self._guard.left_out
         for group in self._groups:
-            group.start()
+            group.start(left_out)
         if self._thread is not None:
             self._update = self._thread.submit(self._move, first)
         else:

@@ -253,6 +253,11 @@ class BadSteps(pl.Callback):
             )
         )
 
+    @property
+    def left_out(self) -> Tensor | None:
+        """Whether the last step was, 0-d on the device; None before the first."""
+        return None if self._counters is None else self._counters[1] > 0
+
     def read(self) -> GuardReading:
         """The counters; waits for the device."""
         if self._counters is None:

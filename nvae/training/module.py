@@ -32,6 +32,7 @@ from nvae.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
+    planned_warmup,
     warmup_steps,
 )
 from nvae.training.recompute import compile_blocks, recompute_segments
@@ -364,13 +365,17 @@ class NVAELightning(pl.LightningModule):
                 arguments = {"total_steps": self.length.total_steps, **arguments}
             scheduler: Any = {"scheduler": kind(optimizer, **arguments), **lightning}
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
-        wanted = config.warmup_epochs * self.length.steps_per_epoch if config.warmup_epochs else 0
+        wanted = planned_warmup(config, self.length.steps_per_epoch)
         if wanted > self.length.total_steps:
             warmup = warmup_steps(config, self.length.steps_per_epoch, self.length.total_steps)
             if self.trainer.is_global_zero:
                 _LOG.warning(
-                    "the warm-up of %g epochs is longer than the run: it takes half, %d steps",
-                    config.warmup_epochs,
+                    "the warm-up of %g %s is longer than the run: it takes half, %d steps",
+                    *(
+                        (config.warmup_epochs, "epochs")
+                        if config.warmup_steps is None
+                        else (config.warmup_steps, "steps")
+                    ),
                     warmup,
                 )
         factor = learning_rate_factor(config, self.length.steps_per_epoch, self.length.total_steps)

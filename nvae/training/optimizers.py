@@ -39,6 +39,11 @@ class OptimizerConfig:
         learning_rate: after warm-up (`lr`).
         min_learning_rate: at the end.
         warmup_epochs: epochs of linear warm-up, step by step; at most half of the run.
+        warmup_steps: optimizer steps of it in the place of epochs; null: by `warmup_epochs`.
+        decay_start: share of the run at which the rate begins to fall. Up to there it is constant;
+            then it follows a cosine whose clock began with the run, as Efficient-VDVAE's does.
+            null: the cosine begins at the end of the warm-up.
+        decay_end: share of the run at which the minimum is reached, to stay.
         decay_every: ``step`` or ``epoch``: how often the cosine is advanced.
         beta1: decay of the first moment (of `betas`).
         beta2: decay of the second moment (Adamax: of the infinity norm).
@@ -55,6 +60,9 @@ class OptimizerConfig:
     learning_rate: float = 1e-2
     min_learning_rate: float = 1e-4
     warmup_epochs: float = 5.0
+    warmup_steps: int | None = None
+    decay_start: float | None = None
+    decay_end: float = 1.0
     decay_every: str = "step"
     beta1: float = 0.9
     beta2: float = 0.999
@@ -66,7 +74,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_fields(
             self, "optimizer.", learning_rate=(None, 1000), min_learning_rate=(0, None),
-            warmup_epochs=(0, None), epsilon=(None, 1), weight_decay=(0, 1000),
+            warmup_epochs=(0, None), warmup_steps=(0, None), decay_start=(0, 1), decay_end=(0, 1),
+            epsilon=(None, 1), weight_decay=(0, 1000),
         )  # fmt: skip
         check_choice("optimizer.decay_every", self.decay_every, ("step", "epoch"))
         for name in ("learning_rate", "epsilon"):
@@ -76,6 +85,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.min_learning_rate is {self.min_learning_rate}; allowed: 0 to "
                 f"learning_rate={self.learning_rate}"
+            )
+        if self.decay_end <= (self.decay_start or 0):
+            raise ValueError(
+                f"optimizer.decay_end is {self.decay_end}; it must be above "
+                f"decay_start={self.decay_start or 0}"
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -100,7 +114,8 @@ class OptimizerConfig:
         name = _class_name(given.pop("_target_"))
         kind = optimizer_class(name)
         known = inspect.signature(kind).parameters
-        over_time = ("min_learning_rate", "warmup_epochs", "decay_every", "schedule")
+        over_time = ("min_learning_rate", "warmup_epochs", "warmup_steps", "decay_start",
+                     "decay_end", "decay_every", "schedule")  # fmt: skip
         ours = {key: given.pop(key) for key in over_time if key in given}
         rate = given.pop("lr", known["lr"].default if "lr" in known else None)
         if not isinstance(rate, int | float):
@@ -325,22 +340,44 @@ def learning_rate_factor(
     Step s (from 0) of W warm-up steps takes (s + 1) / W; after that the cosine runs from 1 to
     the minimum over the steps that are left. A warm-up that is longer than the run takes half of
     it.
+
+    With `decay_start`, S of the T steps up to `decay_end`: with t = s + 1, the part above the
+    minimum is 1 before S, then (1 + cos(pi t / T)) / (1 + cos(pi (S - 1) / T)), then 0
+    (Efficient-VDVAE, where s stands in t's place and the rate rises again after T).
     """
     warmup = warmup_steps(config, steps_per_epoch, total_steps)
     least = config.min_learning_rate / config.learning_rate
+    end = config.decay_end * total_steps
+    start = None if config.decay_start is None else config.decay_start * total_steps
 
     def factor(step: float) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if config.decay_every == "epoch" and math.isfinite(steps_per_epoch):
             step = max(step - step % int(steps_per_epoch), warmup)
-        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+        if start is not None:
+            t = step + 1
+            share = 1.0 if t < start else _cosine(t / end) / _cosine((start - 1) / end)
+            return least + (1 - least) * min(share, 1.0)
+        progress = (step - warmup) / max(end - warmup, 1)
+        return least + (1 - least) * _cosine(progress)
 
     return factor
 
 
+def _cosine(progress: float) -> float:
+    """From 1 to 0 as the progress goes from 0 to 1, where it stays."""
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def planned_warmup(config: OptimizerConfig, steps_per_epoch: float) -> float:
+    """Steps of the warm-up that the settings ask for, however long the run is."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return config.warmup_epochs * steps_per_epoch if config.warmup_epochs else 0
+
+
 def warmup_steps(config: OptimizerConfig, steps_per_epoch: float, total_steps: int) -> int:
     """Steps of the warm-up, half of the run where it would be longer than the run."""
-    steps = config.warmup_epochs * steps_per_epoch if config.warmup_epochs else 0
+    steps = planned_warmup(config, steps_per_epoch)
     return round(steps) if steps <= total_steps else total_steps // 2

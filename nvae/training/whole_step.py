@@ -135,9 +135,8 @@ class WholeStep:
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     def coefficients(self, at: StepPosition) -> dict[str, float]:
-        """beta and lambda, by the names that :class:`Loss` gives them."""
-        beta = self.objective.beta(at.position, at.total_steps)
-        return {"beta": beta, "lambda": self.objective.spectral_weight(beta)}
+        """The objective's, such as beta, by name."""
+        return self.objective.coefficients(at.position, at.total_steps)
 
     def schedule(self, at: StepPosition) -> list[float]:
         """What the device has to know of a micro-batch: the vector that a call takes, float64."""
@@ -149,13 +148,13 @@ class WholeStep:
 
         Args:
             batch: on the device.
-            schedule: :meth:`schedule` on the device, ``(6,)`` float64.
+            schedule: :meth:`schedule` on the device, 1-d float64.
             at: says which parts there are; its numbers are those of ``schedule``.
 
         Returns:
             The loss, without gradient.
         """
-        beta, penalty_weight, weight, rate, step, number = schedule.unbind()
+        *coefficients, weight, rate, step, number = schedule.unbind()
         loss = self.objective(
             self.model,
             batch.x,
@@ -164,7 +163,7 @@ class WholeStep:
             total_steps=at.total_steps,
             input_noise=batch.input_noise,
             regularize=at.regularize,
-            on_device=(beta, penalty_weight),
+            on_device=coefficients,
         )
         total = weighted(loss, weight, self.micro_batches) / self.micro_batches
         with torch.autocast(batch.x.device.type, enabled=False):

@@ -62,7 +62,9 @@ class Steps:
     def __init__(self, module: NVAELightning) -> None:
         self.module = module
         self.trainer: Any = SimpleNamespace(
-            strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            global_step=0,
+            callbacks=[],
         )
         self.average = MovingAverage(0.9)
         self.average.setup(self.trainer, module, "fit")
