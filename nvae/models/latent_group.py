@@ -12,7 +12,7 @@ from nvae.models.config import ModelConfig, Scale
 from nvae.models.distributions import Normal, at_least_float32
 from nvae.models.flows import Flow
 from nvae.models.hierarchical import GroupSample
-from nvae.models.layers import WeightNormConv2d, without_autocast
+from nvae.models.layers import WeightNormConv2d, as_callers_expect, without_autocast
 
 
 class NormalHead(nn.Module):
@@ -32,7 +32,7 @@ class NormalHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, C, h, w)`` to mean and log-sigma, ``(B, L, h, w)`` each, unclamped."""
         with without_autocast(x):
-            raw = self.conv(self.activation(x.to(self.conv.weight.dtype)))
+            raw = as_callers_expect(self.conv(self.activation(x.to(self.conv.weight.dtype))))
         mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
         return mean, log_sigma
 

@@ -34,6 +34,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
+def as_callers_expect(x: Tensor) -> Tensor:
+    """What leaves the network, ``(B, C, H, W)``, in rows where evaluation on the CPU turned it.
+
+    See :func:`~nvae.models.folding.evaluated_conv2d`; whoever calls ``view`` may go on.
+    """
+    return x.contiguous() if x.device.type == "cpu" and not torch.is_grad_enabled() else x
+
+
 def upsample_nearest(x: Tensor) -> Tensor:
     """Repeat every pixel of ``(B, C, H, W)`` in a 2x2 block, in x's own type.
 

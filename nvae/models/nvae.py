@@ -28,6 +28,7 @@ from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import (
     BatchNorm,
     WeightNormConv2d,
+    as_callers_expect,
     counted_together,
     without_autocast,
 )
@@ -174,7 +175,8 @@ class NVAE(HierarchicalVAE):
         """Final top-down state to likelihood parameters ``(B, K, H, W)``, float32 at least."""
         features = self.postprocess(state)
         with without_autocast(features):
-            return self.image_head(features.to(next(self.image_head.parameters()).dtype))
+            features = features.to(next(self.image_head.parameters()).dtype)
+            return as_callers_expect(self.image_head(features))
 
     @classmethod
     def least_tensors(cls, config: ModelConfig) -> int:

@@ -172,3 +172,13 @@ def test_wrong_input_is_refused(x):
         traverse(model, latents, 3, 4, torch.arange(3))
     with pytest.raises(ValueError, match="pixel_temperature"):
         decode(model, latents, "median")
+
+
+@pytest.mark.parametrize("flows", [0, 1])
+def test_latents_and_logits_come_in_rows_without_gradients(x, flows):
+    """Evaluation on the CPU computes in channels_last; callers may view what they get."""
+    model = small_nvae(flows=flows).eval()
+    with torch.no_grad():
+        output = model(x, model.draw_noise(len(x)))
+    assert all(group.z.is_contiguous() for group in output.groups)
+    assert output.logits.is_contiguous()
