@@ -10,7 +10,7 @@
 // Pixels are rows of C channels. A block takes CB channels of a run of pixels; a thread keeps one
 // vector of channels, so that the layer's parameters sit in registers, and steps over pixels.
 //
-// Macros: MODE, SWISH, CB, THREADS.
+// Macros: MODE, SWISH, CB, THREADS, MIN_BLOCKS, COUNTER_SLOTS, COLUMNS (at least the blocks side by side).
 
 #define MODE_APPLY 0
 #define MODE_BACKWARD 1
@@ -33,10 +33,17 @@ struct Args {
     const double* dsums;  // (2, C) with FOLD
     elem* out;            // (P, C), not with SUMS
     float* partial;       // (rows, 2, C) with BACKWARD and SUMS
+    double* sums;         // (2, C) with BACKWARD and SUMS
+    long long slot;       // of the counters
     long long P;          // pixels
     long long run;        // pixels a block
     int C;
+    int rows;  // blocks that share the pixels
 };
+
+#if HAS_SUMS
+__device__ unsigned counters[COUNTER_SLOTS * COLUMNS];
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
     const int channel_blocks = (a.C + CB - 1) / CB;
@@ -123,18 +130,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 
 #if HAS_SUMS
     // fixed order: groups ascending, so that equal inputs give equal bits
-    __shared__ float sums[2][GROUPS][CB];
+    alignas(8) __shared__ float sums[2][GROUPS][CB];
 #pragma unroll
     for (int i = 0; i < VIO; ++i) {
         sums[0][group][threadIdx.x % VECTORS * VIO + i] = sum[i];
         sums[1][group][threadIdx.x % VECTORS * VIO + i] = moment[i];
     }
     __syncthreads();  // every group's sums are there
+    // Its place is worked out again, since as registers it would live through the sums; the compiler
+    // does not know that blockIdx.y is 0.
+    const int block = blockIdx.x + blockIdx.y;
+    const int columns = (a.C + CB - 1) / CB, column = block % columns;
+    const int all = a.C;
+    const auto place = [=](int i) {  // of a column's sum in a row, or -1
+        const int channel = column * CB + i % CB;
+        return channel < all ? i / CB * all + channel : -1;
+    };
     for (int i = threadIdx.x; i < 2 * CB; i += THREADS) {
-        const int which = i / CB, channel = blockIdx.x % channel_blocks * CB + i % CB;
         float total = 0.f;
-        for (int g = 0; g < GROUPS; ++g) total += sums[which][g][i % CB];
-        if (channel < a.C) a.partial[(row * 2 + which) * a.C + channel] = total;
+        for (int g = 0; g < GROUPS; ++g) total += sums[i / CB][g][i % CB];
+        if (place(i) >= 0) a.partial[block / columns * 2LL * a.C + place(i)] = total;
     }
+    if (is_last_block(counters + a.slot * COLUMNS + column, a.rows))
+        add_rows<2 * CB>(a.partial, a.rows, 2 * a.C, a.sums, reinterpret_cast<double*>(sums), place);
 #endif
 }

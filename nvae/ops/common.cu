@@ -254,3 +254,56 @@ __device__ __forceinline__ float swish_slope(float v) {
     const float s = sigmoid(v);
     return fmaf(v * s, 1.f - s, s);
 }
+
+#ifdef COUNTER_SLOTS
+// Sums over a whole tensor. The blocks of a column (of channels) write a row of partial sums each, and
+// the last one to do so adds the rows up. Which block that is differs from launch to launch; the
+// order of the rows does not. A kernel keeps the counters in a variable of its own, zero when it is
+// loaded and again after every launch. Two launches of a kernel at the same time need counters of
+// their own, so every stream has a slot (CudaLauncher in cuda.py).
+
+// Whether this block is the last one of `blocks` that count here; it sees what the others wrote.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, int blocks) {
+    __syncthreads();  // the block's partial sums are written
+    bool is_last = false;
+    if (threadIdx.x == 0) {
+        __threadfence();  // what is written before is seen by who sees the count
+        is_last = atomicInc(counter, blocks - 1) == blocks - 1;  // which starts again from zero
+        __threadfence();
+    }
+    return __syncthreads_or(is_last);
+}
+
+// out[to] = the sum over rows of partial[row * pitch + to], to = at(i) where that is not negative,
+// i < VALUES; at is copied. Rows are dealt out to SHARES thread groups, added in double, shares in ascending
+// order. totals: THREADS doubles in shared memory. A function of its own, since its registers come
+// after those of the passes.
+template <int VALUES, class T, class At>
+__device__ __noinline__ void add_rows(const float* partial, int rows, long long pitch, T* out,
+                                         double* totals, At at) {
+    constexpr int SHARES = THREADS >= 2 * VALUES ? THREADS / VALUES : 1;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < SHARES * VALUES; i += THREADS) {
+        const long long to = at(i % VALUES);
+        double total = 0;
+        if (to >= 0) {
+#pragma unroll 8
+            for (int row = i / VALUES; row < rows; row += SHARES)
+                total += __ldcg(partial + row * pitch + to);
+        }
+        if (SHARES > 1)
+            totals[i] = total;
+        else if (to >= 0)
+            out[to] = static_cast<T>(total);
+    }
+    if constexpr (SHARES > 1) {
+        __syncthreads();  // every share is there
+        const int i = threadIdx.x;
+        if (i >= VALUES) return;
+        const long long to = at(i);
+        double total = totals[i];
+        for (int share = 1; share < SHARES; ++share) total += totals[share * VALUES + i];
+        if (to >= 0) out[to] = static_cast<T>(total);
+    }
+}
+#endif

@@ -10,6 +10,7 @@ import hashlib
 import os
 import struct
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ OPTIONS = ("--std=c++17", "--ftz=true", "--extra-device-vectorization")
 CACHE_VARIABLE = "NVAE_CACHE_DIR"
 LONGEST_TURN = 120.0
 """Seconds to wait for another process that compiles the same kernel, which takes it a few."""
+COUNTER_SLOTS = 64
+"""Streams of a device whose launches may sum at the same time; see :class:`CudaLauncher`."""
 _warned: set[str] = set()
 
 
@@ -239,6 +242,8 @@ class Launch:
         shared: bytes of dynamic shared memory.
         tensors: what the pointers at the head of the kernel's ``Args`` point to; None is null.
         scalars: the rest of ``Args``, packed.
+        counts: whether the kernel knows the last of its blocks, for which it has to be told which
+            of its counters are free: behind the pointers its ``Args`` has a slot.
     """
 
     kernel: str
@@ -248,11 +253,18 @@ class Launch:
     shared: int
     tensors: tuple[Tensor | None, ...]
     scalars: bytes
+    counts: bool = False
 
-    def arguments(self) -> bytes:
-        """The kernel's ``Args`` structure."""
+    def arguments(self, slot: int = 0) -> bytes:
+        """The kernel's ``Args`` structure.
+
+        Args:
+            slot: of the counters, below :data:`COUNTER_SLOTS`. Launches that may run at the same
+                time have different ones.
+        """
         addresses = [0 if t is None else t.data_ptr() for t in self.tensors]
-        return struct.pack(f"{len(addresses)}P", *addresses) + self.scalars
+        counters = struct.pack("q", slot) if self.counts else b""
+        return struct.pack(f"{len(addresses)}P", *addresses) + counters + self.scalars
 
 
 class Launcher(Protocol):
@@ -270,7 +282,25 @@ class Launcher(Protocol):
 class CudaLauncher:
     """Launches on the current stream of a CUDA device. Safe under CUDA graph capture, once the
     kernel has been loaded (a warm-up step, as capture asks for anyway).
+
+    Kernels that sum count their blocks in memory of their own, which is zero between launches.
+    Each stream has its counters, up to :data:`COUNTER_SLOTS` streams of a device; beyond them, some
+    share. A captured launch keeps those of the stream it was captured on, so graphs captured on one
+    stream must not be replayed at the same time.
     """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[int | None, int], int] = {}
+        self._assigning = threading.Lock()
+
+    def slot(self, index: int | None, stream: int) -> int:
+        """Of the counters that launches on a stream of device ``index`` use."""
+        known = self._slots.get((index, stream))
+        if known is None:
+            with self._assigning:
+                taken = sum(device == index for device, _ in self._slots)
+                known = self._slots.setdefault((index, stream), taken % COUNTER_SLOTS)
+        return known
 
     def limits(self, device: torch.device) -> DeviceLimits:
         """See :class:`Launcher`."""
@@ -288,10 +318,10 @@ class CudaLauncher:
             function = _load(
                 device.index, launch.kernel, launch.macros, self.limits(device).arch, launch.shared
             )
-            arguments = launch.arguments()
+            stream = torch.cuda.current_stream(device).cuda_stream
+            arguments = launch.arguments(self.slot(device.index, stream))
             structure = ctypes.create_string_buffer(arguments, len(arguments))
             parameters = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
-            stream = torch.cuda.current_stream(device).cuda_stream
             grid, block = (launch.blocks, 1, 1), (launch.threads, 1, 1)
             pointer = ctypes.addressof(parameters)
             result = driver.cuLaunchKernel(

@@ -14,10 +14,10 @@
 // statistics of x; they are added where those statistics were taken (fold in bn_swish.cu). With
 // DSUMS the terms through the statistics of y are added to dy on load: dy + dS1 + 2 dS2 y.
 // dw is summed in a fixed order: registers over a thread's pixels, the thread groups in ascending
-// order, then the rows of `partial_weight` (sum_rows in vectors.cu). No atomics.
+// order, then the rows of `partial_weight`, by the block that finishes last (common.cu).
 //
 // Macros: C, H, W (of x), K, S, CB, NB, TH, TW, PH, PW (all in pixels of x), THREADS, MIN_BLOCKS,
-// FUSED, DSUMS, NEED_DX, NEED_DW. K above 5 has too many weights for the registers: such kernels
+// COUNTER_SLOTS, FUSED, DSUMS, NEED_DX, NEED_DW. K above 5 has too many weights for the registers: such kernels
 // compute either dx or dw, the latter one row of taps a block.
 
 constexpr int OH = (H + S - 1) / S;
@@ -63,6 +63,9 @@ struct Args {
     elem* dx;               // (B, H, W, C) with NEED_DX
     float* partial_weight;  // (rows, C, K, K) with NEED_DW
     float* partial_sums;    // (rows, 2, C) with FUSED and NEED_DX
+    float* dw;              // (C, K, K) with NEED_DW
+    double* sums;           // (2, C) with FUSED and NEED_DX
+    long long slot;         // of the counters
     int B;
     int units;  // ceil(B / NB) * TILES_H * TILES_W
     int rows;   // blocks that share the units of one channel block
@@ -268,6 +271,10 @@ __device__ __forceinline__ void fetch_x(const Args& a, elem* x, int c0, int b0, 
     }
 }
 
+#if NEED_DW || (FUSED && NEED_DX)
+__device__ unsigned counters[COUNTER_SLOTS * CHANNEL_BLOCKS * SLICES];
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const Args a) {
     extern __shared__ float4 shared[];
     float* tile = reinterpret_cast<float*>(shared);
@@ -409,5 +416,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
         if (i % CB < live)
             a.partial_sums[(static_cast<long long>(row) * 2 + i / CB) * C + c0 + i % CB] =
                 add_groups<ROWS>(tile + (TAPS + i / CB) * PITCH + i % CB);
+#endif
+#if NEED_DW || (FUSED && NEED_DX)
+    constexpr int COLUMNS = CHANNEL_BLOCKS * SLICES;
+    if (!is_last_block(counters + a.slot * COLUMNS + blockIdx.x % COLUMNS, a.rows)) return;
+    double* totals = reinterpret_cast<double*>(shared);
+#endif
+#if NEED_DW
+    add_rows<CB * TAPS>(a.partial_weight, a.rows, static_cast<long long>(C) * K * K, a.dw, totals,
+                        [=](int i) -> long long {
+                            const int tap = first_row * K + i % TAPS;
+                            return i / TAPS < live ? (c0 + i / TAPS) * (K * K) + tap : -1;
+                        });
+#endif
+#if FUSED && NEED_DX
+    add_rows<2 * CB>(a.partial_sums, a.rows, 2 * C, a.sums, totals + THREADS,
+                     [=](int i) { return i % CB < live ? i / CB * C + c0 + i % CB : -1; });
 #endif
 }

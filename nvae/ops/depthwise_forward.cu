@@ -12,7 +12,7 @@
 // write whole sectors of y.
 //
 // Macros: C, H, W (of x; constants, so that offsets within a patch are immediate), K, S (stride),
-// CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, FUSED (BN + Swish on load),
+// CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, COUNTER_SLOTS, FUSED (BN + Swish on load),
 // SUMS (per-channel sum and sum of squares of y).
 
 constexpr int OH = (H + S - 1) / S;
@@ -52,6 +52,8 @@ struct Args {
     const double* rstd;
     elem* y;         // (B, OH, OW, C)
     float* partial;  // (rows, 2, C) with SUMS
+    double* sums;    // (2, C) with SUMS
+    long long slot;  // of the counters
     int B;
     int units;  // ceil(B / NB) * TILES_H * TILES_W
     int rows;   // blocks that share the units of one channel block
@@ -203,6 +205,10 @@ __device__ __forceinline__ void convolve(const float* even, const float* odd, co
     }
 }
 
+#if SUMS
+__device__ unsigned counters[COUNTER_SLOTS * CHANNEL_BLOCKS];
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const Args a) {
     extern __shared__ float4 shared[];
     float* tile = reinterpret_cast<float*>(shared);
@@ -297,5 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
             to[C + 1] = total.w;
         }
     }
+    const int column = blockIdx.x % CHANNEL_BLOCKS;
+    if (is_last_block(counters + a.slot * CHANNEL_BLOCKS + column, a.rows))
+        add_rows<2 * CB>(a.partial, a.rows, 2 * C, a.sums, reinterpret_cast<double*>(shared),
+                         [=](int i) { return c0 + i % CB < C ? i / CB * C + c0 + i % CB : -1; });
 #endif
 }

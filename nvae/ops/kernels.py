@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from nvae.ops.cuda import CompileError, CudaLauncher, Launch, Launcher
+from nvae.ops.cuda import COUNTER_SLOTS, CompileError, CudaLauncher, Launch, Launcher
 from nvae.ops.tiling import Shape, Tiling, backward_tiling, channel_blocks, forward_tiling
 
 CUDA = CudaLauncher()
@@ -22,6 +22,7 @@ MAX_BLOCKS = 2**31 - 1
 BN_CHANNELS = 64
 BN_THREADS = 256
 BN_BLOCKS = 4  # blocks of a multiprocessor: 64 registers a thread let four be resident
+BN_COLUMNS = 256  # blocks side by side that one compiled kernel has counters for
 VECTOR_THREADS = 256
 
 BatchNormVectors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,15 +52,14 @@ def depthwise_forward(
     y = like(x, shape.b, shape.c, *shape.out)
     rows = tiling.grid[3]
     partial = _floats(x, rows, 2, shape.c) if want_sums else None
+    sums = doubles(x, 2, shape.c) if want_sums else None
     vectors = _bn(bn)
     _launch_depthwise(
         "depthwise_forward", shape, tiling, [x, y],
-        [x, weight, *vectors, y, partial],
+        [x, weight, *vectors, y, partial, sums],
         {"FUSED": int(bn is not None), "SUMS": int(want_sums)}, 1, launcher,
     )  # fmt: skip
-    if partial is None:
-        return y, doubles(x, 0)
-    return y, _sum_rows(partial, torch.float64, launcher).view(2, shape.c)
+    return y, doubles(x, 0) if sums is None else sums
 
 
 def depthwise_backward(
@@ -99,38 +99,38 @@ def depthwise_backward(
     dsums = None if dsums is None else dsums.double().contiguous()
     dx = torch.empty_like(x) if need_dx else None
     partial_weight = _floats(x, rows, shape.c, shape.k**2) if need_dw else None
-    partial_sums = _floats(x, rows, 2, shape.c) if need_dx and bn is not None else None
+    dw = _floats(x, *weight.shape) if need_dw else None
+    has_sums = need_dx and bn is not None
+    partial_sums = _floats(x, rows, 2, shape.c) if has_sums else None
+    sums = doubles(x, 2, shape.c) if has_sums else None
 
-    def launch(dx: Tensor | None, partial_weight: Tensor | None, slices: int) -> None:
+    def launch(dx: Tensor | None, dw: Tensor | None, slices: int) -> None:
         flags = {
             "FUSED": int(bn is not None),
             "DSUMS": int(dsums is not None),
             "NEED_DX": int(dx is not None),
-            "NEED_DW": int(partial_weight is not None),
+            "NEED_DW": int(dw is not None),
         }
-        sums = partial_sums if dx is not None else None
         _launch_depthwise(
             "depthwise_backward", shape, tiling, [x, dy, y, dx],
-            [dy, y, dsums, x, weight, *_bn(bn), dx, partial_weight, sums],
+            [
+                dy, y, dsums, x, weight, *_bn(bn), dx, partial_weight, partial_sums, dw, sums,
+            ],
             flags, slices, launcher,
         )  # fmt: skip
 
     if shape.k <= 5:
         if need_dx or need_dw:
-            launch(dx, partial_weight, 1)
+            launch(dx, dw, 1)
     else:  # more weights than registers: one gradient a kernel, one row of taps a block
         if dx is not None:
             launch(dx, None, 1)
-        if partial_weight is not None:
-            launch(None, partial_weight, shape.k)
+        if dw is not None:
+            launch(None, dw, shape.k)
     return (
         like(x, 0, 1, 1, 1) if dx is None else dx,
-        _floats(x, 0)
-        if partial_weight is None
-        else _sum_rows(partial_weight, torch.float32, launcher).view(weight.shape),
-        doubles(x, 0)
-        if partial_sums is None
-        else _sum_rows(partial_sums, torch.float64, launcher).view(2, shape.c),
+        _floats(x, 0) if dw is None else dw,
+        doubles(x, 0) if sums is None else sums,
     )
 
 
@@ -203,7 +203,7 @@ def track(
     wide = [None if t is None else t.double().contiguous() for t in (mean, var, elements)]
     macros = (
         ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES["MODE_TRACK"]),
-        ("THREADS", VECTOR_THREADS), ("WIDE", 1),
+        ("THREADS", VECTOR_THREADS),
     )  # fmt: skip
     scalars = struct.pack("2dfi", n, repeats, momentum, c)
     tensors = (*wide, running_mean, running_var)
@@ -239,7 +239,7 @@ def _launch_depthwise(
     macros = {
         "ELEM": DTYPES[dtype], "VIO": _vector_width(shape.c, images),
         "C": shape.c, "H": shape.h, "W": shape.w, "K": shape.k, "S": shape.s,
-        **tiling.macros(), **flags,
+        **tiling.macros(), "COUNTER_SLOTS": COUNTER_SLOTS, **flags,
     }  # fmt: skip
     scalars = struct.pack("3i4x", shape.b, units, rows)
     blocks = channel_blocks(shape.c, tiling.channels) * rows * slices
@@ -252,6 +252,7 @@ def _launch_depthwise(
         tiling.shared,
         tuple(tensors),
         scalars,
+        counts=True,
     )
     launcher.launch(device, launch)
 
@@ -276,23 +277,27 @@ def _launch_bn(
     wanted = launcher.limits(x.device).multiprocessors * BN_BLOCKS
     run = max(step, -(-pixels * columns // (wanted * step)) * step)
     rows = -(-pixels // run)
-    partial = _floats(x, rows, 2, c) if mode in ("MODE_BACKWARD", "MODE_SUMS") else None
-    tensors = (x, dy, *_bn(bn), dsums, out, partial)
-    scalars = struct.pack("2qi4x", pixels, run, c)
+    has_sums = mode in ("MODE_BACKWARD", "MODE_SUMS")
+    partial = _floats(x, rows, 2, c) if has_sums else None
+    sums = doubles(x, 2, c) if has_sums else None
+    tensors = (x, dy, *_bn(bn), dsums, out, partial, sums)
+    scalars = struct.pack("2q2i", pixels, run, c, rows)
     macros = {
         "ELEM": DTYPES[x.dtype], "VIO": vio, "MODE": BN_MODES[mode],
         "SWISH": int(swish), "CB": BN_CHANNELS, "THREADS": BN_THREADS,
+        "MIN_BLOCKS": BN_BLOCKS, "COUNTER_SLOTS": COUNTER_SLOTS,
+        "COLUMNS": max(BN_COLUMNS, 1 << (columns - 1).bit_length()),
     }  # fmt: skip
     blocks = columns * rows
-    launch = Launch("bn_swish", tuple(macros.items()), blocks, BN_THREADS, 0, tensors, scalars)
+    launch = Launch(
+        "bn_swish", tuple(macros.items()), blocks, BN_THREADS, 0, tensors, scalars, counts=True
+    )
     launcher.launch(x.device, launch)
-    if partial is None:
-        return None
-    return _sum_rows(partial, torch.float64, launcher).view(2, c)
+    return sums
 
 
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
-VECTOR_MODES = {"MODE_MOMENTS": 1, "MODE_MOMENTS_BACKWARD": 2, "MODE_BN_GRADS": 3, "MODE_TRACK": 4}
+VECTOR_MODES = {"MODE_MOMENTS": 0, "MODE_MOMENTS_BACKWARD": 1, "MODE_BN_GRADS": 2, "MODE_TRACK": 3}
 
 
 _OF_CAPTURES: list[tuple[Tensor, Tensor]] = []
@@ -353,20 +358,6 @@ def _copied_table(
     return table.to(device), blocks.to(device)
 
 
-def _sum_rows(partial: Tensor, dtype: torch.dtype, launcher: Launcher) -> Tensor:
-    """Sum over the first dimension, flat."""
-    rows, n = partial.shape[0], partial[0].numel()
-    out = torch.empty(n, dtype=dtype, device=partial.device)
-    macros = (
-        ("ELEM", 32), ("VIO", 1), ("MODE", 0),
-        ("THREADS", VECTOR_THREADS), ("WIDE", int(dtype == torch.float64)),
-    )  # fmt: skip
-    scalars = struct.pack("qi4x", n, rows)
-    launch = Launch("vectors", macros, -(-n // 32), VECTOR_THREADS, 0, (partial, out), scalars)
-    launcher.launch(partial.device, launch)
-    return out
-
-
 def _launch_vectors(
     mode: str,
     sums: Tensor,
@@ -387,7 +378,7 @@ def _launch_vectors(
     scalars = struct.pack("2di4x", n, eps, c)
     macros = (
         ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES[mode]),
-        ("THREADS", VECTOR_THREADS), ("WIDE", 1),
+        ("THREADS", VECTOR_THREADS),
     )  # fmt: skip
     blocks = -(-c // VECTOR_THREADS)
     launch = Launch("vectors", macros, blocks, VECTOR_THREADS, 0, tensors, scalars)

@@ -1,53 +1,19 @@
-// Small kernels over vectors: the second half of every sum, and the statistics. One a MODE:
+// Small kernels over vectors, the statistics. One a MODE:
 //
-//   MODE_SUM_ROWS  out[i] = sum over rows of partial[row][i], in float or, with WIDE, double
 //   MODE_MOMENTS   sums (2, C) -> mean, rstd = 1 / sqrt(var + eps), var = S2 / n - mean^2 >= 0
 //   MODE_MOMENTS_BACKWARD  gradients of mean and rstd -> of sums
 //   MODE_BN_GRADS  sums of g and g (x - mean) -> gradients of gamma, beta, mean, rstd
 //   MODE_TRACK     moves running statistics towards a batch's
 // Statistics are double: there are few of them, and S2 / n - mean^2 cancels.
 //
-// Macros: MODE, THREADS, WIDE.
+// Macros: MODE, THREADS.
 
-#define MODE_SUM_ROWS 0
-#define MODE_MOMENTS 1
-#define MODE_MOMENTS_BACKWARD 2
-#define MODE_BN_GRADS 3
-#define MODE_TRACK 4
+#define MODE_MOMENTS 0
+#define MODE_MOMENTS_BACKWARD 1
+#define MODE_BN_GRADS 2
+#define MODE_TRACK 3
 
-#if MODE == MODE_SUM_ROWS
-
-constexpr int COLUMNS = 32;
-constexpr int GROUPS = THREADS / COLUMNS;
-
-struct Args {
-    const float* partial;  // (rows, n)
-    void* out;             // (n)
-    long long n;
-    int rows;
-};
-
-// Threads of a group add every GROUPS-th row in double, then the groups are added in order.
-extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
-    __shared__ double totals[GROUPS][COLUMNS];
-    const int column = threadIdx.x % COLUMNS, group = threadIdx.x / COLUMNS;
-    const long long i = static_cast<long long>(blockIdx.x) * COLUMNS + column;
-    double total = 0;
-    if (i < a.n)
-        for (int row = group; row < a.rows; row += GROUPS) total += a.partial[row * a.n + i];
-    totals[group][column] = total;
-    __syncthreads();  // every group's total is there
-    if (group == 0 && i < a.n) {
-        for (int g = 1; g < GROUPS; ++g) total += totals[g][column];
-#if WIDE
-        static_cast<double*>(a.out)[i] = total;
-#else
-        static_cast<float*>(a.out)[i] = static_cast<float>(total);
-#endif
-    }
-}
-
-#elif MODE == MODE_TRACK
+#if MODE == MODE_TRACK
 
 struct Args {
     const double* mean;      // (C)

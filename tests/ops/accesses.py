@@ -72,7 +72,7 @@ class LoggingLauncher(HostLauncher):
         binary = self._build(launch)
         library = ctypes.CDLL(str(binary))
         blocks = min(launch.blocks, self.most_blocks)
-        assert library.run(launch.arguments(), blocks, launch.threads, int(self.descending)) == 0
+        assert library.run(launch.arguments(), blocks, launch.threads, int(self.descending), 0) == 0
         count, begin, end = ctypes.c_size_t(), ctypes.c_uint64(), ctypes.c_uint64()
         library.records.restype = ctypes.c_void_p
         start = library.records(ctypes.byref(count), ctypes.byref(begin), ctypes.byref(end))

@@ -15,7 +15,13 @@ from nvae.ops.cuda import DeviceLimits, Launch, kernel_source
 SHIM = Path(__file__).with_name("host_shim.h")
 H100 = DeviceLimits(90, 132, 232448, 233472)
 SMALL = DeviceLimits(80, 2, 166912, 167936)  # few multiprocessors: a block walks over many units
-ERRORS = {1: "divergent barrier", 2: "misaligned access", 3: "a copy never waited for"}
+ERRORS = {
+    1: "divergent barrier",
+    2: "misaligned access",
+    3: "a copy never waited for",
+    4: "an atomic operation without a fence before it",
+    5: "memory written beside an atomic operation",
+}
 
 
 def compiler() -> str | None:
@@ -31,6 +37,7 @@ class HostLauncher:
         limits: the device to pretend.
         edit: changes a kernel's source (a deliberate fault), by (name, source).
         descending: order of the threads between barriers.
+        seed: of the order of the blocks; another one at every launch.
         sanitize: run each launch in a process of its own under the address and undefined behavior
             sanitizers, every tensor in an allocation of exactly its size.
     """
@@ -43,17 +50,19 @@ class HostLauncher:
         limits: DeviceLimits = SMALL,
         edit: Callable[[str, str], str] | None = None,
         descending: bool = False,
+        seed: int = 1,
         sanitize: bool = False,
     ) -> None:
         self.folder = folder
-        self._limits = limits
+        self.pretended = limits
         self.edit = edit
         self.descending = descending
+        self.seed = seed
         self.sanitize = sanitize
         self.launches: list[Launch] = []
 
     def limits(self, device: torch.device) -> DeviceLimits:
-        return self._limits
+        return self.pretended
 
     def launch(self, device: torch.device, launch: Launch) -> None:
         assert device.type == "cpu"
@@ -62,10 +71,17 @@ class HostLauncher:
         if self.sanitize:
             self._run_process(binary, launch)
             return
-        run = ctypes.CDLL(str(binary)).run
-        error = run(launch.arguments(), launch.blocks, launch.threads, int(self.descending))
+        library = ctypes.CDLL(str(binary))
+        for tensor in launch.tensors if launch.counts else ():
+            if tensor is not None:
+                library.watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(_bytes(tensor)))
+        error = library.run(launch.arguments(), launch.blocks, launch.threads, *self._order())
         if error:
             raise RuntimeError(ERRORS[error])
+
+    def _order(self) -> tuple[int, int]:
+        """Of threads and of blocks."""
+        return int(self.descending), self.seed * 1000 + len(self.launches)
 
     def _build(self, launch: Launch) -> Path:
         source = kernel_source(launch.kernel)
@@ -93,13 +109,14 @@ class HostLauncher:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     def _run_process(self, binary: Path, launch: Launch) -> None:
-        """File: pointers, scalar bytes, blocks, threads, order; scalars; for each: size, data."""
+        """File: pointers, scalar bytes, blocks, threads, orders; scalars; for each: size, data."""
+        scalars = launch.arguments()[8 * len(launch.tensors) :]
         parts = [
             struct.pack(
-                "5i", len(launch.tensors), len(launch.scalars), launch.blocks, launch.threads,
-                int(self.descending),
+                "6i", len(launch.tensors), len(scalars), launch.blocks, launch.threads,
+                *self._order(),
             ),
-            launch.scalars,
+            scalars,
         ]  # fmt: skip
         for tensor in launch.tensors:
             if tensor is None:
@@ -131,7 +148,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 SANITIZED_MAIN = r"""
 int main(int, char** argv) {
     FILE* file = fopen(argv[1], "rb");
-    int header[5];
+    int header[6];
     if (!file || fread(header, sizeof(header), 1, file) != 1) fail("no launch");
     const int pointers = header[0];
     const size_t head = pointers * sizeof(void*);
@@ -147,7 +164,8 @@ int main(int, char** argv) {
     }
     fclose(file);
     memcpy(arguments, buffers, head);
-    if (run(arguments, header[2], header[3], header[4])) fail("barrier or alignment");
+    if (run(arguments, header[2], header[3], header[4], header[5]))
+        fail("barrier, alignment or fence");
     file = fopen(argv[1], "wb");
     for (int i = 0; i < pointers; ++i)
         if (sizes[i] > 0) fwrite(buffers[i], 1, sizes[i], file);

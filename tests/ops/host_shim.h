@@ -1,6 +1,9 @@
 // Runs a CUDA kernel's unchanged source on the CPU: included in front of it by host.py.
 //
-// Blocks run one after the other, the threads of a block as fibers; a barrier yields. Shared memory
+// Blocks run one after the other in an order shuffled by a seed (0: ascending), the threads of a block
+// as fibers; a barrier yields. Variables of a kernel live as long as its library is loaded. An atomic
+// operation asks that its thread has fenced since the last barrier: what the block wrote would not be
+// visible to whom the operation tells that it is there. Shared memory
 // is poisoned with NaN before every block, so that reading it too early shows; ORDER of execution
 // between two barriers is ascending or descending. A barrier that not all threads reach, or that
 // they reach on different lines, is an error.
@@ -17,6 +20,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ thread_local
 
@@ -53,7 +57,7 @@ inline long long min(long long a, long long b) { return a < b ? a : b; }
     fprintf(stderr, "%s\n", what);
     exit(3);
 }
-inline int g_error = 0;  // 1: divergent barrier, 2: misaligned access, 3: a copy left behind
+inline int g_error = 0;  // see ERRORS in host.py
 
 template <class T>
 inline T __ldg(const T* p) {
@@ -122,6 +126,8 @@ struct Fiber {
     int line;  // of the barrier it waits at; -1: finished
     Copy* copies;  // started, not waited for
     int count, capacity;
+    int predicate;  // of the barrier it waits at
+    bool is_fenced;  // since its last barrier
 };
 inline ucontext_t g_scheduler;
 inline Fiber* g_current;
@@ -205,11 +211,48 @@ inline void wait_for_copies() {
     f.count = 0;
 }
 
-inline void barrier(int line) {
+inline int g_any;  // of the predicates at the last barrier
+inline int barrier(int line, int predicate = 0) {
     g_current->line = line;
+    g_current->predicate = predicate;
+    g_current->is_fenced = false;
     swapcontext(&g_current->context, &g_scheduler);
+    return g_any;
 }
 #define __syncthreads() barrier(__LINE__)
+#define __syncthreads_or(predicate) barrier(__LINE__, predicate)
+
+// Tensors that must not change between an atomic operation and the next barrier: a thread that still
+// writes then may be later than who was told that its block is ready.
+struct Watched {
+    const char* at;
+    size_t size;
+    char* then;
+};
+inline Watched g_watched[16];
+inline int g_watching;
+inline bool g_told;
+extern "C" void watch(const void* at, size_t size) {
+    g_watched[g_watching++] = {static_cast<const char*>(at), size, static_cast<char*>(malloc(size))};
+}
+
+inline void __threadfence() { g_current->is_fenced = true; }
+inline unsigned atomicInc(unsigned* p, unsigned most) {
+    if (!g_current->is_fenced) g_error = 4;
+    g_current->is_fenced = false;
+    for (int i = 0; i < g_watching; ++i)
+        memcpy(g_watched[i].then, g_watched[i].at, g_watched[i].size);
+    g_told = true;
+    const unsigned old = *p;
+    *p = old >= most ? 0 : old + 1;
+    return old;
+}
+inline unsigned atomicAdd(unsigned* p, unsigned more) {
+    const unsigned old = atomicInc(p, ~0u);
+    *p = old + more;
+    return old;
+}
+inline float __ldcg(const float* p) { return *p; }
 
 inline const void* g_arguments;
 void start_kernel();  // defined behind the kernel
@@ -222,9 +265,9 @@ inline void fiber_main() {
 }
 
 #ifdef LOG
-extern "C" __attribute__((no_sanitize("thread"))) int run(const void*, int, int, int);
+extern "C" __attribute__((no_sanitize("thread"))) int run(const void*, int, int, int, unsigned);
 #endif
-extern "C" int run(const void* arguments, int blocks, int threads, int descending) {
+extern "C" int run(const void* arguments, int blocks, int threads, int descending, unsigned seed) {
     constexpr size_t STACK = 128 * 1024;
     Fiber* fibers = static_cast<Fiber*>(calloc(threads, sizeof(Fiber)));
     char* stacks = static_cast<char*>(malloc(STACK * threads));
@@ -235,10 +278,20 @@ extern "C" int run(const void* arguments, int blocks, int threads, int descendin
     g_stacks_end = stacks + STACK * threads;
     g_count = g_epoch = 0;
 #endif
-    for (int block = 0; block < blocks && !g_error; ++block) {
+    int* order = static_cast<int*>(malloc(blocks * sizeof(int)));
+    for (int i = 0; i < blocks; ++i) {
+        seed = seed * 1664525u + (seed ? 1013904223u : 0u);
+        const int j = seed ? (seed >> 8) % (i + 1) : i;
+        order[i] = i;
+        order[i] = order[j];
+        order[j] = i;
+    }
+    for (int turn = 0; turn < blocks && !g_error; ++turn) {
+        const int block = order[turn];
         memset(shared, 0xff, sizeof(shared));
         for (int t = 0; t < threads; ++t) {
-            fibers[t].line = fibers[t].count = 0;
+            fibers[t].line = fibers[t].count = fibers[t].predicate = 0;
+            fibers[t].is_fenced = false;
             getcontext(&fibers[t].context);
             fibers[t].context.uc_stack.ss_sp = &stacks[STACK * t];
             fibers[t].context.uc_stack.ss_size = STACK;
@@ -257,12 +310,20 @@ extern "C" int run(const void* arguments, int blocks, int threads, int descendin
             ++g_epoch;
 #endif
             alive = fibers[0].line != -1;
-            for (int t = 0; t < threads; ++t)
+            for (int i = 0; g_told && i < g_watching; ++i)
+                if (memcmp(g_watched[i].then, g_watched[i].at, g_watched[i].size)) g_error = 5;
+            g_told = false;
+            g_any = 0;
+            for (int t = 0; t < threads; ++t) {
                 if (fibers[t].line != fibers[0].line) g_error = 1;
+                g_any |= fibers[t].predicate;
+            }
         }
     }
     for (int t = 0; t < threads; ++t) free(fibers[t].copies);
     free(fibers);
+    free(order);
+    while (g_watching) free(g_watched[--g_watching].then);
     free(stacks);
     return g_error;
 }

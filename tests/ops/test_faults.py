@@ -7,10 +7,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from nvae.ops.cuda import kernel_source
+
 from .cases import Case
 from .host import HostLauncher
 from .test_adamax_kernel import check_adamax
-from .test_host_kernels import check_batch_norm, check_depthwise, check_moments, check_track
+from .test_host_kernels import (
+    WALKED,
+    check_batch_norm,
+    check_depthwise,
+    check_last_block,
+    check_moments,
+    check_track,
+)
 from .test_weight_norm import check_weight_norms
 
 BFLOAT = torch.bfloat16
@@ -43,12 +52,14 @@ def bn_swish(case: Case) -> Callable[[HostLauncher], None]:
     return lambda host: check_batch_norm(case, host)
 
 
-FORWARD, BACKWARD = "depthwise_forward", "depthwise_backward"
+COMMON, FORWARD, BACKWARD = "common", "depthwise_forward", "depthwise_backward"
 BARRIERS = [
     (FORWARD, "BN's vectors and the padding are staged", ODD),
     (FORWARD, "tile and weights are staged", ODD),
     (FORWARD, "the tile may be overwritten", TILES),
     (FORWARD, "every group's sums are there", ODD),
+    (COMMON, "the block's partial sums are written", WALKED),
+    (COMMON, "every share is there", WALKED),
     (BACKWARD, "dsums and the zeros are staged", ODD),
     (BACKWARD, "tiles and weights are staged", ODD),
     (BACKWARD, "the tile may be overwritten", TILES),
@@ -60,10 +71,8 @@ FAULTS = [
         for kernel, why, case in BARRIERS
     ),
     Fault(
-        "no barrier: bn_swish", "bn_swish", "__syncthreads();", "", bn_swish(ODD),
-    ),
-    Fault(
-        "no barrier: vectors", "vectors", "__syncthreads();", "", bn_swish(Case(2, 64, 9, 66)),
+        "no barrier: bn_swish", "bn_swish", "__syncthreads();  // every group's", "//",
+        bn_swish(ODD),
     ),
     Fault(
         "divergent barrier", FORWARD, "__syncthreads();  // the tile may",
@@ -162,8 +171,29 @@ FAULTS = [
           "const float g = dy[i] * sigmoid(v);", bn_swish(ODD)),
     Fault("fold without its constant", "bn_swish", "fmaf(slope[i], x[i], constant[i])",
           "slope[i] * x[i]", bn_swish(ODD)),
-    Fault("a row left out", "vectors", "int row = group;", "int row = group + 1;",
-          depthwise(TILES)),
+    Fault("a row left out", COMMON, "int row = i / VALUES;", "int row = i / VALUES + 1;",
+          depthwise(WALKED)),
+    Fault("a share left out", COMMON, "share = 1; share < SHARES", "share = 2; share < SHARES",
+          depthwise(WALKED)),
+    Fault("counters not reset", COMMON, "atomicInc(counter, blocks - 1)", "atomicAdd(counter, 1)",
+          check_last_block),
+    Fault("no fence before the count", COMMON, "__threadfence();  // what", "//",
+          depthwise(WALKED)),
+    Fault("the first block adds", COMMON, "blocks - 1) == blocks - 1;", "blocks - 1) == 0;",
+          check_last_block),
+    # in double, which float32 values of one size leave nearly exact, no order would show
+    Fault("rows in the order of arrival, in float", COMMON,
+          "total += __ldcg(partial + row * pitch + to);",
+          "total = static_cast<float>(total + "
+          "__ldcg(partial + (row + blockIdx.x / 2) % rows * pitch + to));", check_last_block),
+    Fault("one counter for all columns", FORWARD, "* CHANNEL_BLOCKS + column, a.rows",
+          "* CHANNEL_BLOCKS, a.rows", check_last_block),
+    Fault("one counter for all columns", BACKWARD, "blockIdx.x % COLUMNS, a.rows", "0, a.rows",
+          check_last_block),
+    Fault("one counter for all columns", "bn_swish", "* COLUMNS + column, a.rows",
+          "* COLUMNS, a.rows", check_last_block),
+    Fault("too few counters", BACKWARD, "COUNTER_SLOTS * CHANNEL_BLOCKS * SLICES", "1",
+          depthwise(Case(2, 64, 12, 13, k=7)), True),
     Fault("negative variance", "vectors", "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
     Fault("eps left out", "vectors", "sqrt(var + a.eps)", "sqrt(var)", check_moments),
     Fault("biased running variance", "vectors", "a.var[c] * (n / (n - 1))", "a.var[c]",
@@ -212,9 +242,9 @@ def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
 
 def test_every_barrier_has_its_fault() -> None:
     """A barrier added to a kernel needs its removal on the list."""
-    from nvae.ops.cuda import kernel_source
-
-    for kernel in (FORWARD, BACKWARD, "bn_swish", "vectors", "weight_norm", "adamax"):
-        barriers = kernel_source(kernel).count("__syncthreads()")
+    common = kernel_source("vectors").partition("// Small kernels over vectors")[0]
+    for kernel in (COMMON, FORWARD, BACKWARD, "bn_swish", "vectors", "weight_norm", "adamax"):
+        source = kernel_source(kernel).removeprefix(common) if kernel != COMMON else common
+        barriers = source.count("__syncthreads()")
         faults = [f for f in FAULTS if f.kernel == kernel and f.name.startswith("no barrier")]
         assert len(faults) == barriers, kernel

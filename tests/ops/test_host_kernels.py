@@ -9,7 +9,7 @@ import torch
 from nvae.ops import kernels, reference
 
 from .cases import Case, make_problem, relative_error, tolerance
-from .host import H100, HostLauncher
+from .host import H100, SMALL, HostLauncher
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES = [
@@ -32,6 +32,7 @@ CASES = [
     Case(1, 20, 4, 9, k=3),  # three patches across: threads that are no power of two
     Case(1, 1, 1, 1),
 ]
+WALKED = Case(9, 40, 9, 34)  # several rows of partial sums, several columns of channels
 
 
 def check_depthwise(case: Case, launcher: HostLauncher) -> None:
@@ -114,6 +115,27 @@ def check_track(launcher: HostLauncher) -> None:
         assert all(t._version > v for t, v in zip(ours, versions, strict=True))
 
 
+def check_last_block(launcher: HostLauncher) -> None:
+    """Sums by whichever block is last are correct, also at a kernel's next launch, and have
+    the same bits in any order of the blocks, of which the launcher takes another every time."""
+    launcher.pretended = replace(SMALL, multiprocessors=8)  # more rows of partial sums
+    p = make_problem(WALKED)
+    runs = []
+    for _ in range(4):
+        forward = kernels.depthwise_forward(p.x, p.weight, 1, p.bn, True, launcher)
+        backward = kernels.depthwise_backward(p.dy, p.x, p.weight, 1, p.bn, launcher=launcher)
+        sums = kernels.channel_sums(p.x, launcher)
+        runs.append([*forward, *backward, sums])
+        assert relative_error(forward[1], p.sums) < 1e-5
+        assert relative_error(sums, reference.channel_sums(p.x.double())) < 1e-5
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    for launch, i in zip(launcher.launches[:3], (7, 10, 8), strict=True):
+        partial = launch.tensors[i]
+        assert partial is not None
+        assert len(partial) > 2
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_depthwise_matches_float64_autograd(case: Case, host: HostLauncher) -> None:
     check_depthwise(case, host)
@@ -134,6 +156,23 @@ def test_moments_match_autograd(host: HostLauncher) -> None:
 
 def test_running_statistics_match_the_formula(host: HostLauncher) -> None:
     check_track(host)
+
+
+def test_any_block_may_be_the_last(host: HostLauncher) -> None:
+    check_last_block(host)
+
+
+def test_sums_are_launches_of_no_other_kernel(host: HostLauncher) -> None:
+    """One launch each, and one for a backward pass; a large kernel's takes two."""
+    p = make_problem(WALKED)
+    kernels.depthwise_forward(p.x, p.weight, 1, p.bn, True, host)
+    kernels.depthwise_backward(p.dy, p.x, p.weight, 1, p.bn, launcher=host)
+    kernels.bn_backward(p.x, p.x, p.bn, True, host)
+    kernels.channel_sums(p.x, host)
+    names = [launch.kernel for launch in host.launches]
+    assert names == ["depthwise_forward", "depthwise_backward", "bn_swish", "bn_swish"]
+    kernels.depthwise_backward(p.dy, p.x, torch.ones(70, 1, 7, 7), 1, p.bn, launcher=host)
+    assert [launch.kernel for launch in host.launches[4:]] == ["depthwise_backward"] * 2
 
 
 def test_order_of_threads_does_not_change_a_bit(host_folder: Path) -> None:

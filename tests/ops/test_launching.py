@@ -102,6 +102,23 @@ def test_launch(driver: FakeDriver) -> None:
     )  # loaded once, launched twice
 
 
+def test_streams_count_their_blocks_apart(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches of two streams may run at once; the slot stands between pointers and scalars."""
+    launch = Launch("k", (), 1, 32, 0, (torch.zeros(1),), struct.pack("2i", 8, 9), counts=True)
+    launcher, slots = CudaLauncher(), []
+    for stream, device in ((77, 3), (78, 3), (77, 3), (77, 4)):
+        current = SimpleNamespace(cuda_stream=stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, s=current: s)
+        launcher.launch(torch.device("cuda", device), launch)
+        _, slot, first, second = struct.unpack("P q 2i", driver.calls[-1][3])
+        assert (first, second) == (8, 9)
+        slots.append(slot)
+    assert slots == [0, 1, 0, 0]
+    assert {launcher.slot(3, stream) for stream in range(200)} == set(range(cuda.COUNTER_SLOTS))
+
+
 def test_thread_without_a_context_gets_the_devices(driver: FakeDriver) -> None:
     """Threads of autograd may reach the launch before they call the CUDA runtime."""
     launch = Launch("k", (), 1, 32, 0, (torch.zeros(1), None), bytes(8))
