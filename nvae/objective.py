@@ -418,6 +418,7 @@ class GammaBalanced(Objective):
         "portion": 0.0125,  # share of all steps that it lasts
         "per_variable": True,  # false: by a group's whole KL
     }
+    variables: Tensor
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
         super().__init__(model, config)
@@ -426,6 +427,11 @@ class GammaBalanced(Objective):
         portion = self.options["portion"]
         if not 0 <= portion <= 1:
             raise ValueError(f"objective.options.portion is {portion}; allowed: 0 to 1")
+        # on the device from the beginning: a copy from the host cannot be part of a captured step
+        variables = [
+            math.prod(s) if self.options["per_variable"] else 1 for s in model.latent_shapes
+        ]
+        self.register_buffer("variables", torch.tensor(variables), persistent=False)
 
     def coefficients(self, step: float, total_steps: int) -> dict[str, float]:
         """With ``gamma``: 1 while the balancing lasts, then 0."""
@@ -435,9 +441,7 @@ class GammaBalanced(Objective):
     def kl_weights(self, output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:
         """Coefficients of the groups' KL, ``(G,)``, mean 1."""
         kl = output.kl_per_group.detach()
-        variables = [group.z[0].numel() if self.options["per_variable"] else 1
-                     for group in output.groups]  # fmt: skip
-        weights = gamma_weights(kl, kl.new_tensor(variables))
+        weights = gamma_weights(kl, self.variables.to(kl))
         gamma = coefficients["gamma"]
         if isinstance(gamma, Tensor):
             return torch.where(gamma > 0, weights, torch.ones_like(weights))
