@@ -32,7 +32,7 @@ CASES = [
     Case(1, 20, 4, 9, k=3),  # three patches across: threads that are no power of two
     Case(1, 1, 1, 1),
 ]
-WALKED = Case(9, 40, 9, 34)  # several rows of partial sums, several columns of channels
+WALKED = Case(9, 70, 9, 34)  # several rows of partial sums, several columns of channels
 
 
 def check_depthwise(case: Case, launcher: HostLauncher) -> None:
