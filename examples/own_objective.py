@@ -17,6 +17,7 @@ class Decorrelated(Objective):
     """The ELBO, and a penalty on correlations between a group's latent channels."""
 
     defaults: ClassVar[dict[str, Any]] = {"weight": 0.1}
+    capturable = True  # nothing in it changes from step to step, so a CUDA graph may hold it
 
     def extra_terms(self, output: Output, x: Tensor) -> dict[str, Tensor]:
         """``decorrelation``: the sum of squared covariances off the diagonal, times the weight."""

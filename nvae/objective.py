@@ -246,9 +246,12 @@ class Objective(nn.Module):
     Attributes:
         defaults: the options that a subclass takes, with their values where none are given.
         options: their values.
+        capturable: what changes in it from step to step comes from :meth:`coefficients` alone, so
+            that a step captured as a CUDA graph computes right. A subclass says so itself.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
+    capturable: ClassVar[bool] = True
     alpha: Tensor
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
@@ -418,6 +421,7 @@ class GammaBalanced(Objective):
         "portion": 0.0125,  # share of all steps that it lasts
         "per_variable": True,  # false: by a group's whole KL
     }
+    capturable = True
     variables: Tensor
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:

@@ -337,6 +337,9 @@ def _why_overridden(module: NVAELightning) -> str | None:
     for hook in STEP_HOOKS:
         if getattr(type(module), hook) is not getattr(NVAELightning, hook):
             return f"{type(module).__name__} has its own {hook}"
-    if type(module.loss).forward is not Objective.forward:
-        return f"{type(module.loss).__name__} has its own forward"
+    kind = type(module.loss)
+    if kind.forward is not Objective.forward:
+        return f"{kind.__name__} has its own forward"
+    if not vars(kind).get("capturable"):  # what a graph holds must not change unseen
+        return f"the objective {kind.__name__} does not say `capturable = True`"
     return None

@@ -151,10 +151,20 @@ class _Averaged:
             torch._foreach_lerp_(self._averages, current, self._weight)
         elif not taken.is_cuda:
             torch._foreach_lerp_(self._averages, current, [taken * self._weight] * len(current))
-        else:  # with a list of weights it would be an operation for each tensor there
-            change = torch._foreach_sub(current, self._averages)
-            torch._foreach_mul_(change, taken * self._weight)
-            torch._foreach_add_(self._averages, change)
+        else:
+            move_by(self._averages, current, taken * self._weight)
+
+
+def move_by(averages: Sequence[Tensor], current: Sequence[Tensor], weight: Tensor) -> None:
+    """Move averages by a share of the way that only the device knows, a 0-d tensor.
+
+    ``torch._foreach_lerp_`` takes such a share too, but by an operation for each tensor on a GPU.
+    """
+    for begin, end, _ in _chunks([average.numel() for average in averages]):
+        some = list(averages[begin:end])
+        change = torch._foreach_sub(list(current[begin:end]), some)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(some, change)
 
 
 class MovingAverage(WeightAveraging):

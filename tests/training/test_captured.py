@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 
 from nvae.cli.config import TrainConfig
+from nvae.objective import Objective, ObjectiveConfig
 from nvae.training.captured import WARM_UPS, CapturedSteps
 from nvae.training.module import NVAELightning
 from nvae.training.optimizers import OptimizerConfig
@@ -155,6 +156,10 @@ def test_what_is_frozen_later_is_captured_anew(tmp_path: Path) -> None:
     assert_same_run(plain, taped)
 
 
+class Own(Objective):
+    """It may do anything."""
+
+
 class Looks(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As a logger of gradients would."""
@@ -164,7 +169,7 @@ class Looks(pl.Callback):
     ("case", "reason"),
     [
         ("sgd", "SGD"), ("callback", "Looks has on_after_backward"), ("anomaly", "detect_anomaly"),
-        ("profiler", "profiler"),
+        ("profiler", "profiler"), ("objective", "Own does not say"),
     ],
 )  # fmt: skip
 def test_where_steps_are_not_captured_a_line_says_why(
@@ -175,6 +180,8 @@ def test_where_steps_are_not_captured_a_line_says_why(
     config.trainer.max_epochs, more = 1, []
     if case == "sgd":
         config.optimizer = OptimizerConfig(name="torch.optim:SGD")
+    if case == "objective":
+        config.objective = ObjectiveConfig(name=f"{__name__}:Own")
     if case == "callback":
         more = [Looks()]
     if case == "anomaly":

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.cli.train import build_module
 from nvae.training import ema
-from nvae.training.ema import HostCopy, MovingAverage
+from nvae.training.ema import HostCopy, MovingAverage, move_by
 from nvae.training.module import NVAELightning
 from tests.training.runs import last_checkpoint, run, small_config
 
@@ -143,6 +143,19 @@ def test_an_update_is_one_operation_a_type(tmp_path: Path) -> None:
         "aten::_foreach_copy_", "aten::_foreach_copy_", "aten::_foreach_lerp_",
         "aten::_local_scalar_dense", "aten::add_",
     ]  # fmt: skip
+
+
+def test_a_share_that_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does in the place of lerp, by as many chunks as it takes; 0 changes nothing."""
+    monkeypatch.setattr(ema, "CHUNK", 10)
+    averages = [torch.randn(size) for size in (4, 5, 30, 1)]
+    current = [torch.randn_like(average) for average in averages]
+    before = deepcopy(averages)
+    move_by(averages, current, torch.tensor(0.0))
+    assert all(map(torch.equal, averages, before))
+    move_by(averages, current, torch.tensor(0.25))
+    for average, old, new in zip(averages, before, current, strict=True):
+        torch.testing.assert_close(average, old.lerp(new, 0.25))
 
 
 def test_between_steps_nothing_is_updated(tmp_path: Path) -> None:
