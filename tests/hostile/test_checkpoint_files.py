@@ -36,7 +36,7 @@ from nvae.torch_file import TorchFileError, inspect_torch_file
 from tests.models.small import small_model
 from tests.reference import checkpoint_path
 
-QUICK, LONG = 40, 1500
+QUICK, LONG = 40, 700
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_nothing_is_larger_than_the_file(tmp_path: Path) -> None:
 
 
 FEW = (None, [], "x", 10**30)
-WRONG = (*FEW, {}, "", -1, 0, 1.5, float("nan"), True, (1, 2), {"a": [1]})
+WRONG = (*FEW, {}, -1, 1.5, float("nan"), True, {"a": [1]})
 few_or_all = pytest.mark.parametrize("values", [FEW, pytest.param(WRONG, marks=pytest.mark.slow)])
 
 
