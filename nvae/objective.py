@@ -164,6 +164,8 @@ class ObjectiveConfig:
         free_bits: nats that every latent group may carry for nothing; see :func:`elbo`.
         flooding: b: the loss is kept around it, \|loss - b\| + b, so that training does not drive
             it further down (Ishida et al. 2020, equation 1), in nats. null: none.
+        label_dropout: share of the labels that a model with classes is not told in training, so
+            that it learns to do without; what classifier-free guidance needs (Ho & Salimans 2022).
         encoder_noise: standard deviation of Gaussian noise on the encoder's input, in units of
             [0, 1]; the likelihood still counts the clean image. 0: none.
         per_dimension: the loss and its gradients are in nats per counted dimension (channels times
@@ -182,6 +184,7 @@ class ObjectiveConfig:
     spectral_iterations: int = 4
     free_bits: float = 0.0
     flooding: float | None = None
+    label_dropout: float = 0.1
     encoder_noise: float = 0.0
     per_dimension: bool = False
 
@@ -189,7 +192,8 @@ class ObjectiveConfig:
         check_fields(
             self, "objective.", kl_anneal_portion=(0, 1), kl_constant_portion=(0, 1),
             kl_minimum=(None, 1), spectral_weight=(0, 1e6), spectral_weight_initial=(None, 1e6),
-            spectral_iterations=(1, 1000), free_bits=(0, None), encoder_noise=(0, 1),
+            spectral_iterations=(1, 1000), free_bits=(0, None), label_dropout=(0, 1),
+            encoder_noise=(0, 1),
         )  # fmt: skip
         if self.kl_minimum <= 0:
             raise ValueError(f"objective.kl_minimum is {self.kl_minimum}; it must be above 0")
@@ -277,6 +281,7 @@ class Objective(nn.Module):
         step: float,
         total_steps: int,
         input_noise: Tensor | None = None,
+        labels: Tensor | None = None,
         regularize: bool = True,
         on_device: Sequence[Tensor] | None = None,
     ) -> Loss:
@@ -289,6 +294,7 @@ class Objective(nn.Module):
             step: position in the schedules: optimizer steps done, see nvae.training.run_length.
             total_steps: of the whole run.
             input_noise: standard normal, like ``x``; needed where the configuration asks for it.
+            labels: classes ``(B,)`` int64 that the model is told, ``NO_LABEL`` for none.
             regularize: add the regularizers, once an optimizer step.
             on_device: :meth:`coefficients` as 0-d float64 tensors on the model's device, which take
                 the place of ``step``'s in all that is computed. What is captured reads them there.
@@ -301,10 +307,11 @@ class Objective(nn.Module):
                 assert input_noise is not None
                 model.check_images(x)
                 maps = model.encode(x + self.config.encoder_noise * input_noise)
-                state, groups = model.top_down(noise, encoder_maps=maps)
+                given = model.conditioned_by(labels, len(x))
+                state, groups = model.top_down(noise, encoder_maps=maps, **given)
                 output = Output(model.decode_state(state), groups)
             else:
-                output = model(x, noise)
+                output = model(x, noise) if labels is None else model(x, noise, labels)
         parts = elbo(
             output,
             model.likelihood(output.logits).log_prob(x),

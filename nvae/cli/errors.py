@@ -27,6 +27,9 @@ from nvae.settings import CONFIGS, describe_type, did_you_mean, unknown_key
 LONGEST_JOB_NAME = 120
 """Characters of the name of a job's folder, a hash apart."""
 
+_CLASS = re.compile(r"^class=")
+"""What users write; no field of a dataclass can be called so."""
+
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 
 Work = Callable[[DictConfig], float | None]
@@ -68,7 +71,8 @@ def run(name: str, work: Work, schema: type) -> None:
     sys.path.append(os.getcwd())  # for a class of the user's own; nothing of ours is shadowed
     try:
         with interruptible():
-            sys.argv = [sys.argv[0], *_with_names_of_jobs(sys.argv[1:])]
+            words = [_CLASS.sub("classes=", word) for word in sys.argv[1:]]
+            sys.argv = [sys.argv[0], *_with_names_of_jobs(words)]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
     except JobFailedError:
         raise SystemExit(FAILURE) from None

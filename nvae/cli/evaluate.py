@@ -166,6 +166,7 @@ def _bound(
             share_of(data.batches(config.split, device), rank, world),
             importance_samples=config.importance_samples,
             elbo_samples=config.elbo_samples,
+            labels=config.labels,
             seed=config.seed,
             chunk=config.chunk,
             progress=advance,
@@ -216,6 +217,7 @@ def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData)
         "split": config.split,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,
+        **({"labels": config.labels} if opened.model.config.num_classes else {}),
         "seed": config.seed,
         "batch_norm": recalibration if config.recalibrate_bn else "running statistics",
         "precision": precision_name(tf32=config.tf32),
@@ -405,4 +407,4 @@ def share_of(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[I
     for batch in batches:
         mine = batch.index % world == rank
         if mine.any():
-            yield ImageBatch(batch.x[mine], batch.index[mine])
+            yield batch[mine]

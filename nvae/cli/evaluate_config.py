@@ -37,6 +37,7 @@ class EvaluateConfig:
     weights: str = "ema"
     importance_samples: list[int] = field(default_factory=lambda: [1000])
     elbo_samples: int = 1
+    labels: bool = True
     seed: int = 0
     chunk: int = 256
     device: str = "auto"

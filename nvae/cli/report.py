@@ -243,9 +243,9 @@ def passes_of(
     by what it works on together."""
     number = 0
     for batch in batches:
-        for x, index in zip(batch.x.split(size), batch.index.split(size), strict=True):
+        for start in range(0, len(batch.x), size):
             if number % world == rank:
-                yield ImageBatch(x, index)
+                yield batch[start : start + size]
             number += 1
 
 
@@ -254,7 +254,7 @@ def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> Non
     grids = [
         sample_images(
             model, range(config.samples), temperature=t, pixel_temperature="mean",
-            batch_size=config.chunk,
+            labels=model.labels_in_turn(config.samples), batch_size=config.chunk,
         )
         for t in config.temperatures
     ]  # fmt: skip
@@ -269,11 +269,11 @@ def reconstruction_grid(
     columns: int = 16,
 ) -> None:
     """Test images above what the model makes of them: the mean of a draw of the latents."""
-    batch = next(data.batches("test", model.device))
-    x, index = batch.x[:columns], batch.index[:columns]
-    latents = encode(model, x, index, batch_size=config.chunk)
+    batch = next(data.batches("test", model.device))[:columns]
+    labels = model.labels_of(batch)
+    latents = encode(model, batch.x, batch.index, labels=labels, batch_size=config.chunk)
     means = decode(model, latents, "mean", batch_size=config.chunk)
-    save_rows(file, [x.cpu(), means], ["test image", "reconstruction"])
+    save_rows(file, [batch.x.cpu(), means], ["test image", "reconstruction"])
 
 
 def likelihood_lines(result: EvaluationResult) -> list[str]:

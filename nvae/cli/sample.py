@@ -229,6 +229,7 @@ class _Sampler:
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
         self.temperatures = config.temperatures(model)
+        self.classes = config.class_list(model)
         self.decoder = partial(
             decode, pixel_temperature=config.pixels, batch_size=config.batch_size
         )
@@ -251,14 +252,21 @@ class _Sampler:
             yield
 
     def _prior(self, label: str, temperature: Sequence[float]) -> Tensor:
+        """All seeds, or all seeds of every class in turn."""
+        times = max(1, len(self.classes))
         with self._statistics(temperature):
             decode = self._compiled()
-            with progress_bar(f"temperature {label}", len(self.seeds)) as advance:
+            with progress_bar(f"temperature {label}", times * len(self.seeds)) as advance:
                 return sample_images(
-                    self.model, self.seeds, temperature=temperature,
-                    pixel_temperature=self.config.pixels, batch_size=self.config.batch_size,
+                    self.model, self.seeds.repeat(times), temperature=temperature,
+                    pixel_temperature=self.config.pixels, labels=self._labels(len(self.seeds)),
+                    guidance=self.config.guidance, batch_size=self.config.batch_size,
                     decode=decode, progress=advance,
                 )  # fmt: skip
+
+    def _labels(self, images: int) -> Tensor | None:
+        """Labels of so many images of every class asked for; None without."""
+        return torch.tensor(self.classes).repeat_interleave(images) if self.classes else None
 
     def _compiled(self) -> CompiledDecoder | None:
         """The compiled walk with the statistics at hand, where one is asked for."""
@@ -266,25 +274,35 @@ class _Sampler:
             return None
         if self._kept is None or self.config.recalibrate_bn:
             print("compiling, a minute or more", flush=True)
-            self._kept = CompiledDecoder(self.model, self.config.batch_size)
+            self._kept = CompiledDecoder(self.model, self.config.batch_size, self.config.guidance)
         return self._kept
 
     def _draw_prior(self) -> None:
         grids = []
+        names = [f"seed{seed:06d}" for seed in self.seeds.tolist()]
+        if self.classes:
+            names = [f"class{each}_{name}" for each in self.classes for name in names]
         for label, temperature in self.temperatures:
             images = self._prior(label, temperature)
             grids.append(images)
             if self.config.single_images:
-                for seed, image in zip(self.seeds.tolist(), images, strict=True):
-                    where = f"t{label.replace(', ', '_')}"
-                    self.folder.image(f"{where}/seed{seed:06d}.png", image)
+                for name, image in zip(names, images, strict=True):
+                    self.folder.image(f"t{label.replace(', ', '_')}/{name}.png", image)
         labels = [f"temperature {label}" for label, _ in self.temperatures]
-        self.folder.grids("grid.png", grids, labels, self.config.columns)
+        if self.classes:
+            rows = [row for grid in grids for row in grid.split(len(self.seeds))]
+            titles = [f"class {each}" for each in self.classes]
+            if len(labels) > 1:
+                titles = [f"{title}, {label}" for label in labels for title in titles]
+            self.folder.sheet("grid.png", Grid(tuple(rows), tuple(titles)))
+        else:
+            self.folder.grids("grid.png", grids, labels, self.config.columns)
         if self.config.npz:
             used = torch.tensor([t for _, t in self.temperatures])
+            own = {"classes": torch.tensor(self.classes)} if self.classes else {}
             self.folder.arrays(
                 "samples.npz",
-                images=torch.stack(grids), seeds=self.seeds, group_temperatures=used,
+                images=torch.stack(grids), seeds=self.seeds, group_temperatures=used, **own,
             )  # fmt: skip
 
     def _draw_nearest(self) -> None:
@@ -300,9 +318,9 @@ class _Sampler:
         self._keep(sheet.images)
 
     def _draw_reconstruct(self) -> None:
-        x = self._images()
+        x, labels = self._images()
         numbers = torch.tensor(self.config.image_list)
-        sheet = reconstruction_grid(self.model, x, numbers, self.config.batch_size)
+        sheet = reconstruction_grid(self.model, x, numbers, self.config.batch_size, labels)
         self.folder.sheet("reconstructions.png", sheet)
         self._keep(sheet.images)
 
@@ -365,13 +383,16 @@ class _Sampler:
     def _starts(self) -> tuple[Latents, list[str]]:
         """Latents of the images or seeds asked for, and their names."""
         if self.config.reads_images:
-            latents = encode(self.model, self._images(), batch_size=self.config.batch_size)
+            x, labels = self._images()
+            latents = encode(self.model, x, labels=labels, batch_size=self.config.batch_size)
             return latents, [f"image {i}" for i in self._numbers]
-        latents = prior_latents(self.model, self.seeds, self.temperatures[0][1])
+        latents = prior_latents(
+            self.model, self.seeds, self.temperatures[0][1], self._labels(len(self.seeds))
+        )
         return latents, [f"seed {s}" for s in self._numbers]
 
-    def _images(self) -> Tensor:
-        """The data images asked for, ``(N, C, H, W)``, on the model's device."""
+    def _images(self) -> tuple[Tensor, Tensor | None]:
+        """The data images asked for, ``(N, C, H, W)``, on the model's device, and their labels."""
         assert self.data is not None
         split, wanted = self.data.split(self.config.split), torch.tensor(self.config.image_list)
         if wanted.max() >= len(split):
@@ -381,7 +402,11 @@ class _Sampler:
             )
         pixels = split.gather(wanted, epoch=None, seed=0)
         batch = RawBatch(pixels, wanted, self.config.split, None)
-        return self.data.to_input(batch).x.to(self.model.device)
+        images = self.data.to_input(batch)
+        labels = self._labels(len(wanted))
+        if labels is None and self.model.config.num_classes:
+            labels = images.labels
+        return images.x.to(self.model.device), labels
 
     def _keep(self, images: Tensor, **arrays: Tensor) -> None:
         """Write the images as they are where that is wanted, with what they come from."""

@@ -22,6 +22,7 @@ HOTTEST = 1000.0
 """Temperature; far beyond anything that gives a picture."""
 
 _BOUNDS: dict[str, Bounds] = {
+    "guidance": (0, 1000),
     "recalibrate_bn": (0, 1_000_000),
     "bn_batch_size": (2, 65_536),
     "steps": (2, 10_000),
@@ -52,6 +53,8 @@ class SampleConfig:
     scale_temperatures: list[float] | None = None
     group_temperatures: list[float] | None = None
     pixel_temperature: Any = "mean"
+    classes: Any = None
+    guidance: float = 1.0
     recalibrate_bn: int = 0
     bn_batch_size: int = 64
     bn_seed: int = 0
@@ -90,6 +93,7 @@ class SampleConfig:
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is empty; give at least one number, or leave it out")
         self._check_temperatures()
+        self._check_classes()
         if self.compile and self.mode not in ("prior", "nearest"):
             raise ValueError(
                 f"compile=true is for the many images of mode=prior and mode=nearest, not for "
@@ -120,6 +124,37 @@ class SampleConfig:
         for value in values:
             check_temperature("temperature", value)
 
+    def _check_classes(self) -> None:
+        if self.guidance != 1 and (self.classes is None or self.mode not in ("prior", "nearest")):
+            raise ValueError(
+                f"guidance={self.guidance:g} leads to a class; give class=NUMBER, and mode=prior "
+                "or mode=nearest"
+            )
+        if self.classes is None or self.classes == "all":
+            return
+        if len(integers("class", self.classes)) > 1 and self.mode != "prior":
+            raise ValueError(f"mode={self.mode} takes one class")
+
+    def class_list(self, model: HierarchicalVAE) -> list[int]:
+        """The classes asked for, in the order given; empty where none are.
+
+        Raises:
+            ValueError: the model has not so many.
+        """
+        if self.classes is None:
+            return []
+        known = model.config.num_classes
+        if not known:
+            raise ValueError("class is given, but the model knows no classes (model.num_classes=0)")
+        if self.classes == "all":
+            if self.mode != "prior":
+                raise ValueError(f"mode={self.mode} takes one class")
+            return list(range(known))
+        chosen = integers("class", self.classes)
+        if max(chosen) >= known:
+            raise ValueError(f"class names {max(chosen)}; the model knows 0 to {known - 1}")
+        return chosen
+
     @property
     def reads_images(self) -> bool:
         """Whether data images are encoded."""
@@ -130,7 +165,7 @@ class SampleConfig:
     @property
     def seed_list(self) -> list[int]:
         """The seeds, in the order given."""
-        default = "0-63" if self.mode == "prior" else "0-7"
+        default = "0-63" if self.mode == "prior" and self.classes is None else "0-7"
         return integers("seeds", default if self.seeds is None else self.seeds)
 
     @property

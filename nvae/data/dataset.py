@@ -55,10 +55,17 @@ class ImageBatch:
     Attributes:
         x: (B, C, H, W) float32 in [0, 1], channels_last in memory.
         index: (B,) int64, the images' indices in their split.
+        labels: (B,) int64, their classes counted from 0; None where they have none.
     """
 
     x: Tensor
     index: Tensor
+    labels: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> "ImageBatch":
+        """Some of the images."""
+        labels = None if self.labels is None else self.labels[rows]
+        return ImageBatch(self.x[rows], self.index[rows], labels)
 
 
 class ImageData:

@@ -100,6 +100,7 @@ def evaluate(
     chunk: int = 256,
     progress: Progress | None = None,
     store: RecordStore | None = None,
+    labels: bool = True,
     distributed: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> EvaluationResult:
@@ -118,6 +119,7 @@ def evaluate(
         chunk: rows in one pass.
         progress: called with the rows just done, also for those that ``store`` had already.
         store: finished images; those in it are not computed again.
+        labels: a model with classes is told those of the batches that have ``labels``; False: none.
         distributed: every rank of the process group calls this with its share of the images, and
             every rank gets the result of all, or an error where one rank meets one.
         group: of the ranks; None: the default one.
@@ -134,7 +136,7 @@ def evaluate(
     records, error = None, None
     try:
         with model.evaluating():
-            records = _all_records(model, batches, settings, progress, store)
+            records = _all_records(model, batches, settings, progress, store, labels)
     except Exception as failure:  # the other ranks must hear of it
         if not distributed:
             raise
@@ -164,22 +166,25 @@ def _all_records(
     settings: BoundSettings,
     progress: Progress | None,
     store: RecordStore | None,
+    told: bool,
 ) -> ImageRecords | None:
     done = frozenset() if store is None else store.done
     parts = [] if store is None or store.records is None else [store.records]
     for batch in batches:
         todo = torch.tensor([int(i) not in done for i in batch.index.tolist()])
         x, index = batch.x.to(model.device, model.dtype), batch.index
+        labels = model.labels_of(batch) if told else None
         model.check_images(x)
         if not todo.all():
             if progress is not None:
                 progress(int((~todo).sum()) * settings.draws)
             x, index = x[todo.to(x.device)], index[todo.to(index.device)]
+            labels = None if labels is None else labels[todo.to(labels.device)]
         size = settings.images_per_pass
-        for images, indices in zip(x.split(size), index.split(size), strict=True):
-            if not len(images):  # split gives one empty piece for an empty batch
-                continue
-            records = bound_images(model, images, indices, settings, progress)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            own = None if labels is None else labels[rows]
+            records = bound_images(model, x[rows], index[rows], settings, progress, own)
             parts.append(records)
             if store is not None:
                 store.add(records)
@@ -221,11 +226,12 @@ def bound_images(
     index: Tensor,
     settings: BoundSettings,
     progress: Progress | None = None,
+    labels: Tensor | None = None,
 ) -> ImageRecords:
     """Bounds of images ``(B, C, H, W)``, best :attr:`BoundSettings.images_per_pass` at a time.
 
     The model is in eval mode and the images are on its device; their noise depends on ``index``,
-    ``(B,)`` int64.
+    ``(B,)`` int64. ``labels``, likewise, are classes that the model is told.
 
     Raises:
         FloatingPointError: a number is not finite; the message names the image.
@@ -238,7 +244,7 @@ def bound_images(
     kl = torch.zeros(images, model.num_groups, model.latent_channels, dtype=torch.float64)
     evidence, effective = [], []
     for draws in settings.draw_ranges(images):
-        output, log_likelihood = _decode_draws(model, x, encoder_maps, keys, draws)
+        output, log_likelihood = _decode_draws(model, x, encoder_maps, keys, draws, labels)
         rows = (images, len(draws))
         if draws.start < settings.elbo_samples:
             reconstruction -= log_likelihood.view(rows).double().sum(1).cpu()
@@ -263,7 +269,12 @@ def bound_images(
 
 
 def _decode_draws(
-    model: HierarchicalVAE, x: Tensor, encoder_maps: Sequence[Tensor], keys: Tensor, draws: range
+    model: HierarchicalVAE,
+    x: Tensor,
+    encoder_maps: Sequence[Tensor],
+    keys: Tensor,
+    draws: range,
+    labels: Tensor | None,
 ) -> tuple[Output, Tensor]:
     """Top-down pass of some draws: rows are image-major, ``(B * k, ...)``."""
     k = len(draws)
@@ -271,7 +282,9 @@ def _decode_draws(
     row_keys = fold_in(keys[:, None], words).flatten()
     noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
     maps = [feature.repeat_interleave(k, dim=0) for feature in encoder_maps]
-    state, groups = model.top_down(noise, encoder_maps=maps)
+    own = None if labels is None else labels.repeat_interleave(k)
+    given = model.conditioned_by(own, len(row_keys))
+    state, groups = model.top_down(noise, encoder_maps=maps, **given)
     output = Output(model.decode_state(state), groups)
     log_likelihood = model.likelihood(output.logits).log_prob(x.repeat_interleave(k, dim=0))
     return output, log_likelihood

@@ -89,7 +89,11 @@ class Sampler(nn.Module):
         return self.decoder.model
 
     def forward(
-        self, noise: Sequence[Tensor], temperature: Tensor, pixel_noise: Sequence[Tensor]
+        self,
+        noise: Sequence[Tensor],
+        temperature: Tensor,
+        pixel_noise: Sequence[Tensor],
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Images in [0, 1], ``(B, C, H, W)``.
 
@@ -97,20 +101,21 @@ class Sampler(nn.Module):
             noise: standard normal, one ``(B, L, h, w)`` a group, coarsest first.
             temperature: ``(G,)``, factor on every group's sigma, >= 0.
             pixel_noise: as ``pixel_inputs`` says; empty for the mean.
+            labels: classes ``(B,)`` int64, -1 for none; of a model that knows classes.
         """
-        likelihood = self.model.likelihood(self.decoder(noise, temperature))
+        likelihood = self.model.likelihood(self.decoder(noise, temperature, labels))
         if self.pixel_temperature == "mean":
             return likelihood.mean
         return likelihood.sample(float(self.pixel_temperature), _Given(pixel_noise))
 
-    def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Arguments of :meth:`forward` for ``batch`` images."""
-        noise, temperature = self.decoder.example(batch, seed)
+    def example(self, batch: int, seed: int = 0) -> tuple[Any, ...]:
+        """Arguments of :meth:`forward` for ``batch`` images; labels where the model knows any."""
+        noise, temperature, *labels = self.decoder.example(batch, seed)
         generator = torch.Generator().manual_seed(seed)
         pixel_noise = [
             each.draw(batch, generator).to(temperature.device) for each in self.pixel_inputs
         ]
-        return noise, temperature, pixel_noise
+        return noise, temperature, pixel_noise, *labels
 
     @torch.no_grad()
     def _record_pixel_inputs(self) -> tuple[PixelInput, ...]:
@@ -132,8 +137,9 @@ def export_sampler(sampler: Sampler) -> ExportedProgram:
     """
     batch = Dim("batch", min=1, max=LARGEST_BATCH)
     arguments = sampler.example(_EXAMPLE_BATCH)
-    noise, _, pixel_noise = arguments
-    shapes = ([{0: batch}] * len(noise), None, [{0: batch}] * len(pixel_noise))
+    noise, _, pixel_noise, *labels = arguments
+    per_image = [{0: batch}]
+    shapes = (per_image * len(noise), None, per_image * len(pixel_noise), *per_image * len(labels))
     try:
         with torch.no_grad():
             program = torch.export.export(sampler.eval(), arguments, dynamic_shapes=shapes)
@@ -193,5 +199,6 @@ def describe_sampler(sampler: Sampler) -> dict[str, Any]:
             {"distribution": each.distribution, "shape": ["B", *each.shape]}
             for each in sampler.pixel_inputs
         ],
+        "labels": ["B"] if config.num_classes else None,
         "image": ["B", config.image_channels, config.image_size, config.image_size],
     }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models.conditioning import ClassEmbedding
 from nvae.models.evdvae_config import EVDVAEConfig
 from nvae.models.layers import without_autocast
 from nvae.models.likelihoods import logit_channels
@@ -177,6 +178,9 @@ class EVDVAE(VeryDeepVAE):
                 self.level_of.append(level)
                 shapes.append((config.down_latent_variates[level], side, side))
         self.latent_shapes = tuple(shapes)
+        if config.num_classes:
+            widths = [config.down_filters[level] for level in self.level_of]
+            self.classes = ClassEmbedding(config.num_classes, widths)
         self.image_head = same_conv(width, logit_channels(config), config.output_kernel_size)
         self._initialize()
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models.conditioning import NO_LABEL, ClassEmbedding, Condition, check_labels
 from nvae.models.distributions import Normal
 from nvae.models.folding import forget
 from nvae.models.likelihoods import ImageConfig, PixelDistribution, build_likelihood
@@ -172,6 +173,7 @@ class HierarchicalVAE(nn.Module, ABC):
         config_class: of the configuration, a frozen dataclass derived from :class:`ImageConfig`.
         config: the configuration.
         latent_shapes: shape ``(L, h, w)`` of every group's latent, coarsest first.
+        classes: what labels add to the walk; of models that know classes alone.
         kernels: see :meth:`choose_kernels`.
     """
 
@@ -179,6 +181,7 @@ class HierarchicalVAE(nn.Module, ABC):
     config_class: ClassVar[type[ImageConfig]]
     config: ImageConfig
     latent_shapes: tuple[Shape, ...]
+    classes: ClassEmbedding
 
     @classmethod
     def least_tensors(cls, config: Any) -> int:
@@ -202,6 +205,7 @@ class HierarchicalVAE(nn.Module, ABC):
         encoder_maps: Sequence[Tensor] | None = None,
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
+        condition: Condition | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups, coarsest first.
 
@@ -211,6 +215,7 @@ class HierarchicalVAE(nn.Module, ABC):
             latents: z itself for some or all groups; None entries are drawn.
             temperature: factor on the priors' sigma, one number or one a group; only where z is
                 drawn from a prior.
+            condition: classes of the images; only models that know classes are given one.
 
         Returns:
             The state after the finest group, and what every group drew.
@@ -293,21 +298,92 @@ class HierarchicalVAE(nn.Module, ABC):
         """Of the weights."""
         return next(self.parameters()).dtype
 
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
+    def forward(
+        self, x: Tensor, noise: Sequence[Tensor] | None = None, labels: Tensor | None = None
+    ) -> Output:
         """Encode ``x`` and decode a posterior sample.
 
         Args:
             x: images in [0, 1], ``(B, C, H, W)``; bits and binarization already applied.
             noise: standard normal draws, one a group, each ``(B, L, h, w)``, coarsest first;
                 drawn here when absent.
+            labels: classes ``(B,)`` int64, ``NO_LABEL`` for none; see :meth:`conditioned_by`.
 
         Raises:
-            ValueError: if ``x`` or ``noise`` has the wrong shape, or ``x`` leaves [0, 1].
+            ValueError: if ``x``, ``noise`` or ``labels`` has the wrong shape, or ``x`` leaves
+                [0, 1].
         """
         self.check_images(x)
         noise = self._noise(x.shape[0], noise)
-        state, groups = self.top_down(noise, encoder_maps=self.encode(x))
+        given = self.conditioned_by(labels, len(x))
+        state, groups = self.top_down(noise, encoder_maps=self.encode(x), **given)
         return Output(self.decode_state(state), groups)
+
+    def conditioned_by(
+        self, labels: Tensor | None, batch: int, guidance: float = 1.0
+    ) -> dict[str, Any]:
+        """The argument of :meth:`top_down` that labels make: none where there are none.
+
+        Args:
+            labels: ``(B,)`` int64, classes counted from 0, or ``NO_LABEL``.
+            batch: B.
+            guidance: see :class:`~nvae.models.conditioning.Condition`.
+
+        Raises:
+            ValueError: the model knows no classes, or these are none of them.
+        """
+        check_labels(labels, self.config.num_classes, batch)
+        if labels is None:
+            return {}
+        if not hasattr(self, "classes"):
+            raise ValueError(f"{type(self).__name__} does not take labels; set model.num_classes=0")
+        return {"condition": Condition(self.classes.rows(labels.to(self.device)), guidance)}
+
+    def labels_in_turn(self, n: int) -> Tensor | None:
+        """Labels ``(n,)`` that go through all classes; None where the model knows none."""
+        classes = self.config.num_classes
+        return torch.arange(n) % classes if classes else None
+
+    def labels_of(self, batch: Any) -> Tensor | None:
+        """What a batch of images has under ``labels``, where the model knows classes."""
+        return getattr(batch, "labels", None) if self.config.num_classes else None
+
+    def conditioned(
+        self, state: Tensor, group: int, condition: Condition | None
+    ) -> tuple[Tensor, float]:
+        """For the walk of a model: the state ``(B, C, h, w)`` before a group with what the classes
+        add, and the guidance of its prior."""
+        if condition is None:
+            return state, 1.0
+        return self.classes(state, condition.rows, group), condition.guidance
+
+    def draw_state(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """The state after the finest group of a draw from the prior.
+
+        Args:
+            noise: one ``(B, L, h, w)`` a group, coarsest first.
+            temperature: as in :meth:`sample_logits`.
+            labels: as in :meth:`forward`.
+            guidance: how closely to follow the labels, >= 0. At 1 images are drawn from
+                p(x | class), at 0 from p(x); above 1 they are more typical of their class, and
+                take twice the time; see :func:`~nvae.models.conditioning.guided`.
+        """
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance is {guidance}; it must be a finite number, 0 or more")
+        if labels is None or guidance == 1:
+            given = self.conditioned_by(labels, noise[0].shape[0])  # len is no size when traced
+            return self.top_down(noise, temperature=temperature, **given)[0]
+        both = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
+        given = self.conditioned_by(both, both.shape[0], guidance)
+        twice = [torch.cat([eps, eps]) for eps in noise]
+        state, _ = self.top_down(twice, temperature=temperature, **given)
+        return state[: labels.shape[0]]
 
     def likelihood(self, logits: Tensor) -> PixelDistribution:
         """The distribution of images that ``logits`` ``(B, K, H, W)`` stand for."""
@@ -315,7 +391,13 @@ class HierarchicalVAE(nn.Module, ABC):
 
     @torch.no_grad()
     def sample_logits(
-        self, n: int, temperature: Temperature = 1.0, noise: Sequence[Tensor] | None = None
+        self,
+        n: int,
+        temperature: Temperature = 1.0,
+        noise: Sequence[Tensor] | None = None,
+        *,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """Logits of ``n`` draws from the prior, ``(n, K, H, W)``.
 
@@ -323,9 +405,12 @@ class HierarchicalVAE(nn.Module, ABC):
             n: number of images.
             temperature: factor on every prior's sigma, >= 0; one number or one a group.
             noise: as in :meth:`forward`.
+            labels: ``(n,)``, as in :meth:`forward`.
+            guidance: see :meth:`draw_state`.
         """
-        state, _ = self.top_down(self._noise(n, noise), temperature=temperature)
-        return self.decode_state(state)
+        return self.decode_state(
+            self.draw_state(self._noise(n, noise), temperature, labels, guidance)
+        )
 
     @torch.no_grad()
     def sample(
@@ -335,6 +420,8 @@ class HierarchicalVAE(nn.Module, ABC):
         *,
         pixel_temperature: float = 1.0,
         noise: Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """``n`` images in [0, 1], ``(n, C, H, W)``.
@@ -344,12 +431,14 @@ class HierarchicalVAE(nn.Module, ABC):
             temperature: of the latents, as in :meth:`sample_logits`.
             pixel_temperature: of the likelihood, >= 0; 0 takes its mode.
             noise: latent noise, as in :meth:`forward`.
+            labels: ``(n,)``, as in :meth:`forward`.
+            guidance: see :meth:`draw_state`.
             generator: source of the pixels' randomness, and of the latents' unless ``noise`` is
                 given.
         """
         if noise is None:
             noise = self.draw_noise(n, generator)
-        logits = self.sample_logits(n, temperature, noise)
+        logits = self.sample_logits(n, temperature, noise, labels=labels, guidance=guidance)
         return self.likelihood(logits).sample(pixel_temperature, generator)
 
     def noise_shapes(self, n: int) -> list[tuple[int, int, int, int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.cells import CELL_FAMILIES, Cell
+from nvae.models.conditioning import guided
 from nvae.models.config import ModelConfig, Scale
 from nvae.models.distributions import Normal, at_least_float32
 from nvae.models.flows import Flow
@@ -83,6 +84,7 @@ class LatentGroup(nn.Module):
         noise: Tensor | None = None,
         z: Tensor | None = None,
         temperature: float = 1.0,
+        guidance: float = 1.0,
     ) -> tuple[Tensor, GroupSample]:
         """Advance the top-down state by one group.
 
@@ -93,12 +95,13 @@ class LatentGroup(nn.Module):
             noise: standard normal draw, ``(B, L, h, w)``; needed unless ``z`` is given.
             z: use this latent instead of drawing one.
             temperature: factor on the prior's sigma when z comes from the prior.
+            guidance: see :func:`~nvae.models.conditioning.guided`.
 
         Returns:
             The new state ``(B, C, h, w)`` and what was drawn.
         """
         state = self.cells(state)
-        prior_parameters = self._prior_parameters(state)
+        prior_parameters = guided(self._prior_parameters(state), guidance)
         prior = Normal.from_parameters(*prior_parameters, temperature=temperature)
         if z is not None:
             sample = GroupSample(z, prior)

@@ -51,6 +51,7 @@ class ImageConfig:
         bits: bits of a pixel value, 1 to 8; the discretized likelihood has ``2**bits`` bins.
         likelihood: a name in :data:`LIKELIHOODS`, or ``package.module:Class``.
         num_mixtures: components of the logistic mixture, M.
+        num_classes: K, of labels that condition the latents; 0: none.
 
     Raises:
         ValueError: one line that says which value or combination is impossible.
@@ -62,6 +63,7 @@ class ImageConfig:
     bits: int = 8
     likelihood: str = "bernoulli"
     num_mixtures: int = 10
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", **self.bounds())
@@ -82,7 +84,7 @@ class ImageConfig:
         """
         return {
             "image_size": (1, 4096), "image_channels": (1, 1024), "counted_size": (1, 4096),
-            "bits": (1, 8), "num_mixtures": (1, 1000),
+            "bits": (1, 8), "num_mixtures": (1, 1000), "num_classes": (0, 100_000),
         }  # fmt: skip
 
     @property

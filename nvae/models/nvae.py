@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.cells import CELL_FAMILIES, Cell
+from nvae.models.conditioning import ClassEmbedding, Condition
 from nvae.models.config import (
     ModelConfig,
     groups_per_scale,
@@ -129,6 +130,12 @@ class NVAE(HierarchicalVAE):
                     LatentGroup(config, scale, first=not len(self.groups), vanilla=vanilla)
                 )
 
+        if config.num_classes:
+            widths = [
+                scale.decoder_width for scale in reversed(scales) for _ in range(scale.groups)
+            ]
+            self.classes = ClassEmbedding(config.num_classes, widths)
+
         self.postprocess = nn.Sequential()
         for _ in range(config.preprocess_blocks):
             self.postprocess.append(cell(family.postprocess, width, width // 2, upsample=True))
@@ -151,6 +158,7 @@ class NVAE(HierarchicalVAE):
         encoder_maps: Sequence[Tensor] | None = None,
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
+        condition: Condition | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups (figure 2b of the paper); see the base class."""
         batch = noise[0].shape[0]
@@ -161,12 +169,14 @@ class NVAE(HierarchicalVAE):
         for index, group in enumerate(self.groups):
             if index in self.upsample_before:
                 state = next(upsample)(state)
+            state, guidance = self.conditioned(state, index, condition)
             state, sample = group(
                 state,
                 encoder_map=None if encoder_maps is None else encoder_maps[index],
                 noise=noise[index],
                 z=None if latents is None else latents[index],
                 temperature=temperatures[index],
+                guidance=guidance,
             )
             samples.append(sample)
         return state, tuple(samples)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.models.conditioning import ClassEmbedding
 from nvae.models.layers import without_autocast
 from nvae.models.likelihoods import logit_channels
 from nvae.models.vdvae_config import VDVAEConfig
@@ -118,6 +119,8 @@ class VDVAE(VeryDeepVAE):
         self.initial_states = nn.ParameterList(
             torch.zeros(1, config.width_at(side), side, side) for side in self.learned_at
         )
+        if config.num_classes:
+            self.classes = ClassEmbedding(config.num_classes, [self.widths[s] for s in sides])
         self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, config.width, 1, 1))
         self.image_head = same_conv(config.width, logit_channels(config))

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from nvae.models.conditioning import Condition, guided
 from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Output, Temperature
 from nvae.models.layers import without_autocast
@@ -185,6 +186,7 @@ class TopDownLayer(nn.Module):
         noise: Tensor,
         z: Tensor | None = None,
         temperature: float = 1.0,
+        guidance: float = 1.0,
         keep: Tensor | None = None,
         prior_noise: Tensor | None = None,
     ) -> tuple[Tensor, GroupSample]:
@@ -196,6 +198,7 @@ class TopDownLayer(nn.Module):
             noise: standard normal, ``(B, L, h, w)``.
             z: use this latent instead of drawing one.
             temperature: factor on the prior's sigma when z comes from the prior.
+            guidance: see :func:`~nvae.models.conditioning.guided`.
             keep: ``(L,)`` booleans: the channels that take the posterior's draw, the others the
                 prior's; None: all.
             prior_noise: like ``noise``, of those others.
@@ -204,7 +207,7 @@ class TopDownLayer(nn.Module):
             The new state ``(B, C, h, w)`` and what was drawn.
         """
         mean, log_sigma, residual = self.read_prior(state)
-        prior = LogSigmaNormal.of(mean, log_sigma)
+        prior = LogSigmaNormal.of(*guided((mean, log_sigma), guidance))
         if z is not None:
             sample = GroupSample(z, prior.at(temperature))
         elif encoder_map is None:
@@ -252,6 +255,7 @@ class VeryDeepVAE(HierarchicalVAE):
         encoder_maps: Sequence[Tensor] | None = None,
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
+        condition: Condition | None = None,
         keep: Sequence[Tensor] | None = None,
         prior_noise: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
@@ -262,6 +266,7 @@ class VeryDeepVAE(HierarchicalVAE):
             encoder_maps: see there.
             latents: see there; those after the last one given are drawn.
             temperature: see there.
+            condition: see there.
             keep: of a posterior pass, the channels of each layer that are encoded, ``(L,)``
                 booleans each; the others are drawn from the prior. None: all.
             prior_noise: standard normal, like ``noise``, of the others.
@@ -274,12 +279,15 @@ class VeryDeepVAE(HierarchicalVAE):
         states: States = {}
         samples: list[GroupSample] = []
         for index, layer in enumerate(self.groups):
+            state = self.arrive(index, states, noise[index])
+            state, guidance = self.conditioned(state, index, condition)
             state, sample = layer(
-                self.arrive(index, states, noise[index]),
+                state,
                 encoder_map=None if encoder_maps is None else encoder_maps[index],
                 noise=noise[index],
                 z=given[index],
                 temperature=temperatures[index],
+                guidance=guidance,
                 keep=None if keep is None else keep[index],
                 prior_noise=None if prior_noise is None else prior_noise[index],
             )
@@ -300,6 +308,7 @@ class VeryDeepVAE(HierarchicalVAE):
         keep: Sequence[Tensor],
         noise: Sequence[Tensor] | None = None,
         prior_noise: Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
     ) -> Output:
         """Encode some latent channels of ``x`` and draw the others from the prior.
 
@@ -310,6 +319,7 @@ class VeryDeepVAE(HierarchicalVAE):
             keep: ``(L,)`` booleans a layer; see :func:`keep_by_kl`.
             noise: of the posterior, as in :meth:`forward`.
             prior_noise: of the prior, likewise.
+            labels: as in :meth:`forward`.
         """
         self.check_images(x)
         state, groups = self.top_down(
@@ -317,6 +327,7 @@ class VeryDeepVAE(HierarchicalVAE):
             encoder_maps=self.encode(x),
             keep=keep,
             prior_noise=self._noise(len(x), prior_noise),
+            **self.conditioned_by(labels, len(x)),
         )
         return Output(self.decode_state(state), groups)
 

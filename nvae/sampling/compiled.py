@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, Temperature
+from nvae.models.conditioning import NO_LABEL, check_labels
 from nvae.models.folding import fold
 from nvae.models.layers import SqueezeExcitation
 
@@ -31,33 +32,44 @@ class PriorDecoder(nn.Module):
         model: on the device where it will run.
         stands_alone: made of PyTorch's own operations alone, for a program that is to run without
             this package; else the model's choice of kernels holds.
+        guidance: see :meth:`HierarchicalVAE.draw_state`.
     """
 
-    def __init__(self, model: HierarchicalVAE, *, stands_alone: bool = False) -> None:
+    def __init__(
+        self, model: HierarchicalVAE, *, stands_alone: bool = False, guidance: float = 1.0
+    ) -> None:
         super().__init__()
+        self.guidance = guidance
         self.model = model.without_encoder()
         if stands_alone:
             self.model.choose_kernels("reference")
         with torch.no_grad():
             fold(self.model)
 
-    def forward(self, noise: Sequence[Tensor], temperature: Tensor) -> Tensor:
+    def forward(
+        self, noise: Sequence[Tensor], temperature: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Logits ``(B, K, H, W)``.
 
         Args:
             noise: standard normal, one ``(B, L, h, w)`` a group, coarsest first.
             temperature: ``(G,)``, factor on every group's sigma, >= 0.
+            labels: ``(B,)`` int64, of a model that knows classes.
         """
         # sigma * (t * eps) is (t * sigma) * eps; the model's own temperatures are numbers
         scaled = [eps * t for eps, t in zip(noise, temperature.unbind(), strict=True)]
-        state, _ = self.model.top_down(scaled)
+        state = self.model.draw_state(scaled, 1.0, labels, self.guidance)
         return self.model.decode_state(state)
 
-    def example(self, batch: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-        """Arguments of :meth:`forward` for ``batch`` images."""
+    def example(self, batch: int, seed: int = 0) -> tuple[Any, ...]:
+        """Arguments of :meth:`forward` for ``batch`` images; labels where the model knows any."""
         device = self.model.device
         noise = self.model.draw_noise(batch, torch.Generator(device).manual_seed(seed))
-        return noise, torch.linspace(0.5, 1.0, len(noise), device=device)
+        temperature = torch.linspace(0.5, 1.0, len(noise), device=device)
+        classes = self.model.config.num_classes
+        if not classes:
+            return noise, temperature
+        return noise, temperature, torch.arange(batch, device=device) % classes
 
 
 class CompiledDecoder:
@@ -70,38 +82,48 @@ class CompiledDecoder:
     Args:
         model: on its device.
         batch_size: most images in a call.
+        guidance: see :meth:`HierarchicalVAE.draw_state`.
 
     Raises:
         CompilerError: on the CPU, no working C++ compiler.
     """
 
-    def __init__(self, model: HierarchicalVAE, batch_size: int) -> None:
+    def __init__(self, model: HierarchicalVAE, batch_size: int, guidance: float = 1.0) -> None:
         self.batch_size = batch_size
-        self._group_temperatures = model.group_temperatures
-        decoder = for_inductor(PriorDecoder(model))
+        self._model = model
+        decoder = for_inductor(PriorDecoder(model, guidance=guidance))
         if model.device.type == "cuda":
             self._run = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
         else:
             self._run = load_machine_code(machine_code(decoder, decoder.example(batch_size)))
 
-    def __call__(self, noise: Sequence[Tensor], temperature: Temperature) -> Tensor:
+    def __call__(
+        self, noise: Sequence[Tensor], temperature: Temperature, labels: Tensor | None = None
+    ) -> Tensor:
         """Logits ``(B, K, H, W)``; on a GPU valid until the next call.
 
         Args:
             noise: as :meth:`HierarchicalVAE.top_down` takes it, B at most ``batch_size``.
             temperature: as :meth:`HierarchicalVAE.sample_logits` takes it.
+            labels: classes ``(B,)`` int64; None: none.
 
         Raises:
-            ValueError: too many images, or a bad temperature.
+            ValueError: too many images, a bad temperature, or labels of a model without classes.
         """
         batch = noise[0].shape[0]
         missing = self.batch_size - batch
         if missing < 0:
             raise ValueError(f"{batch} images, but the decoder is compiled for {self.batch_size}")
         full = [F.pad(eps, (0,) * 7 + (missing,)) for eps in noise] if missing else list(noise)
-        temperatures = torch.tensor(self._group_temperatures(temperature))
-        logits: Tensor = self._run(full, temperatures.to(full[0]))
-        return logits[:batch]
+        temperatures = torch.tensor(self._model.group_temperatures(temperature)).to(full[0])
+        classes = self._model.config.num_classes
+        check_labels(labels, classes, batch)
+        if not classes:
+            return self._run(full, temperatures)[:batch]
+        filled = torch.full((self.batch_size,), NO_LABEL, device=full[0].device)
+        if labels is not None:
+            filled[:batch] = labels
+        return self._run(full, temperatures, filled)[:batch]
 
 
 def machine_code(module: nn.Module, arguments: tuple[Any, ...]) -> bytes:

@@ -38,14 +38,19 @@ Draw = Callable[..., Tensor]
 
 
 def reconstruction_grid(
-    model: HierarchicalVAE, x: Tensor, seeds: Tensor, batch_size: int = 64
+    model: HierarchicalVAE,
+    x: Tensor,
+    seeds: Tensor,
+    batch_size: int = 64,
+    labels: Tensor | None = None,
 ) -> Grid:
     """Rows: images; the posterior mean decoded to its mean; a draw of latents and pixels.
 
-    The images ``x`` are ``(N, C, H, W)`` in [0, 1], the draw's ``seeds`` ``(N,)`` int64.
+    The images ``x`` are ``(N, C, H, W)`` in [0, 1], the draw's ``seeds`` and the ``labels``, if
+    any, ``(N,)`` int64.
     """
-    mean = encode(model, x, batch_size=batch_size)
-    drawn = encode(model, x, seeds=seeds, batch_size=batch_size)
+    mean = encode(model, x, labels=labels, batch_size=batch_size)
+    drawn = encode(model, x, seeds=seeds, labels=labels, batch_size=batch_size)
     return Grid(
         (
             x.cpu(),

@@ -10,6 +10,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,10 +28,12 @@ class Latents:
     Attributes:
         z: one ``(B, L, h, w)`` a group.
         noise: the same latents as coordinates under the prior, same shapes.
+        labels: classes ``(B,)`` int64 that they were made with and are decoded with; None: none.
     """
 
     z: tuple[Tensor, ...]
     noise: tuple[Tensor, ...]
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.z[0])
@@ -44,20 +47,28 @@ class Latents:
         return self._each(lambda group: group.repeat_interleave(times, dim=0))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Latents":
-        return Latents(tuple(map(change, self.z)), tuple(map(change, self.noise)))
+        labels = None if self.labels is None else change(self.labels)
+        return Latents(tuple(map(change, self.z)), tuple(map(change, self.noise)), labels)
 
 
 def concatenate(parts: Sequence[Latents]) -> Latents:
     """All images of ``parts``, in order."""
+    labels = [part.labels for part in parts if part.labels is not None]
     return Latents(
         tuple(torch.cat(group) for group in zip(*(p.z for p in parts), strict=True)),
         tuple(torch.cat(group) for group in zip(*(p.noise for p in parts), strict=True)),
+        torch.cat(labels) if labels else None,
     )
 
 
 @torch.no_grad()
 def encode(
-    model: HierarchicalVAE, x: Tensor, seeds: Tensor | None = None, *, batch_size: int = 64
+    model: HierarchicalVAE,
+    x: Tensor,
+    seeds: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
 ) -> Latents:
     """Latents of images.
 
@@ -68,6 +79,7 @@ def encode(
         x: ``(B, C, H, W)`` in [0, 1], on the model's device.
         seeds: ``(B,)`` int64 for a draw from the posterior, one seed an image; None for the
             posterior's mean at every group.
+        labels: classes ``(B,)`` int64; see :meth:`HierarchicalVAE.conditioned_by`.
         batch_size: images in one pass.
 
     Raises:
@@ -83,14 +95,21 @@ def encode(
             else:
                 keys = image_keys(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
                 noise = latent_noise(keys, model.latent_shapes, x.dtype)
-            _, groups = model.top_down(noise, encoder_maps=model.encode(images))
-            parts.append(_latents(groups))
+            own = None if labels is None else labels[rows]
+            given = model.conditioned_by(own, len(images))
+            _, groups = model.top_down(noise, encoder_maps=model.encode(images), **given)
+            parts.append(_latents(groups, own))
     return concatenate(parts)
 
 
-def prior_latents(model: HierarchicalVAE, seeds: Tensor, temperature: Temperature = 1.0) -> Latents:
-    """Latents of seeds ``(B,)``: those that :func:`sample_images` draws."""
-    return from_noise(model, seed_noise(model, seeds), temperature)
+def prior_latents(
+    model: HierarchicalVAE,
+    seeds: Tensor,
+    temperature: Temperature = 1.0,
+    labels: Tensor | None = None,
+) -> Latents:
+    """Latents of seeds ``(B,)``, and classes if any: those that :func:`sample_images` draws."""
+    return from_noise(model, seed_noise(model, seeds), temperature, labels=labels)
 
 
 @torch.no_grad()
@@ -100,6 +119,7 @@ def from_noise(
     temperature: Temperature = 1.0,
     z: Sequence[Tensor | None] | None = None,
     *,
+    labels: Tensor | None = None,
     batch_size: int = 64,
 ) -> Latents:
     """Latents of coordinates under the prior.
@@ -109,6 +129,7 @@ def from_noise(
         noise: coordinates under the prior, one ``(B, L, h, w)`` a group.
         temperature: factor on the priors' sigma.
         z: latents that are given, for some groups; the others come from ``noise``.
+        labels: classes ``(B,)`` int64; None: none.
         batch_size: images in one pass.
     """
     parts = []
@@ -116,10 +137,12 @@ def from_noise(
         for rows in _slices(len(noise[0]), batch_size):
             eps = [e[rows] for e in noise]
             given = None if z is None else [None if group is None else group[rows] for group in z]
-            _, groups = model.top_down(eps, latents=given, temperature=temperature)
+            own = None if labels is None else labels[rows]
+            walk = partial(model.top_down, eps, **model.conditioned_by(own, len(eps[0])))
+            _, groups = walk(latents=given, temperature=temperature)
             if temperature != 1.0:  # the coordinates are those under the prior at temperature 1
-                _, groups = model.top_down(eps, latents=[group.z for group in groups])
-            parts.append(_latents(groups))
+                _, groups = walk(latents=[group.z for group in groups])
+            parts.append(_latents(groups, own))
     return concatenate(parts)
 
 
@@ -128,10 +151,11 @@ def _slices(count: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _latents(groups: Sequence[GroupSample]) -> Latents:
+def _latents(groups: Sequence[GroupSample], labels: Tensor | None) -> Latents:
     return Latents(
         tuple(group.z for group in groups),
         tuple((group.z - group.prior.mean) / group.prior.sigma for group in groups),
+        labels,
     )
 
 
@@ -163,7 +187,8 @@ def decode(
     with model.evaluating():
         for rows in _slices(len(latents), batch_size):
             part = latents[rows]
-            state, _ = model.top_down(part.noise, latents=part.z)
+            given = model.conditioned_by(part.labels, len(part))
+            state, _ = model.top_down(part.noise, latents=part.z, **given)
             logits = model.decode_state(state)
             images.append(render(model, logits, seeds[rows], pixel_temperature).cpu())
     return torch.cat(images)
@@ -179,20 +204,26 @@ def interpolate(model: HierarchicalVAE, start: Latents, end: Latents, steps: int
         steps: points on every path, both ends included; at least 2.
 
     Returns:
-        ``B * steps`` latents, path by path.
+        ``B * steps`` latents, path by path. A path between two classes changes at half its way.
 
     Raises:
-        ValueError: fewer than 2 steps, or unequal numbers of ends.
+        ValueError: fewer than 2 steps, unequal numbers of ends, or labels at one end alone.
     """
     _check_steps("a path", steps)
     if len(start) != len(end):
         raise ValueError(f"{len(start)} starts for {len(end)} ends; give as many")
+    labels = None
+    if start.labels is not None and end.labels is not None:
+        nearer = torch.arange(steps, device=start.labels.device) < steps / 2
+        labels = torch.where(nearer, start.labels[:, None], end.labels[:, None]).flatten()
+    elif start.labels is not end.labels:
+        raise ValueError("one end has labels and the other has none")
     position = torch.linspace(0, 1, steps)
     noise = [
         torch.stack([slerp(a, b, float(t)) for t in position], dim=1).flatten(0, 1)
         for a, b in zip(start.noise, end.noise, strict=True)
     ]
-    return from_noise(model, noise)
+    return from_noise(model, noise, labels=labels)
 
 
 def _check_steps(what: str, steps: int) -> None:
@@ -247,7 +278,8 @@ def resample_finer(
     if not 0 <= keep <= groups:
         raise ValueError(f"keep is {keep}; the model has {groups} groups, allowed: 0 to {groups}")
     given = [*latents.z[:keep], *([None] * (groups - keep))]
-    return from_noise(model, seed_noise(model, seeds), temperature, given)
+    noise = seed_noise(model, seeds)
+    return from_noise(model, noise, temperature, given, labels=latents.labels)
 
 
 def traverse(
@@ -288,6 +320,7 @@ def traverse(
     d = d * (length / d.norm(dim=1, keepdim=True))
     angles = torch.linspace(0, torch.pi, steps, device=e.device, dtype=e.dtype).view(1, -1, 1)
     moved = (angles.cos() * e[:, None] + angles.sin() * d[:, None]).flatten(0, 1)
-    noise = list(latents.repeat(steps).noise)
+    repeated = latents.repeat(steps)
+    noise = list(repeated.noise)
     noise[group] = moved.view(-1, *start.shape[1:])
-    return from_noise(model, noise)
+    return from_noise(model, noise, labels=repeated.labels)

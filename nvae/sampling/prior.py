@@ -14,8 +14,8 @@ from nvae.random import STREAM_PIXELS, STREAM_PRIOR, PixelNoise, image_keys, lat
 PixelTemperature = float | Literal["mean"]
 """Factor on the pixel noise, >= 0; 0 takes the likelihood's mode, ``"mean"`` its mean."""
 
-Decode = Callable[[Sequence[Tensor], Temperature], Tensor]
-"""Noise of every group and temperature to logits ``(B, K, H, W)``."""
+Decode = Callable[[Sequence[Tensor], Temperature, Tensor | None], Tensor]
+"""Noise of every group, temperature, and labels if any, to logits ``(B, K, H, W)``."""
 
 
 def check_pixel_temperature(pixel_temperature: PixelTemperature) -> None:
@@ -61,6 +61,8 @@ def sample_images(
     *,
     temperature: Temperature = 1.0,
     pixel_temperature: PixelTemperature = 1.0,
+    labels: Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
     batch_size: int = 64,
     decode: Decode | None = None,
     progress: Callable[[int], None] | None = None,
@@ -73,16 +75,20 @@ def sample_images(
             else is drawn.
         temperature: factor on the priors' sigma, >= 0; one number or one a group, coarsest first.
         pixel_temperature: factor on the pixel noise, or ``"mean"``.
+        labels: classes ``(N,)``, one an image; None: drawn without.
+        guidance: how closely to follow them; see :meth:`HierarchicalVAE.draw_state`.
         batch_size: images in one pass.
-        decode: noise and temperature to logits; None: ``model`` itself. A
-            :class:`CompiledDecoder` is faster where many batches are drawn.
+        decode: noise, temperature and labels to logits; None: ``model`` itself. A
+            :class:`CompiledDecoder`, which has a guidance of its own, is faster where many batches
+            are drawn.
         progress: called with the number of images just done.
 
     Returns:
         ``(N, C, H, W)`` in [0, 1], on the CPU.
 
     Raises:
-        ValueError: no seeds, or a temperature that is no number >= 0.
+        ValueError: no seeds, a temperature that is no number >= 0, or labels that are not one a
+            seed.
         FloatingPointError: a picture is not made of finite numbers.
     """
     check_pixel_temperature(pixel_temperature)
@@ -91,14 +97,21 @@ def sample_images(
     all_seeds = torch.as_tensor(seeds, dtype=torch.int64).flatten()
     if not len(all_seeds):
         raise ValueError("no seeds: give at least one")
+    all_labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).flatten()
+    if all_labels is not None and len(all_labels) != len(all_seeds):
+        raise ValueError(f"{len(all_labels)} labels for {len(all_seeds)} seeds; give one a seed")
     images = []
     with model.evaluating():
-        for batch in all_seeds.split(batch_size):
+        for start in range(0, len(all_seeds), batch_size):
+            batch = all_seeds[start : start + batch_size]
+            own = None if all_labels is None else all_labels[start : start + batch_size]
             noise = seed_noise(model, batch)
             if decode is None:
-                logits = model.sample_logits(len(batch), temperature, noise)
+                logits = model.sample_logits(
+                    len(batch), temperature, noise, labels=own, guidance=guidance
+                )
             else:
-                logits = decode(noise, temperature)
+                logits = decode(noise, temperature, own)
             images.append(render(model, logits, batch, pixel_temperature).cpu())
             if progress is not None:
                 progress(len(batch))

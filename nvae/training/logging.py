@@ -30,6 +30,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from nvae.command_line import brief
+from nvae.data.dataset import ImageBatch
 from nvae.files import replacing
 from nvae.models import HierarchicalVAE
 from nvae.pictures import save_rows
@@ -290,7 +291,7 @@ class Pictures(pl.Callback):
         )  # fmt: skip
         if not self.temperatures:
             raise ValueError("callbacks.pictures.temperatures is []; it takes one or more numbers")
-        self._x: Tensor | None = None
+        self._first: ImageBatch | None = None
         self._warnings = Warnings()
 
     def _are_due(self, trainer: pl.Trainer) -> bool:
@@ -305,8 +306,7 @@ class Pictures(pl.Callback):
         """Keep the first images."""
         if batch_idx == 0 and self._are_due(trainer):
             assert isinstance(pl_module, NVAELightning)
-            images = pl_module.to_input(batch)
-            self._x, self._index = images.x[: self.columns], images.index[: self.columns]
+            self._first = pl_module.to_input(batch)[: self.columns]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With the weights that were validated."""
@@ -317,22 +317,27 @@ class Pictures(pl.Callback):
             self._draw_samples(trainer, pl_module.model)
         with self._warnings.instead("callbacks.pictures", "reconstructions"):
             self._draw_reconstructions(trainer, pl_module.model)
-        self._x = None
+        self._first = None
 
     def _draw_samples(self, trainer: pl.Trainer, model: HierarchicalVAE) -> None:
+        classes = model.labels_in_turn(self.columns)
         samples = [
-            sample_images(model, range(self.columns), temperature=t, pixel_temperature="mean")
+            sample_images(
+                model, range(self.columns), temperature=t, pixel_temperature="mean", labels=classes
+            )
             for t in self.temperatures
         ]
         labels = [f"temperature {t:g}" for t in self.temperatures]
         self._write(trainer, "samples", samples, labels)
 
     def _draw_reconstructions(self, trainer: pl.Trainer, model: HierarchicalVAE) -> None:
-        if self._x is None:
+        if self._first is None:
             return
-        means = decode(model, encode(model, self._x, self._index), "mean")
+        x = self._first.x
+        latents = encode(model, x, self._first.index, labels=model.labels_of(self._first))
+        means = decode(model, latents, "mean")
         labels = ["validation image", "reconstruction"]
-        self._write(trainer, "reconstructions", [self._x.cpu(), means], labels)
+        self._write(trainer, "reconstructions", [x.cpu(), means], labels)
 
     def _write(self, trainer: pl.Trainer, name: str, rows: list[Tensor], labels: list[str]) -> None:
         step = trainer.global_step

@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
-from nvae.models import HierarchicalVAE
+from nvae.models import HierarchicalVAE, Output
+from nvae.models.conditioning import NO_LABEL
 from nvae.models.layers import MOMENTUM
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
@@ -76,12 +77,18 @@ class TrainingNoise:
             like.shape, generator=self._generator, device=like.device, dtype=like.dtype
         )
 
+    def drop(self, labels: Tensor, share: float) -> Tensor:
+        """``labels`` ``(B,)`` of the same batch, each forgotten with probability ``share``."""
+        chance = torch.rand(labels.shape, generator=self._generator, device=labels.device)
+        return labels.masked_fill(chance < share, NO_LABEL)
+
 
 class NVAELightning(pl.LightningModule):
     """Trains one hierarchical VAE.
 
     A batch is a tensor of images ``(B, C, H, W)``, a tuple whose first entry is one, or our data
-    module's :class:`ImageBatch`. Images are uint8 or floating-point numbers in [0, 1]; those that
+    module's :class:`ImageBatch`. Where the model knows classes, the tuple's second entry are labels
+    ``(B,)`` int64. Images are uint8 or floating-point numbers in [0, 1]; those that
     do not come from our data module keep the upper ``model.config.bits`` bits of their 8 (with one
     bit: black below 128/255, white from there), and where the likelihood counts a window of the
     model's image (``counted_size``), images of the window's size get zeros around them.
@@ -167,8 +174,9 @@ class NVAELightning(pl.LightningModule):
         """
         if isinstance(batch, ImageBatch):
             return batch
-        x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        x, *more = batch if isinstance(batch, list | tuple) and batch else [batch]
         config = self.model.config
+        labels = more[0] if config.num_classes and more else None
         if not isinstance(x, Tensor) or x.ndim != 4:
             shown = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -191,7 +199,21 @@ class NVAELightning(pl.LightningModule):
         index = torch.arange(first, first + len(x), device=x.device)
         index = index * self.trainer.world_size + self.trainer.global_rank  # as samplers share
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        return ImageBatch(x, index)
+        return ImageBatch(x, index, labels)
+
+    def labels_of(self, batch: ImageBatch) -> Tensor | None:
+        """Labels of a batch where the model knows classes.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        classes = self.model.config.num_classes
+        if classes and batch.labels is None:
+            raise ValueError(
+                f"model.num_classes={classes}, but the images have no labels; give data that has, "
+                "or model.num_classes=0"
+            )
+        return batch.labels if classes else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
@@ -206,6 +228,9 @@ class NVAELightning(pl.LightningModule):
         number = self.trainer.fit_loop.total_batch_idx
         noise = self._noise(self.model, len(x), number)
         input_noise = self._noise.further(x) if self.loss.config.encoder_noise else None
+        labels = self.labels_of(images)
+        if labels is not None:
+            labels = self._noise.drop(labels, self.loss.config.label_dropout)
         position = self.length.position(self.global_step)
         if self.whole_step is None:
             self.last = self.loss(
@@ -215,6 +240,7 @@ class NVAELightning(pl.LightningModule):
                 step=position,
                 total_steps=self.length.total_steps,
                 input_noise=input_noise,
+                labels=labels,
                 regularize=is_last,
             )
         else:
@@ -224,7 +250,7 @@ class NVAELightning(pl.LightningModule):
                 position, self.length.total_steps, self.global_step + 1, number, weight,
                 is_first=batch_idx % nominal == 0, is_last=self._ends_step, regularize=is_last,
             )  # fmt: skip
-            self.last = self.whole_step(StepInput(x, noise, index, input_noise), at)
+            self.last = self.whole_step(StepInput(x, noise, index, input_noise, labels), at)
         return weighted(self.last, weight, nominal)
 
     def optimizer_zero_grad(self, *arguments: Any, **more: Any) -> None:
@@ -299,7 +325,7 @@ class NVAELightning(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sum the ELBO's parts; every image's noise depends on its index alone."""
         images = self._next_input(batch)
-        output = self.model(images.x, self._sums.noise(self.model, images.index))
+        output = self._output(images)
         log_likelihood = self.model.likelihood(output.logits).log_prob(images.x)
         self._sums.add(output, log_likelihood)
 
@@ -313,8 +339,14 @@ class NVAELightning(pl.LightningModule):
         Latents are ``nvae.sampling.encode``'s to give.
         """
         images = self._next_input(batch)
-        output = self.model(images.x, self._sums.noise(self.model, images.index))
-        return self.model.likelihood(output.logits).mean
+        return self.model.likelihood(self._output(images).logits).mean
+
+    def _output(self, images: ImageBatch) -> Output:
+        noise = self._sums.noise(self.model, images.index)
+        labels = self.labels_of(images)
+        if labels is None:
+            return self.model(images.x, noise)
+        return self.model(images.x, noise, labels)
 
     def _next_input(self, batch: Any) -> ImageBatch:
         images = self.to_input(batch, self._seen)

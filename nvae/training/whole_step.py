@@ -34,24 +34,27 @@ class StepInput:
         noise: of the posterior, one ``(B, L, h, w)`` a group, coarsest first.
         index: of the images in their split, ``(B,)`` int64; empty where they have none.
         input_noise: like ``x``; None where the objective asks for none.
+        labels: classes ``(B,)`` int64; None: of a model that knows none.
     """
 
     x: Tensor
     noise: Sequence[Tensor]
     index: Tensor
     input_noise: Tensor | None = None
+    labels: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of them, in one order."""
-        more = [] if self.input_noise is None else [self.input_noise]
+        more = [t for t in (self.input_noise, self.labels) if t is not None]
         return [self.x, *self.noise, *more, self.index]
 
     def like(self) -> "StepInput":
         """Other memory of the same shapes and layouts."""
-        made = [torch.empty_like(t) for t in self.tensors()]
-        groups = len(self.noise)
-        input_noise = None if self.input_noise is None else made[groups + 1]
-        return StepInput(made[0], made[1 : groups + 1], made[-1], input_noise)
+        made = iter([torch.empty_like(t) for t in self.tensors()])
+        x, noise = next(made), [next(made) for _ in self.noise]
+        input_noise = None if self.input_noise is None else next(made)
+        labels = None if self.labels is None else next(made)
+        return StepInput(x, noise, next(made), input_noise, labels)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class WholeStep:
             step=at.position,
             total_steps=at.total_steps,
             input_noise=batch.input_noise,
+            labels=batch.labels,
             regularize=at.regularize,
             on_device=coefficients,
         )
