@@ -7,7 +7,6 @@ and everything else come from the configuration here and from what the user type
 
 import dataclasses
 import os.path
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_checkpoint, load_model
-from nvae.cli.schema import schema_of
+from nvae.cli.schema import schema_of, schema_types
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
 from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
@@ -78,7 +77,7 @@ class ChosenData:
 
 def data_schema() -> type:
     """`DataConfig` with every field left open, so that single ones can be given."""
-    hints = typing.get_type_hints(DataConfig)
+    hints = schema_types(DataConfig)
     return dataclasses.make_dataclass(
         "DataOverrides",
         [(f.name, hints[f.name], MISSING) for f in dataclasses.fields(DataConfig)],
