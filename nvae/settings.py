@@ -24,6 +24,32 @@ Bounds = tuple[float | None, float | None]
 """Least and greatest value allowed, both included; None: no bound on that side."""
 
 
+Size = int | tuple[int, int]
+"""Of an image in pixels: the side of a square, or height and width where they differ."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Height and width of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def plain_size(size: Any) -> Any:
+    """The one form of a size that a configuration or a JSON file holds.
+
+    A list becomes a tuple, and ``[32, 32]`` the number 32. What is no size stays as it is, for
+    :func:`check_fields` to refuse.
+    """
+    if not isinstance(size, list | tuple):
+        return size
+    is_square = len(size) == 2 and type(size[0]) is type(size[1]) is int and size[0] == size[1]
+    return size[0] if is_square else tuple(size)
+
+
+def show_size(size: Size) -> str:
+    """A size as one types it: ``32`` or ``[96, 64]``."""
+    return str(size) if isinstance(size, int) else str(list(size))
+
+
 def check_fields(config: Any, prefix: str = "", **bounds: Bounds) -> None:
     """Hold the fields of a dataclass against their types and bounds.
 
@@ -100,6 +126,8 @@ def describe_type(kind: Any) -> str:
     """A field's type in words, for error messages."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return " or ".join(describe_type(arg) for arg in typing.get_args(kind))
+    if kind == tuple[int, int]:
+        return "a list of two integers"
     if typing.get_origin(kind) in (list, tuple):
         return f"a list of {describe_type(typing.get_args(kind)[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -118,7 +146,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(kind))
     if typing.get_origin(kind) in (list, tuple):
         entry = typing.get_args(kind)[0]
-        return isinstance(value, list | tuple) and all(_fits(each, entry) for each in value)
+        is_list = isinstance(value, list | tuple) and all(_fits(each, entry) for each in value)
+        return is_list and (kind != tuple[int, int] or len(value) == 2)
     if kind is float:
         return _is_number(value)
     if kind is int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nvae.settings import check_choice, check_fields
+from nvae.settings import Size, check_choice, check_fields, height_width, plain_size, show_size
 
 
 @dataclass
@@ -17,9 +17,10 @@ class Settings:
     some: list[float] = field(default_factory=list)
     limit: int | None = None
     pair: tuple[int, ...] = ()
+    size: Size = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, "group.", count=(1, 10), some=(0, None))
+        check_fields(self, "group.", count=(1, 10), some=(0, None), size=(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,9 @@ class Settings:
         ("limit", 2**64, f"group.limit is {2**64}; it must fit in 64 bits"),
         ("limit", "x", "group.limit='x' is not an integer or null"),
         ("pair", (1, None), "group.pair=(1, None) is not a list of an integer"),
+        ("size", "x", "group.size='x' is not an integer or a list of two integers"),
+        ("size", (1, 2, 3), "group.size=(1, 2, 3) is not an integer or a list of two integers"),
+        ("size", (1, 0), "group.size is 0; it must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_named(name, value, message):
@@ -56,7 +60,14 @@ def test_an_integer_too_long_to_print_is_named():
 
 
 def test_what_fits_passes():
-    Settings(count=10, rate=1, some=[0, 1.5], limit=2**62, pair=(1, 2))
+    Settings(count=10, rate=1, some=[0, 1.5], limit=2**62, pair=(1, 2), size=(3, 4))
+
+
+def test_a_size_has_one_form():
+    assert (plain_size([32, 32]), plain_size([96, 64]), plain_size(32)) == (32, (96, 64), 32)
+    assert plain_size([True, True]) == (True, True)  # left to be refused
+    assert (height_width(32), height_width((96, 64))) == ((32, 32), (96, 64))
+    assert (show_size(32), show_size((96, 64))) == ("32", "[96, 64]")
 
 
 def test_choices():

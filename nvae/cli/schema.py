@@ -6,6 +6,7 @@ result runs their own checks.
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ def schema_of(cls: type, untyped: Collection[str] = ()) -> type:
         cls: the dataclass.
         untyped: fields that take anything, and are mandatory.
     """
-    hints = typing.get_type_hints(cls) | dict.fromkeys(untyped, Any)
+    hints = schema_types(cls) | dict.fromkeys(untyped, Any)
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
@@ -43,6 +44,20 @@ def schema_of(cls: type, untyped: Collection[str] = ()) -> type:
             default = dataclasses.field(default_factory=f.default_factory)
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def schema_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields as OmegaConf can hold them.
+
+    It knows no union with a list, such as a size; those fields take anything until the dataclass
+    checks them.
+    """
+
+    def holds_list(kind: Any) -> bool:
+        parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+        return len(set(parts) - {type(None)}) > 1 and any(map(typing.get_origin, parts))
+
+    return {k: Any if holds_list(v) else v for k, v in typing.get_type_hints(cls).items()}
 
 
 def build(cls: type[T], config: DictConfig, **kinds: type) -> T:
