@@ -1,19 +1,20 @@
 """Encoded pictures -> PIL images, or arrays where PIL would lose bits or channels.
 
-PIL reduces 16-bit color to 8 bits and knows no TIFF of five channels; those are read by torchvision
-(PNG) and by tifffile, an optional package. A header is looked at before pixels are.
+PIL reduces 16-bit color to 8 bits and knows no TIFF of five channels; such a TIFF is read by
+tifffile, an optional package. A header is looked at before pixels are.
 """
 
 import io
+import logging
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence
 
 from nvae.data.pixels import BadImageError, Pixels, check_sides, to_channels
 
@@ -79,47 +80,52 @@ def _bad(error: Exception) -> BadImageError:
 
 
 def _deep_png(data: bytes) -> Pixels:
-    from torchvision.io import ImageReadMode, decode_image  # takes seconds
+    """PIL keeps one byte of each number, and its name of the layout says which: it reads twice."""
+    high, low = (np.asarray(_png_bytes(data, end)) for end in "BL")
+    return high.astype(np.uint16) << 8 | low
 
+
+def _png_bytes(data: bytes, end: str) -> Image.Image:
+    """The upper bytes of 16-bit color, in big-endian order as in the file; the lower ones if they
+    are taken for little-endian."""
     try:
-        check_sides(*Image.open(io.BytesIO(data), formats=("PNG",)).size)
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels = decode_image(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        check_sides(*image.size)
+        if image.tile[0][3] != f"{image.mode};16B":
+            raise BadImageError("it has 16 bits of gray and transparency: save it without one")
+        tile = (*image.tile[0][:3], f"{image.mode};16{end}")
+        image.tile = [getattr(image.tile[0], "_make", tuple)(tile)]
+        image.load()
+        return ImageOps.exif_transpose(image)
     except BadImageError:
         raise
     except Exception as error:
         raise _bad(error) from error
-    return np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))
 
 
 def _tiff(data: bytes) -> Image.Image | Pixels:
-    try:
+    # PIL raises anything on damaged files, and on depths and channels that it does not know.
+    with suppress(Exception):
         image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))
-        check_sides(*image.size)
         bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
         if image.mode in _DEEP_MODES or max(bits) <= 8:
             return _pages(image)
-    except UnidentifiedImageError:
-        pass  # of channels or depths that PIL does not know
-    except BadImageError:
-        raise
-    except Exception as error:
-        raise _bad(error) from error
     return _by_tifffile(data)
 
 
 def _pages(image: Any) -> Image.Image | Pixels:
     """A TIFF of one page as it is, of several gray ones as channels."""
+    check_sides(*image.size)
     if image.n_frames == 1:
         image.load()
         return ImageOps.exif_transpose(image)
     size, mode = image.size, image.mode
     if prod(size) * image.n_frames * 4 > LARGEST_PICTURE:
-        raise BadImageError(f"its {image.n_frames} pages take more than {LARGEST_PICTURE} bytes")
+        raise ValueError("its pages take more memory than a picture may")
     pages: list[NDArray[Any]] = []
     for page in ImageSequence.Iterator(image):
         if page.size != size or page.mode != mode or len(page.getbands()) > 1:
-            raise BadImageError("it has several pages that are not gray and of one size and depth")
+            raise ValueError("its pages are not gray and of one size and depth")
         pages.append(np.array(page))
     return np.stack(pages, axis=2)
 
@@ -132,6 +138,7 @@ def _by_tifffile(data: bytes) -> Pixels:
             "a TIFF of this depth and number of channels needs tifffile: pip install "
             "'nvae[formats]'"
         ) from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says is raised as well
     try:
         with TiffFile(io.BytesIO(data)) as file:
             if len(file.series) != 1:

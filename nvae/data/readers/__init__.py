@@ -214,7 +214,7 @@ def _holds_arrays(source: Path) -> bool:
     arrays = [path for path in paths if is_array_file(path)]
     is_batch = any(path.name.startswith("train_data_batch_") for path in arrays)
     is_named = any(split_of_word(path.name) == TRAIN for path in arrays)
-    return (is_named and not is_batch) or len(arrays) == len(paths) == 1
+    return not is_batch and (is_named or len(arrays) == len(paths) == 1)
 
 
 def tfrecord_files(source: Path) -> list[Path]:

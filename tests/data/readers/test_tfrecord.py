@@ -52,7 +52,7 @@ def test_a_wrong_checksum_of_the_pixels_is_found(tmp_path, make_config):
     first, second = read_source(tmp_path, "tfrecord", make_config())["train"].items()
     with pytest.raises(BadImageError, match="checksum is wrong"):
         first.load()
-    second.load().picture
+    second.load()
 
 
 @pytest.mark.parametrize(
