@@ -20,6 +20,7 @@ class Laplace(PixelDistribution):
     """Independent Laplace densities over [0, 1]; logits are locations and log-scales."""
 
     title = "Laplace"
+    density_of = "x"
 
     def __init__(self, logits: Tensor, config: ImageConfig) -> None:
         location, log_scale = logits.chunk(2, dim=1)

@@ -1,10 +1,13 @@
 """Pictures on disk: PNG of single images and labeled grids, and GIF by Pillow; MP4 by PyAV.
 
-Every file is replaced as a whole. Images are (C, H, W) with C = 1 or 3, values in [0, 1].
+Every file is replaced as a whole. Images are (C, H, W) with values in [0, 1]; a :class:`View` makes
+those of any other number of channels gray or color. What people look at has 8 bits.
 """
 
 import io
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +27,109 @@ _LEAST_SIDE = 48
 _PAPER = 255
 _LINE = 128  # gray: neither black nor white pixels at an edge melt into it
 _FONT_SIZE = 14
+
+
+@dataclass(frozen=True)
+class View:
+    """What people see of an image.
+
+    Attributes:
+        channels: shown as red, green and blue, or one of them as gray, counted from 0. None: gray
+            and color images as they are; of two channels the first as magenta and the second as
+            green, ``[0, 1, 0]``; of more the first three.
+        darkest: value that is shown as black.
+        brightest: value that is shown as white.
+
+    Raises:
+        ValueError: one line that says what cannot be shown.
+    """
+
+    channels: Sequence[int] | None = None
+    darkest: float = 0.0
+    brightest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.channels is not None and len(self.channels) not in (1, 3):
+            raise ValueError(
+                f"show_channels={list(self.channels)}: one channel is shown as gray, three as red, "
+                "green and blue"
+            )
+        if not 0 <= self.darkest < self.brightest <= 1:
+            raise ValueError(
+                f"show_range=[{self.darkest:g},{self.brightest:g}]: it takes two numbers from 0 to "
+                "1, first that of black, then that of white"
+            )
+
+    @classmethod
+    def of_settings(cls, channels: Sequence[int] | None, limits: Sequence[float] | None) -> "View":
+        """From ``show_channels`` and ``show_range`` of a configuration.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if limits is None:
+            return cls(channels)
+        if len(limits) != 2:
+            raise ValueError(f"show_range={list(limits)}: it takes two numbers, black and white")
+        return cls(channels, *limits)
+
+    def of(self, channels: int) -> list[int] | None:
+        """The channels shown of an image's; None: all, as they are.
+
+        Raises:
+            ValueError: the image does not have one of those asked for.
+        """
+        if self.channels is None:
+            return {1: None, 2: [0, 1, 0], 3: None}.get(channels, [0, 1, 2])
+        for channel in self.channels:
+            if not 0 <= channel < channels:
+                raise ValueError(
+                    f"show_channels={list(self.channels)}: the images have channels 0 to "
+                    f"{channels - 1}"
+                )
+        return list(self.channels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``(..., C, H, W)`` in [0, 1] to ``(..., 1 or 3, H, W)``."""
+        shown = self.of(images.shape[-3])
+        if shown is not None:
+            images = images[..., shown, :, :]
+        if (self.darkest, self.brightest) == (0, 1):
+            return images
+        return ((images - self.darkest) / (self.brightest - self.darkest)).clamp(0, 1)
+
+
+def needs_full_depth(image_shape: Sequence[int], bits: int) -> bool:
+    """Whether a picture for people holds less than an image ``(C, H, W)`` of so many bits."""
+    return bits > 8 or image_shape[0] not in (1, 3)
+
+
+def save_full_depth(path: str | Path, image: Tensor, bits: int) -> Path:
+    """One ``(C, H, W)`` image with all that it holds.
+
+    Gray becomes a PNG of 16 bits, 65535 for 1; any other a NumPy array ``(H, W, C)`` of levels from
+    0 to 2^bits - 1.
+
+    Args:
+        path: without suffix.
+        image: to write.
+        bits: of the model's pixels, 1 to 16.
+
+    Returns:
+        The file.
+    """
+    is_gray = image.shape[0] == 1
+    top = 65535 if is_gray else 2**bits - 1
+    levels = image.detach().float().clamp(0, 1).mul(top).round()
+    array = levels.permute(1, 2, 0).to("cpu").numpy().astype(np.uint16 if top > 255 else np.uint8)
+    path = Path(path)
+    file = path.with_name(path.name + (".png" if is_gray else ".npy"))
+    if is_gray:
+        _save(Image.fromarray(array[:, :, 0]), file)
+        return file
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array)
+    return file
 
 
 def save_image(path: str | Path, image: Tensor) -> None:
@@ -183,7 +289,8 @@ def _pixels(image: Tensor) -> NDArray[np.uint8]:
 
 def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Repeat the pixels of a small ``(H, W, C)`` picture until one can see something."""
-    factor = max(1, -(-_LEAST_SIDE // pixels.shape[0]))
+    side = math.isqrt(pixels.shape[0] * pixels.shape[1])  # as large as a square's
+    factor = max(1, -(-_LEAST_SIDE // max(1, side)))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

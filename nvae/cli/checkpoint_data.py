@@ -6,6 +6,7 @@ and everything else come from the configuration here and from what the user type
 """
 
 import dataclasses
+import math
 import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from nvae.data.store import MANIFEST_NAME
 from nvae.models import HierarchicalVAE
 from nvae.models.likelihoods import ImageConfig
 from nvae.published_very_deep import ENTRIES
-from nvae.settings import check_choice, check_fields
+from nvae.settings import Size, check_choice, check_fields, height_width, show_size
 
 _MOST_IN_MEMORY = 1 << 28
 """Bytes of images that are made in memory because a checkpoint says so."""
@@ -40,11 +41,11 @@ class RecordedData:
     """
 
     name: str
-    image_size: int
+    image_size: Size
     channels: int
     bits: int
     likelihood: str
-    counted_size: int | None
+    counted_size: Size | None
     binarize: str
     pad: int
     flip: bool
@@ -191,14 +192,20 @@ def _check_fits(config: DataConfig, model: ImageConfig) -> None:
     ):
         if have != want:
             raise ValueError(
-                f"data.{name}={have} does not fit the checkpoint's model, which has {want}"
+                f"data.{name}={_shown(have)} does not fit the checkpoint's model, which has "
+                f"{_shown(want)}"
             )
     model.pixel_distribution.check_data(model, config.bits)
 
 
+def _shown(value: Size | None) -> str:
+    return "null" if value is None else show_size(value)
+
+
 def _check_memory(config: DataConfig) -> None:
     images = sum(size or 0 for size in (config.train_size, config.valid_size, config.test_size))
-    if images * config.stored_size**2 * config.channels > _MOST_IN_MEMORY:
+    pixels = math.prod(height_width(config.image_size)) * config.channels
+    if images * pixels * (1 if config.bits <= 8 else 2) > _MOST_IN_MEMORY:
         raise ValueError(
             f"the checkpoint asks for {images} images of {config.name} in memory; give "
             f"data={config.name} if that is meant"
@@ -219,7 +226,11 @@ _CHANGES_NO_PIXEL = (
 def pixel_protocol(data: ImageData, split: str) -> dict[str, Any]:
     """What the images of a split depend on: settings, and the stored pixels themselves."""
     settings = dataclasses.asdict(data.config)
-    kept = {k: v for k, v in settings.items() if k not in _CHANGES_NO_PIXEL}
+    kept = {
+        k: list(v) if isinstance(v, tuple) else v  # as JSON gives it back
+        for k, v in settings.items()
+        if k not in _CHANGES_NO_PIXEL
+    }
     return {**kept, "sha256": data.split(split).sha256}
 
 

@@ -27,7 +27,7 @@ from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.objective import ObjectiveConfig
 from nvae.ops.library import IMPLS
-from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields
+from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields, show_size
 from nvae.training.ema import MovingAverage
 from nvae.training.logging import guard
 from nvae.training.optimizers import OptimizerConfig
@@ -99,6 +99,7 @@ class TrainConfig:
         if not isinstance(self.model, wanted):
             raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
         self._check_model_reads_data()
+        self.report.view.of(self.data.channels)
         self._accumulate()
         build_callbacks(self.callbacks)
         check_loggers(self.logger)
@@ -119,8 +120,8 @@ class TrainConfig:
             wanted, given = getattr(self.model, of_model), getattr(self.data, of_data)
             if wanted != given:
                 raise ValueError(
-                    f"model.{of_model}={wanted} does not fit data.{of_data}={given}; "
-                    f"set data.{of_data}, the model follows it"
+                    f"model.{of_model}={show_size(wanted)} does not fit "
+                    f"data.{of_data}={show_size(given)}; set data.{of_data}, the model follows it"
                 )
         self.model.pixel_distribution.check_data(self.model, self.data.bits)
 

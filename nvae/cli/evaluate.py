@@ -52,6 +52,7 @@ from nvae.models import HierarchicalVAE
 from nvae.models.very_deep import VeryDeepConfig
 from nvae.ops.library import check_kernels
 from nvae.sampling import CompiledDecoder
+from nvae.settings import height_width
 
 SCHEMA = with_data(EvaluateConfig)
 
@@ -303,8 +304,8 @@ def check_measurable(
     for name, images in (("reference_split", real), ("generated", config.generated)):
         if images < world:
             raise ValueError(f"{name}: {images} images cannot be shared by {world} processes")
-    size = data.config.image_size
-    probe = torch.zeros(2, data.config.channels, size, size, device=device)
+    size = height_width(data.config.image_size)
+    probe = torch.zeros(2, data.config.channels, *size, device=device)
     found = image_features([probe], extractor, keep_logits=True)
     check_possible(
         config.metrics, real, config.generated,

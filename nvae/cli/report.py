@@ -24,7 +24,7 @@ from nvae.evaluation import EvaluationResult, evaluate
 from nvae.evaluation.likelihood import BoundSettings
 from nvae.files import write_json
 from nvae.models import HierarchicalVAE
-from nvae.pictures import save_grids_side_by_side, save_rows
+from nvae.pictures import View, save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_choice, check_fields
 from nvae.training.checkpointing import BEST, newest_checkpoint
@@ -48,6 +48,8 @@ class ReportConfig:
         temperatures: of the latents, one sample grid each.
         samples: pictures in each grid.
         chunk: images, or rows of the evaluation, in one pass; bounds the memory.
+        show_channels: see :class:`~nvae.pictures.View`.
+        show_range: values that are shown as black and as white; null: 0 and 1.
     """
 
     when: str = "end"
@@ -55,6 +57,8 @@ class ReportConfig:
     temperatures: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.85, 1.0])
     samples: int = 64
     chunk: int = 256
+    show_channels: list[int] | None = None
+    show_range: list[float] | None = None
 
     def __post_init__(self) -> None:
         check_choice("report.when", self.when, WHEN)
@@ -64,6 +68,12 @@ class ReportConfig:
         )  # fmt: skip
         if not self.temperatures:
             raise ValueError("report.temperatures is []; it takes one or more numbers")
+        _ = self.view
+
+    @property
+    def view(self) -> View:
+        """What pictures show of an image."""
+        return View.of_settings(self.show_channels, self.show_range)
 
 
 def write_report(
@@ -258,6 +268,7 @@ def sample_grid(model: HierarchicalVAE, config: ReportConfig, file: Path) -> Non
         )
         for t in config.temperatures
     ]  # fmt: skip
+    grids = [config.view(images) for images in grids]
     save_grids_side_by_side(file, grids, [f"temperature {t:g}" for t in config.temperatures])
 
 
@@ -273,7 +284,8 @@ def reconstruction_grid(
     x, index = batch.x[:columns], batch.index[:columns]
     latents = encode(model, x, index, batch_size=config.chunk)
     means = decode(model, latents, "mean", batch_size=config.chunk)
-    save_rows(file, [x.cpu(), means], ["test image", "reconstruction"])
+    rows = [config.view(images) for images in (x.cpu(), means)]
+    save_rows(file, rows, ["test image", "reconstruction"])
 
 
 def likelihood_lines(result: EvaluationResult) -> list[str]:
@@ -285,6 +297,8 @@ def likelihood_lines(result: EvaluationResult) -> list[str]:
         f"{bound.bits_per_dim.mean:.4f} bits/dim  (importance-weighted)"
         for bound in result.importance_weighted
     ]
+    if result.density_of:
+        lines.append(f"(of the density of {result.density_of}, x in [0, 1]: no code length)")
     return lines
 
 

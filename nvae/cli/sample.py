@@ -38,7 +38,15 @@ from nvae.data.loader import RawBatch
 from nvae.files import read_json, replacing, write_json
 from nvae.models import HierarchicalVAE
 from nvae.ops.library import check_kernels
-from nvae.pictures import save_animation, save_grids_side_by_side, save_image, save_rows
+from nvae.pictures import (
+    View,
+    needs_full_depth,
+    save_animation,
+    save_full_depth,
+    save_grids_side_by_side,
+    save_image,
+    save_rows,
+)
 from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.grids import (
     Grid,
@@ -79,7 +87,8 @@ def _run(composed: DictConfig) -> None:
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
     request = _request(config, opened.file, data)
     path = _folder(config, opened.file, request)
-    folder = SampleFolder(path, request, overwrite=config.overwrite)
+    config.view.of(model.config.image_channels)
+    folder = SampleFolder(path, request, overwrite=config.overwrite, view=config.view)
     _Sampler(config, opened.file, model.to(device), data, folder).draw()
     folder.manifest(
         {
@@ -116,13 +125,14 @@ class SampleFolder:
         path: made when the first file is written.
         request: everything that the pictures depend on.
         overwrite: accept a folder that holds something else.
+        view: what pictures show of an image.
 
     Raises:
         ValueError: the folder holds something else, or cannot be written.
     """
 
-    def __init__(self, path: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-        self.path, self.request = path, request
+    def __init__(self, path: Path, request: dict[str, Any], *, overwrite: bool, view: View) -> None:
+        self.path, self.request, self.view = path, request, view
         self.files: list[str] = []
         try:
             usable = overwrite or self._is_ours()
@@ -160,19 +170,26 @@ class SampleFolder:
 
     def grids(self, name: str, grids: list[Tensor], labels: list[str], columns: int | None) -> None:
         """Grids of ``(N, C, H, W)``, from left to right."""
-        save_grids_side_by_side(self._file(name), grids, labels, columns)
+        shown = [self.view(images) for images in grids]
+        save_grids_side_by_side(self._file(name), shown, labels, columns)
 
     def sheet(self, name: str, sheet: Grid) -> None:
         """Labelled rows."""
-        save_rows(self._file(name), sheet.rows, sheet.row_labels, sheet.column_labels)
+        rows = [self.view(row) for row in sheet.rows]
+        save_rows(self._file(name), rows, sheet.row_labels, sheet.column_labels)
 
     def animation(self, name: str, frames: Tensor) -> None:
         """Frames ``(N, C, H, W)``, in the format that the name ends in."""
-        save_animation(self._file(name), frames)
+        save_animation(self._file(name), self.view(frames))
 
     def image(self, name: str, image: Tensor) -> None:
         """One ``(C, H, W)`` image, at its own size."""
-        save_image(self._file(name), image)
+        save_image(self._file(name), self.view(image))
+
+    def full_depth(self, name: str, image: Tensor, bits: int) -> None:
+        """One ``(C, H, W)`` image with all its bits; the name is without suffix."""
+        file = save_full_depth(self._file(name), image, bits)
+        self.files[-1] = f"{name}{file.suffix}"
 
     def arrays(self, name: str, **arrays: Tensor) -> None:
         """Several arrays as they are."""
@@ -270,14 +287,17 @@ class _Sampler:
         return self._kept
 
     def _draw_prior(self) -> None:
-        grids = []
+        grids, bits = [], self.model.config.bits
         for label, temperature in self.temperatures:
             images = self._prior(label, temperature)
             grids.append(images)
             if self.config.single_images:
                 for seed, image in zip(self.seeds.tolist(), images, strict=True):
                     where = f"t{label.replace(', ', '_')}"
-                    self.folder.image(f"{where}/seed{seed:06d}.png", image)
+                    name = f"{where}/seed{seed:06d}"
+                    self.folder.image(f"{name}.png", image)
+                    if self.config.full_depth and needs_full_depth(image.shape, bits):
+                        self.folder.full_depth(f"{name}_full", image, bits)
         labels = [f"temperature {label}" for label, _ in self.temperatures]
         self.folder.grids("grid.png", grids, labels, self.config.columns)
         if self.config.npz:

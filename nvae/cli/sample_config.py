@@ -8,7 +8,7 @@ from typing import Any
 from nvae.cli.checkpoint_data import check_split
 from nvae.models import HierarchicalVAE
 from nvae.ops.library import IMPLS
-from nvae.pictures import check_format
+from nvae.pictures import View, check_format
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, scale_temperatures
 from nvae.settings import LARGEST_INTEGER, Bounds, check_choice, check_fields
 
@@ -71,6 +71,9 @@ class SampleConfig:
     kernels: str = "auto"
     tf32: bool = False
     single_images: bool = True
+    full_depth: bool = False
+    show_channels: list[int] | None = None
+    show_range: list[float] | None = None
     npz: bool = False
     columns: int | None = None
     output: str | None = None
@@ -85,7 +88,7 @@ class SampleConfig:
         check_split(self.split)
         check_format(self.animation)
         check_pixel_temperature(self.pixels)
-        _ = self.seed_list, self.image_list
+        _ = self.seed_list, self.image_list, self.view
         for name in ("keep", "groups", "scale_temperatures", "group_temperatures"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is empty; give at least one number, or leave it out")
@@ -137,6 +140,11 @@ class SampleConfig:
     def image_list(self) -> list[int]:
         """The indices of data images, in the order given."""
         return integers("images", self.images)
+
+    @property
+    def view(self) -> View:
+        """What pictures show of an image."""
+        return View.of_settings(self.show_channels, self.show_range)
 
     @property
     def pixels(self) -> PixelTemperature:

@@ -32,7 +32,8 @@ class FeatureExtractor:
         name: for protocols: network, weights and resizing.
         function: ``(B, C, H, W)`` uint8 to features ``(B, D)``, or to a pair of features and class
             logits ``(B, classes)``.
-        color: the function takes three channels; gray images are repeated.
+        color: the function takes three channels; gray images are repeated. Of pixels with more
+            than 8 bits it sees the upper 8.
     """
 
     name: str
@@ -49,6 +50,11 @@ class FeatureExtractor:
         pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
         if self.color and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
+        if self.color and pixels.shape[1] != 3:
+            raise ValueError(
+                f"feature extractor {self.name} takes gray or color images, not "
+                f"{pixels.shape[1]} channels; feature_extractor=module:attribute names another"
+            )
         try:
             found = self.function(pixels)
         except torch.OutOfMemoryError:

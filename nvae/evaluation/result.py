@@ -234,6 +234,8 @@ class EvaluationResult:
         active_units: active latent channels of every group (see ``ACTIVE_UNIT_NATS``).
         latent_channels: latent channels of every group.
         importance_weighted: one entry for every K, ascending.
+        density_of: what the likelihood is a density of; empty: its values are masses, and
+            bits/dim is a code length.
     """
 
     images: int
@@ -246,6 +248,7 @@ class EvaluationResult:
     active_units: tuple[int, ...]
     latent_channels: tuple[int, ...]
     importance_weighted: tuple[ImportanceWeighted, ...]
+    density_of: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -263,6 +266,11 @@ class EvaluationResult:
         for bound in self.importance_weighted:
             text = _line(f"NLL, K = {bound.samples}", bound.nll, bound.bits_per_dim)
             lines.append(f"{text}   effective samples {bound.effective_samples:.1f}")
+        if self.density_of:
+            lines.append(
+                f"of the density of {self.density_of}, x in [0, 1]: may be negative, and is no "
+                "code length"
+            )
         lines += ["", f"{'group (coarsest first)':24}{'KL nats':>12}{'active units':>15}"]
         lines += [
             f"{group:<24}{kl:>12.3f}{f'{active} of {channels}':>15}"
@@ -314,4 +322,5 @@ def summarize(
         active_units=tuple((channels > ACTIVE_UNIT_NATS).sum(1).tolist()),
         latent_channels=tuple(shape[0] for shape in model.latent_shapes),
         importance_weighted=tuple(bounds),
+        density_of=model.config.pixel_distribution.density_of,
     )

@@ -27,6 +27,7 @@ from nvae.files import write_json
 from nvae.models import MODELS, HierarchicalVAE
 from nvae.sampling.compiled import load_machine_code
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
+from nvae.settings import height_width
 
 PROGRAM_FILE = "sampler.pt2"
 COMPILED_FILE = "sampler_compiled.pt2"
@@ -174,9 +175,10 @@ def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None)
 def _network_facts(model: HierarchicalVAE) -> dict[str, str]:
     config = model.config
     color = {1: "gray", 3: "color"}.get(config.image_channels, f"{config.image_channels}-channel")
+    height, width = height_width(config.image_size)
     widths = dict.fromkeys(shape[0] for shape in reversed(model.latent_shapes))
     return {
-        "images": f"{config.image_size} x {config.image_size}, {color}, {config.bits} bits",
+        "images": f"{height} x {width}, {color}, {config.bits} bits",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "latent groups, fine to coarse": ", ".join(map(str, model.groups_per_scale[::-1])),
         "latent channels of a group": ", ".join(map(str, widths)),

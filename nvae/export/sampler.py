@@ -184,7 +184,6 @@ def largest_difference(
 
 def describe_sampler(sampler: Sampler) -> dict[str, Any]:
     """The program's inputs and output, for JSON; ``B`` is any batch size."""
-    config = sampler.model.config
     return {
         "noise": [["B", *shape] for shape in sampler.model.latent_shapes],
         "temperature": [sampler.model.num_groups],
@@ -193,5 +192,5 @@ def describe_sampler(sampler: Sampler) -> dict[str, Any]:
             {"distribution": each.distribution, "shape": ["B", *each.shape]}
             for each in sampler.pixel_inputs
         ],
-        "image": ["B", config.image_channels, config.image_size, config.image_size],
+        "image": ["B", *sampler.model.config.image_shape],
     }

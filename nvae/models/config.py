@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from nvae.models.cells import CELL_FAMILIES, MobileConvSpec
 from nvae.models.likelihoods import ImageConfig
-from nvae.settings import Bounds
+from nvae.settings import Bounds, height_width
 
 MOST_CELLS = 20_000
 
@@ -59,12 +59,11 @@ class ModelConfig(ImageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         halvings = self.preprocess_blocks + self.num_scales - 1
-        if self.image_size % 2**halvings:
-            raise ValueError(
-                f"model.image_size={self.image_size} cannot be halved {halvings} times "
-                f"(preprocess_blocks={self.preprocess_blocks}, num_scales={self.num_scales}); "
-                f"it must be a multiple of {2**halvings}"
-            )
+        self.check_divides(
+            2**halvings,
+            f"cannot be halved {halvings} times (preprocess_blocks={self.preprocess_blocks}, "
+            f"num_scales={self.num_scales})",
+        )
         cells = self.encoder_cells_per_group + self.decoder_cells_per_group
         if self.num_scales * self.groups_per_scale * cells > MOST_CELLS:
             raise ValueError(
@@ -115,13 +114,13 @@ class Scale:
 
     Attributes:
         groups: number of latent groups at this scale.
-        size: side of its feature maps in pixels.
+        size: height and width of its feature maps in pixels.
         encoder_width: channels of the bottom-up features here.
         decoder_width: channels of the top-down state here.
     """
 
     groups: int
-    size: int
+    size: tuple[int, int]
     encoder_width: int
     decoder_width: int
 
@@ -139,12 +138,13 @@ def groups_per_scale(config: ModelConfig) -> tuple[int, ...]:
 def latent_scales(config: ModelConfig) -> tuple[Scale, ...]:
     """All latent scales, finest first."""
     scales = []
+    height, width = height_width(config.image_size)
     for index, groups in enumerate(groups_per_scale(config)):
         factor = 2 ** (config.preprocess_blocks + index)
         scales.append(
             Scale(
                 groups=groups,
-                size=config.image_size // factor,
+                size=(height // factor, width // factor),
                 encoder_width=config.encoder_channels * factor,
                 decoder_width=config.decoder_channels * factor,
             )
@@ -155,7 +155,7 @@ def latent_scales(config: ModelConfig) -> tuple[Scale, ...]:
 def latent_shapes(config: ModelConfig) -> tuple[tuple[int, int, int], ...]:
     """Shape ``(L, h, w)`` of every group's z, coarsest first."""
     return tuple(
-        (config.latent_channels, scale.size, scale.size)
+        (config.latent_channels, *scale.size)
         for scale in reversed(latent_scales(config))
         for _ in range(scale.groups)
     )

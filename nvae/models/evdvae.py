@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nvae.models.evdvae_config import EVDVAEConfig
 from nvae.models.layers import without_autocast
-from nvae.models.likelihoods import logit_channels
-from nvae.models.stable_mixture import DATA_BITS, gray_level, log_softplus
+from nvae.models.likelihoods import DATA_BITS, logit_channels
+from nvae.models.stable_mixture import gray_level, log_softplus
 from nvae.models.very_deep import (
     Bottleneck,
     LogSigmaNormal,
@@ -24,8 +24,10 @@ from nvae.models.very_deep import (
     VeryDeepVAE,
     conv_weight,
     raw_parameters,
+    resolution_of,
     same_conv,
 )
+from nvae.settings import height_width
 
 SLOPE = 0.1
 """Of the leaky ReLU after pooling and before enlarging."""
@@ -86,14 +88,16 @@ class Encoder(nn.Module):
 class Unpool(nn.Module):
     """1x1 convolution, nearest-neighbor enlargement, and a learned map that is added."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, side: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, size: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.stride = stride
-        self.scale_bias = nn.Parameter(torch.zeros(1, out_channels, side, side))
+        self.scale_bias = nn.Parameter(torch.zeros(1, out_channels, *size))
         self.conv = same_conv(in_channels, out_channels)
 
     def forward(self, state: Tensor) -> Tensor:
-        """``(B, C, h, w)`` to ``(B, C', side, side)``."""
+        """``(B, C, h, w)`` to ``(B, C', *size)``."""
         state = F.leaky_relu(self.conv(state), SLOPE)
         with without_autocast(state):
             return F.interpolate(state, scale_factor=self.stride, mode="nearest") + self.scale_bias
@@ -158,9 +162,11 @@ class EVDVAE(VeryDeepVAE):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        side = config.image_size // math.prod(config.down_strides)
+        height, breadth = height_width(config.image_size)
+        factor = math.prod(config.down_strides)
+        size = height // factor, breadth // factor
         width = config.down_filters[0]
-        self.initial_state = nn.Parameter(torch.zeros(1, width, side, side))
+        self.initial_state = nn.Parameter(torch.zeros(1, width, *size))
         self.groups = nn.ModuleList()
         # by the level's number, for those that enlarge the state
         self.unpool = nn.ModuleDict()
@@ -168,14 +174,14 @@ class EVDVAE(VeryDeepVAE):
         shapes = []
         for level, layers in enumerate(config.layers_per_level):
             own, stride = config.down_filters[level], config.down_strides[level]
-            side *= stride
+            size = size[0] * stride, size[1] * stride
             if stride > 1:
-                self.unpool[str(level)] = Unpool(width, own, stride, side)
+                self.unpool[str(level)] = Unpool(width, own, stride, size)
             width = own
             for _ in range(layers):
                 self.groups.append(Layer(config, level))
                 self.level_of.append(level)
-                shapes.append((config.down_latent_variates[level], side, side))
+                shapes.append((config.down_latent_variates[level], *size))
         self.latent_shapes = tuple(shapes)
         self.image_head = same_conv(width, logit_channels(config), config.output_kernel_size)
         self._initialize()
@@ -232,7 +238,7 @@ class EVDVAE(VeryDeepVAE):
         if index == 0:
             state = self.initial_state.expand(like.shape[0], -1, -1, -1)
         else:
-            state = states[self.latent_shapes[index - 1][-1]]
+            state = states[resolution_of(self.latent_shapes[index - 1])]
             if level == self.level_of[index - 1]:
                 return state
         key = str(level)

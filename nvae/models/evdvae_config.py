@@ -93,11 +93,9 @@ class EVDVAEConfig(VeryDeepConfig):
                 f" {list(self.up_strides)[::-1]}"
             )
         factor = math.prod(self.up_strides)
-        if self.image_size % factor:
-            raise ValueError(
-                f"model.image_size={self.image_size} cannot be divided by the product of "
-                f"model.up_strides, {factor}"
-            )
+        self.check_divides(
+            factor, f"cannot be divided by the product of model.up_strides, {factor}"
+        )
         for name in ("input_kernel_size", "output_kernel_size"):
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be odd")

@@ -399,11 +399,11 @@ class HierarchicalVAE(nn.Module, ABC):
         While training, the range is left to :meth:`check_range`: to look at it would make every
         step wait for the device.
         """
-        side, channels = self.config.image_size, self.config.image_channels
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, side, side):
+        wanted = self.config.image_shape
+        if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(
-                f"images have shape {tuple(x.shape)}, the model takes (B, {channels}, {side}, "
-                f"{side})"
+                f"images have shape {tuple(x.shape)}, the model takes "
+                f"(B, {', '.join(map(str, wanted))})"
             )
         if not x.is_floating_point():
             raise ValueError(

@@ -110,10 +110,10 @@ class NVAE(HierarchicalVAE):
         # h in the paper's figure 2b: the learned constant the top-down walk starts from
         self.initial_state: Tensor
         if vanilla:
-            unused = torch.zeros(width, coarsest.size, coarsest.size)
+            unused = torch.zeros(width, *coarsest.size)
             self.register_buffer("initial_state", unused, persistent=False)
         else:
-            self.initial_state = nn.Parameter(torch.rand(width, coarsest.size, coarsest.size))
+            self.initial_state = nn.Parameter(torch.rand(width, *coarsest.size))
         self.groups = nn.ModuleList()
         self.upsample = nn.ModuleList()
         self.upsample_before: set[int] = set()

@@ -5,7 +5,8 @@ bits are zero: 5 bits are 0, 8, ..., 248. As published a bin is then 2 / 31 wide
 are 2 / 31.875 apart, so neighboring bins overlap and the masses sum to up to 1.03, for broad
 logistics (0.04 bits/dim for nothing) and to more for narrow ones. Ours has bins as wide as the
 levels are apart: the masses sum to 1. With 8 bits the two agree but for the published
-approximation of masses below 1e-5.
+approximation of masses below 1e-5. More than 8 bits are levels k / (2^bits - 1), as in
+:class:`LogisticMixture`; nothing published goes there.
 """
 
 import math
@@ -16,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.models.likelihoods import TINY_MASS, ImageConfig, LogisticMixture, sum_counted
+from nvae.models.likelihoods import (
+    DATA_BITS,
+    TINY_MASS,
+    ImageConfig,
+    LogisticMixture,
+)
 
-DATA_BITS = 8
 _LINEAR_BELOW = -30.0
 """Here log softplus(v) is v to 1e-13."""
 
@@ -73,8 +78,10 @@ def gray_level(x: Tensor, bits: int) -> Tensor:
     """Level k of ``x`` in [0, 1], a whole number from 0 to ``2**bits - 1`` in x's type.
 
     ``x`` is either an 8-bit value / 255, whose low bits are dropped, or k / (2^bits - 1) already;
-    the rule is the same for both.
+    the rule is the same for both. With more than 8 bits it is k / (2^bits - 1).
     """
+    if bits > DATA_BITS:
+        return ((2**bits - 1) * x).round()
     return torch.floor((255 * x).round() / 2 ** (DATA_BITS - bits))
 
 
@@ -82,18 +89,17 @@ class StableLogisticMixture(LogisticMixture):
     """See the module; logits and colors are those of :class:`LogisticMixture`.
 
     Images are 8-bit values / 255 or have the model's bits already; :func:`gray_level` makes them
-    levels. A draw of the normalized form shows the brightest level as 1, one of the published form
-    as ``(2^bits - 1) 2^(8 - bits) / 255``.
+    levels; with more than 8 bits they must have the model's. A draw of the normalized form shows
+    the brightest level as 1, one of the published form as ``(2^bits - 1) 2^(8 - bits) / 255``.
     """
 
     def __init__(self, logits: Tensor, config: ImageConfig) -> None:
         super().__init__(logits, config)
         form: LogisticForm = config.logistics  # type: ignore[attr-defined]
         self.form, self.bits = form, config.bits
-        raw = logits[:, config.num_mixtures :].unflatten(
-            1, (config.image_channels, -1, config.num_mixtures)
-        )
-        self.log_scales = form.log_scale(raw[:, :, 1])
+        self.log_scales = form.log_scale(self.raw_log_scales)
+        if config.bits > DATA_BITS:
+            return
         self.step = 2 ** (DATA_BITS - config.bits)  # between two levels, of 255
         self.half_bin = 1 / self.levels if form.published else self.step / 255
         top = (self.levels * self.step - 127.5) / 127.5
@@ -103,8 +109,20 @@ class StableLogisticMixture(LogisticMixture):
         self.white = 1.0 if form.published else top
 
     @classmethod
+    def check(cls, config: ImageConfig) -> None:
+        """The published form is for 8 bits at most."""
+        if config.logistics.published and config.bits > DATA_BITS:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"model.normalized=false is the published form, for {DATA_BITS} bits at most, not "
+                f"for model.bits={config.bits}; set model.normalized=true"
+            )
+
+    @classmethod
     def check_data(cls, config: ImageConfig, bits: int) -> None:
         """Images of 8 bits, or of as many as the model's."""
+        if config.bits > DATA_BITS:
+            super().check_data(config, bits)
+            return
         published = config.logistics.published  # type: ignore[attr-defined]
         if bits == DATA_BITS or (bits == config.bits and not published):
             return
@@ -113,9 +131,11 @@ class StableLogisticMixture(LogisticMixture):
             "the model drops the low bits itself"
         )
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """``(B,)`` nats; see the class for what ``x`` ``(B, C, H, W)`` may be."""
-        level = gray_level(x.to(self.means.dtype), self.bits).unsqueeze(2)  # (B, C, 1, H, W)
+    def _log_masses(self, x: Tensor) -> Tensor:
+        """See the base class; see this one for what ``x`` ``(B, C, H, W)`` may be."""
+        if self.bits > DATA_BITS:
+            return self._exact_log_masses(x)
+        level = gray_level(x, self.bits).unsqueeze(2)  # (B, C, 1, H, W)
         value = (level * self.step - 127.5) / 127.5
         centered = value - self._conditional_means(value)
         inverse_scale = torch.exp(-self.log_scales)
@@ -131,6 +151,4 @@ class StableLogisticMixture(LogisticMixture):
             inner = torch.where(inner > math.log(TINY_MASS), inner, density)
         if self.has_white_edge:
             inner = torch.where(level == self.levels, above, inner)
-        log_prob = torch.where(level == 0, below, inner)
-        log_prob = log_prob.sum(1) + F.log_softmax(self.mixture_logits, dim=1)
-        return sum_counted(torch.logsumexp(log_prob, dim=1, keepdim=True), self.counted_size)
+        return torch.where(level == 0, below, inner)

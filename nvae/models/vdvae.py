@@ -22,12 +22,13 @@ from nvae.models.very_deep import (
     VeryDeepVAE,
     conv_weight,
     raw_parameters,
+    resolution_of,
     same_conv,
 )
 
 
 def _bottleneck(config: VDVAEConfig, size: int, inside: int, out: int, **more: bool) -> Bottleneck:
-    kernel = 3 if size > 2 else 1
+    kernel = 3 if max(config.size_at(size)) > 2 else 1
     return Bottleneck(inside, config.middle_at(size), out, kernel, F.gelu, **more)
 
 
@@ -49,7 +50,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image in network units ``(B, C, H, W)`` to one map a decoder block, in its order."""
         features = self.stem(x)
-        last = {features.shape[-1]: features}
+        last = {resolution_of(features.shape): features}
         for (size, factor), block in zip(self.plan, self.blocks, strict=True):
             features = block(features)
             if factor is not None:
@@ -108,15 +109,15 @@ class VDVAE(VeryDeepVAE):
         super().__init__()
         self.config = config
         self.plan = config.decoder_plan
-        sides = [block.resolution for block in self.plan]
-        self.latent_shapes = tuple((config.latent_channels, side, side) for side in sides)
-        self.widths = {side: config.width_at(side) for side in sides}
+        used = [block.resolution for block in self.plan]
+        self.latent_shapes = tuple((config.latent_channels, *config.size_at(r)) for r in used)
+        self.state_shapes = {r: (config.width_at(r), *config.size_at(r)) for r in used}
         self.encoder = Encoder(config)
-        self.groups = nn.ModuleList(DecoderBlock(config, side) for side in sides)
+        self.groups = nn.ModuleList(DecoderBlock(config, r) for r in used)
         # the learned states that the table starts with, ascending
         self.learned_at = config.learned_states
         self.initial_states = nn.ParameterList(
-            torch.zeros(1, config.width_at(side), side, side) for side in self.learned_at
+            torch.zeros(1, *self.state_shapes[r]) for r in self.learned_at
         )
         self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, config.width, 1, 1))
@@ -168,7 +169,7 @@ class VDVAE(VeryDeepVAE):
         batch = like.shape[0]
         if size in self.learned_at:
             return self.initial_states[self.learned_at.index(size)].expand(batch, -1, -1, -1)
-        return like.new_zeros(batch, self.widths[size], size, size)
+        return like.new_zeros(batch, *self.state_shapes[size])
 
     def decode_state(self, state: Tensor) -> Tensor:
         """Final top-down state to likelihood parameters ``(B, K, H, W)``, float32 at least."""

@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from nvae.models.likelihoods import log_scale_floor
 from nvae.models.stable_mixture import LogisticForm
-from nvae.models.very_deep import MOST_LAYERS, VeryDeepConfig
-from nvae.settings import Bounds
+from nvae.models.very_deep import MOST_LAYERS, VeryDeepConfig, resolution_of
+from nvae.settings import Bounds, height_width, show_size
 
 
 class Block(NamedTuple):
     """One item of a block string.
 
     Attributes:
-        resolution: side of its input.
-        factor: of pooling, in the encoder; side of what is mixed in, in the decoder; None: none.
+        resolution: shorter side of its input.
+        factor: of pooling, in the encoder; resolution of what is mixed in, in the decoder; None:
+            none.
     """
 
     resolution: int
@@ -27,7 +29,8 @@ class VDVAEConfig(VeryDeepConfig):
 
     A block string is a list with commas: ``32x11`` are eleven blocks at 32x32; ``32d2``, in the
     encoder, one block at 32x32 that ends in pooling by 2; ``16m8``, in the decoder, one block at
-    16x16 that the state of 8x8 is added to; ``32`` is one block.
+    16x16 that the state of 8x8 is added to; ``32`` is one block. A resolution is named by its
+    shorter side: of images of 96x64, the blocks of ``64x2,64d2,32x4`` are at 96x64 and 48x32.
 
     Attributes:
         encoder_blocks: from the image to the coarsest resolution.
@@ -73,8 +76,12 @@ class VDVAEConfig(VeryDeepConfig):
 
     @property
     def logistics(self) -> LogisticForm:
-        """Exponential scales with a floor of -7, as PixelCNN++ has them."""
-        return LogisticForm(published=not self.normalized, has_white_edge=False)
+        """Exponential scales with the floor of PixelCNN++."""
+        return LogisticForm(
+            min_log_scale=log_scale_floor(self.bits),
+            published=not self.normalized,
+            has_white_edge=False,
+        )
 
     @property
     def encoder_plan(self) -> list[Block]:
@@ -95,6 +102,16 @@ class VDVAEConfig(VeryDeepConfig):
         return int(self.width_at(resolution) * self.bottleneck_multiple)
 
     @property
+    def resolution(self) -> int:
+        """The image's."""
+        return resolution_of(self.image_shape)
+
+    def size_at(self, resolution: int) -> tuple[int, int]:
+        """Height and width of a resolution."""
+        height, width = height_width(self.image_size)
+        return height * resolution // self.resolution, width * resolution // self.resolution
+
+    @property
     def learned_states(self) -> list[int]:
         """Resolutions that start from a learned state, ascending."""
         used = {block.resolution for block in self.decoder_plan}
@@ -102,18 +119,21 @@ class VDVAEConfig(VeryDeepConfig):
 
     def _check_encoder(self, blocks: list[Block]) -> list[int]:
         """The resolutions on the way down, the image's first."""
-        sizes = [self.image_size]
+        sizes = [self.resolution]
         for block in blocks:
             size, factor = block.resolution, block.factor or 1
             if size != sizes[-1]:
                 raise ValueError(
                     f"model.encoder_blocks has a block at {size}, but its input is {sizes[-1]} "
-                    f"wide there; it starts at image_size={self.image_size} and RdS divides by S"
+                    f"wide there; it starts at image_size={show_size(self.image_size)} and RdS "
+                    "divides by S"
                 )
             if size % factor:
                 raise ValueError(f"model.encoder_blocks: {size}d{factor} does not divide {size}")
             if factor > 1:
                 sizes.append(size // factor)
+        pooled = sizes[0] // sizes[-1]
+        self.check_divides(pooled, f"cannot be pooled by {pooled}, as model.encoder_blocks does")
         return sizes
 
     def _check_widths(self, sizes: list[int]) -> None:
@@ -123,10 +143,10 @@ class VDVAEConfig(VeryDeepConfig):
                     f"model.custom_widths names resolution {resolution}, which the encoder does "
                     f"not have; it has {', '.join(map(str, sizes))}"
                 )
-        if self.width_at(self.image_size) != self.width:
+        if self.width_at(self.resolution) != self.width:
             raise ValueError(
-                f"model.custom_widths gives {self.width_at(self.image_size)} channels at the "
-                f"image's resolution, {self.image_size}; there it must be model.width={self.width}"
+                f"model.custom_widths gives {self.width_at(self.resolution)} channels at the "
+                f"image's resolution, {self.resolution}; there it must be model.width={self.width}"
             )
         for finer, coarser in pairwise(sizes):
             if self.width_at(coarser) < self.width_at(finer):
@@ -165,9 +185,9 @@ class VDVAEConfig(VeryDeepConfig):
                         f"channels to {self.width_at(size)}; it takes as many or more"
                     )
             known.add(size)
-        if self.image_size not in {block.resolution for block in blocks}:
+        if self.resolution not in {block.resolution for block in blocks}:
             raise ValueError(
-                f"model.decoder_blocks has no block at the image's resolution, {self.image_size}"
+                f"model.decoder_blocks has no block at the image's resolution, {self.resolution}"
             )
 
 

@@ -19,14 +19,19 @@ from torch import Tensor, nn
 from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
 from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Output, Temperature
 from nvae.models.layers import without_autocast
-from nvae.models.likelihoods import ImageConfig, LogisticMixture, PixelDistribution
-from nvae.models.stable_mixture import DATA_BITS, LogisticForm, StableLogisticMixture
+from nvae.models.likelihoods import DATA_BITS, ImageConfig, LogisticMixture, PixelDistribution
+from nvae.models.stable_mixture import LogisticForm, StableLogisticMixture
 
 MOST_LAYERS = 5000
 """Blocks of one network; the deepest published one has 140."""
 
 States = dict[int, Tensor]
 """The top-down state of every resolution, as the last layer there left it."""
+
+
+def resolution_of(shape: Sequence[int]) -> int:
+    """The one number that a resolution goes by, of a shape ``(..., h, w)``: the shorter side."""
+    return min(shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -283,9 +288,9 @@ class VeryDeepVAE(HierarchicalVAE):
                 keep=None if keep is None else keep[index],
                 prior_noise=None if prior_noise is None else prior_noise[index],
             )
-            states[state.shape[-1]] = state
+            states[resolution_of(state.shape)] = state
             samples.append(sample)
-        return states[self.config.image_size], tuple(samples)
+        return states[resolution_of(self.config.image_shape)], tuple(samples)
 
     def _given(self, latents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
         given = [] if latents is None else list(latents)

@@ -32,7 +32,7 @@ from torch import Tensor
 from nvae.command_line import brief
 from nvae.files import replacing
 from nvae.models import HierarchicalVAE
-from nvae.pictures import save_rows
+from nvae.pictures import View, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_fields
 from nvae.training.module import NVAELightning
@@ -277,11 +277,15 @@ class Pictures(pl.Callback):
         every_epochs: epochs between two sets; 0: none.
         temperatures: of the latents, one row of samples each.
         columns: pictures in a row.
+        show_channels: see :class:`~nvae.pictures.View`.
+        show_range: values that are shown as black and as white; None: 0 and 1.
     """
 
     every_epochs: int = 1
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0])
     columns: int = 8
+    show_channels: list[int] | None = None
+    show_range: list[float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -290,6 +294,7 @@ class Pictures(pl.Callback):
         )  # fmt: skip
         if not self.temperatures:
             raise ValueError("callbacks.pictures.temperatures is []; it takes one or more numbers")
+        self._view = View.of_settings(self.show_channels, self.show_range)
         self._x: Tensor | None = None
         self._warnings = Warnings()
 
@@ -337,7 +342,7 @@ class Pictures(pl.Callback):
     def _write(self, trainer: pl.Trainer, name: str, rows: list[Tensor], labels: list[str]) -> None:
         step = trainer.global_step
         file = Path(trainer.default_root_dir) / "pictures" / f"{name}_{step:08d}.png"
-        save_rows(file, rows, labels)
+        save_rows(file, [self._view(row) for row in rows], labels)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with Image.open(file) as picture:

@@ -273,8 +273,7 @@ def trace(
     objective = Objective(model, settings).to(model.device)
     if objective.spectral_norm is not None:
         objective.spectral_norm.is_warm = True
-    c = model.config
-    shape = (batch_size, c.image_channels, c.image_size, c.image_size)
+    shape = (batch_size, *model.config.image_shape)
     x = torch.zeros(shape, device=model.device).to(memory_format=torch.channels_last)
     return model, kept_bytes(model, objective, x)
 

@@ -27,7 +27,7 @@ from nvae.models import HierarchicalVAE
 from nvae.models.layers import MOMENTUM
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
-from nvae.settings import check_choice
+from nvae.settings import check_choice, height_width
 from nvae.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
@@ -83,8 +83,10 @@ class NVAELightning(pl.LightningModule):
     A batch is a tensor of images ``(B, C, H, W)``, a tuple whose first entry is one, or our data
     module's :class:`ImageBatch`. Images are uint8 or floating-point numbers in [0, 1]; those that
     do not come from our data module keep the upper ``model.config.bits`` bits of their 8 (with one
-    bit: black below 128/255, white from there), and where the likelihood counts a window of the
-    model's image (``counted_size``), images of the window's size get zeros around them.
+    bit: black below 128/255, white from there). Where the model has more than 8 bits, they are
+    uint16 levels from 0 to 2^bits - 1, or floating-point numbers that are rounded to such levels.
+    Where the likelihood counts a window of the model's image (``counted_size``), images of the
+    window's size get zeros around them.
 
     The KL coefficient and the learning rate go by the share of the run's images that were seen:
     the Trainer needs ``max_epochs`` or ``max_steps``, ``max_time`` alone does not do.
@@ -171,21 +173,27 @@ class NVAELightning(pl.LightningModule):
         config = self.model.config
         if not isinstance(x, Tensor) or x.ndim != 4:
             shown = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            wanted = ", ".join(map(str, config.image_shape))
             raise ValueError(
-                f"a batch holds {shown}; expected are images (B, {config.image_channels}, "
-                f"{config.image_size}, {config.image_size}) or a tuple that begins with them"
+                f"a batch holds {shown}; expected are images (B, {wanted}) or a tuple that begins "
+                "with them"
             )
         config.pixel_distribution.check_data(config, config.bits)
-        if x.dtype == torch.uint8:
+        stored_bits = max(8, config.bits)
+        whole = torch.uint8 if stored_bits == 8 else torch.uint16
+        if x.dtype == whole:
             levels = x.float()
         elif x.is_floating_point():  # a NaN stays one: it makes a bad step, which is left out
-            levels = (x.float() * 255).round()
+            levels = (x.float() * (2**stored_bits - 1)).round()
         else:
-            raise ValueError(f"images are {x.dtype}; expected are uint8, or float in [0, 1]")
-        border = config.image_size - x.shape[-1]
-        if border > 0 and border % 2 == 0 and x.shape[-1] == config.counted_size:
-            levels = nn.functional.pad(levels, [border // 2] * 4)
-        levels = (levels / 2 ** (8 - config.bits)).floor()
+            name = str(whole).removeprefix("torch.")
+            raise ValueError(f"images are {x.dtype}; expected are {name}, or float in [0, 1]")
+        if config.counted_size is not None and tuple(x.shape[2:]) == height_width(
+            config.counted_size
+        ):
+            height, width = config.image_shape[1] - x.shape[2], config.image_shape[2] - x.shape[3]
+            levels = nn.functional.pad(levels, [width // 2, width // 2, height // 2, height // 2])
+        levels = (levels / 2 ** (stored_bits - config.bits)).floor()
         # a tensor, not a number: CUDA multiplies by a number's reciprocal, which rounds otherwise
         x = levels / torch.full((), 2.0**config.bits - 1, device=x.device)
         index = torch.arange(first, first + len(x), device=x.device)

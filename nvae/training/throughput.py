@@ -110,13 +110,11 @@ def flops_per_image(model: HierarchicalVAE) -> float:
     recomputed activations and regularizers are not among a model's operations. 0 where the model
     cannot be traced so.
     """
-    config = model.config
     meta = {
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    size = config.image_size
-    x = torch.zeros(1, config.image_channels, size, size, dtype=model.dtype, device="meta")
+    x = torch.zeros(1, *model.config.image_shape, dtype=model.dtype, device="meta")
     norms = batchnorms(model)
     groups = [norm.group for norm in norms]
     counter = FlopCounterMode(display=False)

@@ -27,6 +27,11 @@ def config(**changes):
         ({"down_n_layers": [2]}, "model.down_n_layers has 1 entries"),
         ({"down_strides": [1, 2, 4, 1]}, "must be model.up_strides in reverse"),
         ({"image_size": 12}, "cannot be divided by the product of model.up_strides, 8"),
+        (
+            {"image_size": [24, 20]},
+            "[24, 20] cannot be divided by the product of model.up_strides, 8;"
+            " each side must be a multiple of 8, the nearest is 24",
+        ),
         ({"up_filters": [10, 12, 12, 12]}, "model.up_filters[0]=10 but the level has stride 1"),
         ({"down_filters": [12, 12, 8, 10]}, "model.down_filters[3]=10 but the level has stride 1"),
         ({"up_skip_filters": [8, 8, 12, 8]}, "model.up_skip_filters[3]=8 but model.down_filters"),

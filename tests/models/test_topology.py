@@ -27,9 +27,14 @@ def test_groups_per_scale(
 def test_sizes_halve_and_widths_double() -> None:
     scales = latent_scales(small_config(decoder_channels=6))
     assert [(s.size, s.encoder_width, s.decoder_width) for s in scales] == [
-        (8, 16, 12),
-        (4, 32, 24),
+        ((8, 8), 16, 12),
+        ((4, 4), 32, 24),
     ]
+
+
+def test_rectangles_keep_their_proportions() -> None:
+    config = small_config(image_size=(24, 16))
+    assert latent_shapes(config) == ((3, 6, 4), (3, 12, 8), (3, 12, 8))
 
 
 def test_latents_are_listed_coarsest_first() -> None:

@@ -16,6 +16,17 @@ def config(**changes):
     return VDVAEConfig(**{**values, **changes})
 
 
+def test_a_resolution_is_named_by_its_shorter_side():
+    """The strings of a square serve a rectangle; every resolution has the image's proportions."""
+    wide = VDVAE(config(image_size=[8, 24]))
+    assert [shape[1:] for shape in wide.latent_shapes] == [
+        (1, 3), (4, 12), (4, 12), (8, 24), (8, 24), (8, 24)
+    ]  # fmt: skip
+    assert [tuple(state.shape[2:]) for state in wide.initial_states] == [(1, 3), (4, 12), (8, 24)]
+    assert wide.encoder.blocks[-1].convs[1].kernel_size == (3, 3)  # at 1x3 there is a neighbor
+    assert VDVAE(config()).encoder.blocks[-1].convs[1].kernel_size == (1, 1)
+
+
 def test_block_strings():
     """Every form, with spaces around numbers; N = 0 gives none."""
     assert parse_blocks(" 8 x 2,8d2, 4,2x0", "encoder_blocks", "d") == [
@@ -51,7 +62,13 @@ def test_what_is_no_block(item):
         ({"custom_widths": "4:0"}, "'4:0' is no width"),
         ({"bottleneck_multiple": 0.1}, "leaves no channel of the 8 at 8"),
         ({"pixel_std": 0.0}, "model.pixel_std is 0.0; it must be at least"),
-        ({"image_channels": 4}, "models 1 or 3 image channels"),
+        (
+            {"image_size": [8, 12]},
+            "[8, 12] cannot be pooled by 8, as model.encoder_blocks does; "
+            "each side must be a multiple of 8, the nearest is [8, 16]",
+        ),
+        ({"image_size": [16, 24]}, "block at 8, but its input is 16 wide"),
+        ({"bits": 12, "normalized": False}, "published form, for 8 bits at most"),
     ],
 )
 def test_what_cannot_work_is_one_line(changes, message):

@@ -65,6 +65,32 @@ def test_images_end_on_the_grid_of_the_likelihood(bits: int) -> None:
     assert module.to_input(IMAGES, 5).index.tolist() == list(range(5, 25))
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_deep_images_end_on_the_grid_too(bits: int) -> None:
+    """Levels as integers or as fractions, every one of 16 bits through float32 and back."""
+    changes = {"bits": bits, "image_size": [256, 256], "image_channels": 1}
+    config = ModelConfig.from_dict(CONFIG.to_dict() | changes)
+    module = NVAELightning(NVAE(config))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    levels = torch.arange(2**16).remainder(2**bits).view(1, 1, 256, 256)
+    x = module.to_input(levels.to(torch.uint16)).x
+    assert torch.equal(x, levels / torch.tensor(2.0**bits - 1))
+    assert torch.equal(module.to_input(x).x, x)
+    assert torch.equal((x * (2**bits - 1)).round().long(), levels)
+    with pytest.raises(ValueError, match=r"images are torch.uint8; expected are uint16"):
+        module.to_input(levels.to(torch.uint8))
+
+
+def test_a_rectangular_window_gets_its_border() -> None:
+    changes = {"image_size": [16, 12], "counted_size": [8, 10]}
+    module = NVAELightning(NVAE(ModelConfig.from_dict(CONFIG.to_dict() | changes)))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    x = module.to_input(torch.full((2, 1, 8, 10), 255, dtype=torch.uint8)).x
+    assert x.shape == (2, 1, 16, 12)
+    assert (x[..., 4:12, 1:11] == 1).all()
+    assert x.sum() == 2 * 80
+
+
 def test_a_counted_window_gets_its_border() -> None:
     config = ModelConfig.from_dict(CONFIG.to_dict() | {"image_size": 16, "counted_size": 8})
     module = NVAELightning(NVAE(config))
