@@ -2,10 +2,19 @@
 
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from nvae.command_line import brief, shell
 from nvae.files import read_yaml
-from nvae.settings import CONFIGS, LARGEST_INTEGER, check_fields
+from nvae.settings import (
+    CONFIGS,
+    LARGEST_INTEGER,
+    Size,
+    check_fields,
+    height_width,
+    plain_size,
+    show_size,
+)
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)
@@ -18,21 +27,25 @@ READERS = {
     "stacked_idx": "nvae.data.readers.arrays:StackedIdx",
     "cifar": "nvae.data.readers.arrays:Cifar",
     "omniglot": "nvae.data.readers.arrays:Omniglot",
-    "npz": "nvae.data.readers.arrays:Npz",
+    "npz": "nvae.data.readers.npz_batches:Npz",
     "celeba": "nvae.data.readers.pictures:CelebA",
     "folder": "nvae.data.readers.pictures:Folder",
     "tfrecord": "nvae.data.readers.tfrecord:TFRecord",
     "lmdb": "nvae.data.readers.lmdb:ReferenceLmdb",
     "lsun": "nvae.data.readers.lmdb:Lsun",
+    "arrays": "nvae.data.readers.array_files:Arrays",
+    "huggingface": "nvae.data.readers.objects:HuggingFace",
+    "dataset": "nvae.data.readers.objects:Datasets",
 }
 """The reader of each format of source files, imported when a source is read. A format may also be
 such a `package.module:Class` itself; see :func:`nvae.data.readers.read_source`."""
 
 SOURCE_FORMATS = ("auto", *READERS)
-"""`auto` looks what is there: an LMDB, TFRecords, npz batches, or pictures."""
+"""`auto` looks what is there: an LMDB, TFRecords, arrays, a data set of the hub, or pictures."""
 
 CROPS = ("none", "center", "random")
-RESIZES = ("nearest", "box", "bilinear", "bicubic", "lanczos")
+RESIZES = ("none", "nearest", "box", "bilinear", "bicubic", "lanczos")
+LABELS = ("auto", True, False)
 LARGEST_SIDE = 65_536
 """Pixels along one side of any picture."""
 MOST_IMAGES = 100_000_000
@@ -45,10 +58,14 @@ _CHOICES = {
     "crop": CROPS,
     "resize": RESIZES,
     "on_device": ("auto", "always", "never"),
+    "labels": LABELS,
     "torchvision": ("MNIST", "FashionMNIST", "CIFAR10", "CelebA", None),
 }
 _BOUNDS: dict[str, tuple[int, int]] = {
     "image_size": (1, 4096),
+    "channels": (1, 1024),
+    "bits": (1, 16),
+    "value_range": (-(10**12), 10**12),
     "counted_size": (1, 4096),
     "pad": (0, 2048),
     "crop_box": (0, LARGEST_SIDE),
@@ -90,20 +107,30 @@ class DataConfig:
         source: folder or file that holds the source files; null means `root/source`.
         cache: where the prepared forms of folders go that hold nothing but the user's pictures;
             null means `nvae/data` in `$XDG_CACHE_HOME` or `~/.cache`.
-        image_size: side of the model's input, padding included.
-        channels: 1 (gray) or 3 (color).
-        bits: gray levels of the input are 2^bits; 1 where binarized.
+        image_size: of the model's input, padding included: the side of a square, or height and
+            width.
+        channels: 1 (gray), 3 (color), or as many as the source has.
+        bits: levels of the input are 2^bits, 1 to 16; 1 where binarized. The level k reaches the
+            model as k / (2^bits - 1).
         likelihood: the pixel distribution that suits the set.
-        counted_size: the likelihood counts the central window of this side; null counts all.
+        counted_size: the likelihood counts the central window of this size; null counts all.
+        floats: keep pixels as float32 in [0, 1] instead of levels, for `likelihood: normal`.
+        value_range: the least and the greatest value that pixels of the source may have; they
+            become 0 and 1. Integers fall into 2^bits equal bins of the range, which changes none
+            where it has 2^bits values. null: numbers with a point are in [0, 1]; pictures of 8
+            and 16 bits use their whole range where `bits` is at most 8; beyond, integers are the
+            levels 0 to 2^bits - 1 themselves.
+        labels: class labels. `auto`: the prepared form keeps them where every picture has one;
+            `true`: they must be there, and batches hold them; `false`: they are passed over.
         binarize: `dynamic` draws a fresh Bernoulli each time a training image is read (evaluation
             is drawn once, from `eval_seed`); `static` draws once for training too.
-        pad: zeros added on each side, so the prepared images have side image_size - 2 * pad.
+        pad: zeros added on each side, so the prepared images have sides image_size - 2 * pad.
         flip: horizontal flip with probability 1/2, in training only.
-        crop: after `crop_box`, how a picture that is not square becomes square: `center`,
-            `random` (in training, along the longer side; evaluation takes the center), or `none`
-            (the picture is squeezed).
+        crop: after `crop_box`, how a picture gets the proportions of `image_size`: `center`,
+            `random` (in training, along the side that is too long; evaluation takes the center),
+            or `none` (the picture is squeezed).
         crop_box: (left, top, right, bottom) in pixels of the source image; null takes all.
-        resize: filter used when source and prepared sizes differ.
+        resize: filter used when source and prepared sizes differ; `none` refuses such pictures.
         global_batch: training images an optimizer step, over all devices: each takes its share, in
             micro-batches of at most `batch_size`. null: `batch_size` on each device, times
             `trainer.accumulate_grad_batches`.
@@ -114,6 +141,10 @@ class DataConfig:
             at most `on_device_limit` MiB).
         on_device_limit: see `on_device`, in MiB.
         download: fetch missing source files where a public address exists.
+        dataset: for `format: dataset`, a torch `Dataset` as Hydra writes objects, `_target_` and
+            arguments, or one for each of `train`, `valid` and `test`.
+        image_key: name of the images where a file or an entry holds several things by name.
+        label_key: name of the labels there.
         torchvision: class of torchvision.datasets that knows where the source files are.
         urls: addresses of source files that torchvision does not know.
         files: the source files by name, for whoever fetches them by hand.
@@ -131,14 +162,17 @@ class DataConfig:
 
     name: str
     format: str
-    image_size: int
+    image_size: Size
     channels: int
     bits: int
     likelihood: str
     root: str = "data"
     source: str | None = None
     cache: str | None = None
-    counted_size: int | None = None
+    counted_size: Size | None = None
+    floats: bool = False
+    value_range: list[float] | None = None
+    labels: bool | str = "auto"
     binarize: str = "none"
     pad: int = 0
     flip: bool = False
@@ -152,6 +186,9 @@ class DataConfig:
     on_device: str = "auto"
     on_device_limit: int = 1024
     download: bool = True
+    dataset: dict[str, Any] = field(default_factory=dict)
+    image_key: str | None = None
+    label_key: str | None = None
     torchvision: str | None = None
     urls: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -166,46 +203,62 @@ class DataConfig:
     citation: str = ""
 
     def __post_init__(self) -> None:
+        self.image_size = plain_size(self.image_size)
+        self.counted_size = plain_size(self.counted_size)
         check_fields(self, "data.", **_BOUNDS)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             # A reader or a likelihood from elsewhere is looked up where it is used.
             is_foreign = name in ("format", "likelihood") and ":" in value
             if value not in allowed and not is_foreign:
-                names = ", ".join(each for each in allowed if each)
+                names = ", ".join(_typed(each) for each in allowed if each is not None)
                 raise ValueError(f"data.{name} is {value!r}; allowed: {names}")
         if self.on_device == "always" and self.crop == "random":
             raise ValueError(
                 "data.on_device=always needs images of one size, which data.crop=random does not "
                 "make; allowed with it: auto, never"
             )
+        if (self.format == "dataset") != bool(self.dataset):
+            raise ValueError(
+                f"data.format is {self.format} and data.dataset {self.dataset or 'not given'}; "
+                "data.format=dataset takes a data.dataset with a _target_, and nothing else does"
+            )
         self._check_pixels()
         self._check_geometry()
 
     def _check_pixels(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"data.channels is {self.channels}; allowed: 1 (gray), 3 (color)")
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"data.bits is {self.bits}; allowed: 1 to 8")
         if self.binarize != "none" and self.bits != 1:
             raise ValueError(
                 f"data.bits is {self.bits} but data.binarize={self.binarize} makes pixels of one "
                 "bit; set data.bits=1 or data.binarize=none"
             )
-
-    def _check_geometry(self) -> None:
-        if self.stored_size < 1:
+        if self.floats and (self.likelihood in ("bernoulli", "logistic_mixture")):
             raise ValueError(
-                f"data.pad is {self.pad}; it must be less than half of data.image_size="
-                f"{self.image_size}"
+                f"data.likelihood={self.likelihood} is of levels, which data.floats=true does not "
+                "make; allowed with it: normal"
             )
-        if self.counted_size is not None and (
-            self.counted_size > self.image_size or (self.image_size - self.counted_size) % 2
+        if self.floats and self.binarize != "none":
+            raise ValueError(f"data.floats=true leaves nothing for data.binarize={self.binarize}")
+        if self.value_range is not None and not (
+            len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]
         ):
             raise ValueError(
-                f"data.counted_size is {self.counted_size}; it must be at most data.image_size="
-                f"{self.image_size} and leave an equal border on both sides"
+                f"data.value_range is {self.value_range}; it takes two numbers, the lower first"
             )
+
+    def _check_geometry(self) -> None:
+        sides, shown = height_width(self.image_size), show_size(self.image_size)
+        if min(sides) <= 2 * self.pad:
+            raise ValueError(
+                f"data.pad is {self.pad}; it must be less than half of data.image_size={shown}"
+            )
+        if self.counted_size is not None:
+            counted = height_width(self.counted_size)
+            if any(c > s or (s - c) % 2 for c, s in zip(counted, sides, strict=True)):
+                raise ValueError(
+                    f"data.counted_size is {show_size(self.counted_size)}; it must be at most "
+                    f"data.image_size={shown} and leave an equal border on both sides"
+                )
         if self.crop_box is not None:
             if len(self.crop_box) != 4:
                 raise ValueError(
@@ -220,9 +273,27 @@ class DataConfig:
                 )
 
     @property
-    def stored_size(self) -> int:
-        """Side of the prepared images: the model's input without its zero border."""
-        return self.image_size - 2 * self.pad
+    def stored_size(self) -> Size:
+        """Of the prepared images: the model's input without its zero border."""
+        height, width = height_width(self.image_size)
+        return plain_size((height - 2 * self.pad, width - 2 * self.pad))
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the prepared images."""
+        return (*height_width(self.stored_size), self.channels)
+
+    @property
+    def stored_type(self) -> str:
+        """numpy's name of the prepared pixels' type: uint8, uint16 beyond 8 bits, or float32."""
+        if self.floats:
+            return "<f4"
+        return "|u1" if self.bits <= 8 else "<u2"
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a prepared level: those of a byte, of which a batch keeps `bits`, or `bits`."""
+        return max(self.bits, 8)
 
 
 CONFIG_FOLDER = CONFIGS / "data"
@@ -230,7 +301,8 @@ FOLDER = "folder"
 """The data set of the user's own pictures."""
 
 OPTIONS = (
-    *("root", "source", "cache", "format", "image_size", "channels", "crop", "crop_box", "resize"),
+    *("root", "source", "cache", "format", "image_size", "channels", "bits", "floats"),
+    *("value_range", "crop", "crop_box", "resize", "labels", "image_key", "label_key"),
     *("train_size", "valid_size", "test_size"),
 )
 """Settings that the preparing command takes; `--size` is `image_size`."""
@@ -280,6 +352,22 @@ def prepare_command(config: DataConfig) -> str:
     for setting in OPTIONS:
         value = getattr(config, setting)
         if value is not None and value != getattr(usual, setting, None):
-            words.append("--" + setting.removeprefix("image_").replace("_", "-"))
-            words += value if isinstance(value, list | tuple) else [value]
+            words += _option(setting, value)
     return shell(*words)
+
+
+def _typed(value: object) -> str:
+    """A value as one types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _option(setting: str, value: Any) -> list[object]:
+    """A setting as the preparing command takes it."""
+    if setting == "image_size":
+        return ["--size", value if isinstance(value, int) else "x".join(map(str, value))]
+    name = setting.replace("_", "-")
+    if setting == "floats":
+        return [f"--{'' if value else 'no-'}{name}"]
+    if isinstance(value, list | tuple):
+        return [f"--{name}", *value]
+    return [f"--{name}", _typed(value)]

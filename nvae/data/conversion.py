@@ -1,52 +1,43 @@
-"""Source files -> the prepared form: decoded in threads, written in order, committed in one step.
+"""Source files -> the prepared form: decoded in threads, written in order, committed at once."""
 
-An older preparation in the same folder stays valid until the new manifest replaces the old one.
-"""
-
-import fcntl
-import hashlib
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
+from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import numpy.lib.format as npy
 from numpy.typing import NDArray
+from PIL import Image
 
 from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TRAIN, DataConfig, DataError
+from nvae.data.decoding import decode, decode_deep
+from nvae.data.labels import Label, LabelTable
 from nvae.data.loader import read_ahead
+from nvae.data.pixels import BadImageError, Pixels, fit, fit_array, fit_picture, keeps_depth
 from nvae.data.places import (
     by_hand,
     can_be_fetched,
     download,
     is_current,
-    listing_digest,
     prepared_folder,
+    source_digest,
     source_folder,
 )
 from nvae.data.readers import (
     Item,
     MissingSourceError,
     Part,
-    Plan,
     detect_format,
-    plan_splits,
     read_source,
 )
-from nvae.data.store import (
-    PARTIAL,
-    ArrayFile,
-    Manifest,
-    SplitFiles,
-    own_files,
-    write_stamps,
-)
-from nvae.data.transforms import BadImageError, decode, fit, fit_array, to_channels
+from nvae.data.readers.splits import Plan, plan_splits
+from nvae.data.store import Manifest
+from nvae.data.writing import StoreWriter, exclusive
 
 _CHUNK = 32
 _NAMES_KEPT = 100
@@ -54,138 +45,8 @@ _NAMES_KEPT = 100
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
 
-Result = tuple[int, Item, NDArray[np.uint8] | BadImageError]
-"""Number of the split, the picture, and its pixels or what is wrong with it."""
-
-
-class _ArrayWriter:
-    """Appends rows to one array; its final name carries the checksum."""
-
-    def __init__(self, folder: Path, stem: str, dtype: str, row: tuple[int, ...]) -> None:
-        self._stem, self._dtype, self._row = stem, dtype, row
-        self.path = folder / f"{stem}{PARTIAL}"
-        self.file = self.path.open("wb")
-        self._digest = hashlib.sha256()
-        self.length = 0
-        self._write_header(0)
-
-    def _write_header(self, count: int) -> None:
-        # numpy leaves room for the count to grow: the header is as long when it is written again.
-        shape = (count, *self._row)
-        header = {"descr": self._dtype, "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(self.file, header)
-
-    def add(self, array: NDArray[np.generic]) -> None:
-        data = np.ascontiguousarray(array).data.cast("B")
-        self.file.write(data)
-        self._digest.update(data)
-        self.length += len(data)
-
-    def finish(self, count: int) -> ArrayFile:
-        size = self.file.tell()
-        self.file.seek(0)
-        self._write_header(count)
-        assert self.file.tell() == size - self.length
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        digest = self._digest.hexdigest()
-        name = f"{self._stem}-{digest[:12]}.npy"
-        self.path.replace(self.path.with_name(name))
-        return ArrayFile(name, size, digest)
-
-
-class SplitWriter:
-    """Writes the images of one split.
-
-    Args:
-        folder: of the data set.
-        name: of the split.
-        shape: (H, W, C) of the images, or, where they are `ragged`, of the window cut from them.
-        ragged: images differ in size.
-    """
-
-    def __init__(
-        self, folder: Path, name: str, shape: tuple[int, int, int], *, ragged: bool
-    ) -> None:
-        self._shape = shape
-        self._pixels = _ArrayWriter(folder, name, "|u1", () if ragged else shape)
-        self._layout = _ArrayWriter(folder, f"{name}-layout", "<i8", (3,)) if ragged else None
-        self.count = 0
-        self.skipped = 0
-
-    def add(self, image: NDArray[np.uint8]) -> None:
-        """Append one image, (H, W, C) uint8."""
-        if self._layout is None:
-            assert image.shape == self._shape, (image.shape, self._shape)
-        else:
-            self._layout.add(np.array([self._pixels.length, *image.shape[:2]], "<i8"))
-        self._pixels.add(image)
-        self.count += 1
-
-    def finish(self) -> SplitFiles:
-        """Put the files under their final names; they count only once a manifest names them."""
-        layout = None if self._layout is None else self._layout.finish(self.count)
-        pixels = self._pixels.finish(self.count if layout is None else self._pixels.length)
-        return SplitFiles(self.count, self._shape, pixels, layout, self.skipped)
-
-    def close(self) -> None:
-        """Release the files."""
-        for array in (self._pixels, self._layout):
-            # On a full disk closing fails as well, because it writes what is still buffered.
-            with suppress(OSError):
-                if array is not None:
-                    array.file.close()
-
-
-class StoreWriter:
-    """A prepared form in the making, under `exclusive`; what fails before `commit` leaves no
-    trace."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        for leftover in own_files(folder, PARTIAL):
-            leftover.unlink()
-        self._before = own_files(folder)
-        self.splits: dict[str, SplitWriter] = {}
-
-    def split(self, name: str, shape: tuple[int, int, int], *, ragged: bool) -> SplitWriter:
-        """Start a split."""
-        self.splits[name] = SplitWriter(self._folder, name, shape, ragged=ragged)
-        return self.splits[name]
-
-    def finish(self) -> dict[str, SplitFiles]:
-        """Complete the arrays of all splits that have images."""
-        return {name: split.finish() for name, split in self.splits.items() if split.count}
-
-    def commit(self, manifest: Manifest) -> None:
-        """Make the new arrays the data set, then remove what no manifest names."""
-        manifest.write(self._folder)
-        self._before |= {self._folder / array.file for array in manifest.files()}
-        write_stamps(self._folder, manifest)
-        keep = {self._folder / array.file for array in manifest.files()}
-        for path in own_files(self._folder) - keep:
-            path.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for split in self.splits.values():
-            split.close()
-        for path in own_files(self._folder) - self._before:
-            path.unlink()
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares this folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not through a link, and nothing is cut: whatever lies there, it is not harmed.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+b", buffering=0) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+Result = tuple[int, Item, tuple[Pixels, Label | None] | BadImageError]
+"""Number of the split, the picture, and its pixels and label or what is wrong with it."""
 
 
 def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int, Item]]:
@@ -201,18 +62,24 @@ def _with_split(part: Part, destination: NDArray[np.int8]) -> Iterator[tuple[int
         raise DataError("the source holds more pictures than it says, or changed meanwhile")
 
 
-def _to_array(item: Item, config: DataConfig) -> NDArray[np.uint8] | BadImageError:
+def _to_array(item: Item, config: DataConfig) -> tuple[Pixels, Label | None] | BadImageError:
     try:
-        loaded = item.load()
-        if isinstance(loaded, np.ndarray):
-            return fit_array(loaded, config)
-        if isinstance(loaded, bytes):
-            return fit(decode(loaded, config.channels), config)
-        return fit(to_channels(loaded, config.channels), config)
+        picture, label = item.load()
+        return _fitted(picture, config), label
     except BadImageError as error:
         return error
     except OSError as error:
         return BadImageError(f"it cannot be read: {error.strerror or error}")
+
+
+def _fitted(picture: bytes | Pixels | Image.Image, config: DataConfig) -> Pixels:
+    if isinstance(picture, bytes):
+        if not keeps_depth(config):
+            return fit(decode(picture, config.channels), config)
+        picture = decode_deep(picture)
+    if isinstance(picture, np.ndarray):
+        return fit_array(picture, config)
+    return fit_picture(picture, config)
 
 
 def _read_all(
@@ -232,7 +99,7 @@ def _read_all(
 
 def _check_space(folder: Path, images: int, config: DataConfig) -> None:
     """Stop before the work if the disk cannot hold the result."""
-    needed = images * config.stored_size**2 * config.channels
+    needed = images * prod(config.stored_shape) * np.dtype(config.stored_type).itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
@@ -245,13 +112,14 @@ def _convert(
     parts: dict[str, Part],
     plan: Plan,
     writer: StoreWriter,
+    table: LabelTable,
     config: DataConfig,
     *,
     skip_bad: bool,
     workers: int,
     progress: Progress | None,
 ) -> list[str]:
-    """Write every picture of the source to its split.
+    """Write every picture of the source to its split, and its label to the table.
 
     Returns:
         The first pictures that were left out, with the reason.
@@ -259,9 +127,10 @@ def _convert(
     Raises:
         DataError: An unreadable picture, or nothing is left of the training split.
     """
-    shape = (config.stored_size, config.stored_size, config.channels)
     writers = {
-        SPLITS.index(split): writer.split(split, shape, ragged=config.crop == "random")
+        SPLITS.index(split): writer.split(
+            split, config.stored_shape, ragged=config.crop == "random", dtype=config.stored_type
+        )
         for split, count in plan.counts.items()
         if count
     }
@@ -277,7 +146,9 @@ def _convert(
                 if len(skipped) < _NAMES_KEPT:
                     skipped.append(f"{item.name}: {result}")
             else:
-                writers[split].add(result)
+                pixels, label = result
+                writers[split].add(pixels)
+                table.add(SPLITS[split], label, item.name)
             done += 1
             if progress is not None and (done % _CHUNK == 0 or done == total):
                 progress(done, total)
@@ -287,9 +158,13 @@ def _convert(
 
 
 def geometry(config: DataConfig) -> dict[str, Any]:
-    """How pictures become squares: what the prepared pixels depend on beside their shape."""
+    """How pictures become what is stored: all that it depends on beside its shape and type."""
     box = None if config.crop_box is None else list(config.crop_box)
-    return {"crop_box": box, "crop": config.crop, "resize": config.resize}
+    further = {name: getattr(config, name) for name in ("value_range", "image_key", "label_key")}
+    return {
+        **{"crop_box": box, "crop": config.crop, "resize": config.resize},
+        **{name: value for name, value in further.items() if value is not None},
+    }
 
 
 def prepare(
@@ -336,7 +211,7 @@ def prepare_if_missing(config: DataConfig) -> None:
 def _locked(config: DataConfig) -> Iterator[Path]:
     """The prepared folder, for this process alone; a full or read-only disk is one clear line."""
     source, folder = source_folder(config), prepared_folder(config)
-    if not source.exists() and not can_be_fetched(config):
+    if not source.exists() and not can_be_fetched(config) and not config.dataset:
         raise MissingSourceError(f"{source} does not exist")
     try:
         with exclusive(folder):
@@ -355,14 +230,23 @@ def _prepare(
     source = source_folder(config)
     kind, parts = _read_or_download(config, source)
     # Before the pictures are read: what changes meanwhile is seen at the next start.
-    digest = listing_digest(source, kind)
+    digest = source_digest(config, kind)
     plan = plan_splits({split: part.count for split, part in parts.items()}, config)
     workers = workers or min(8, os.cpu_count() or 1)
+    table = LabelTable(config.labels, [part.classes for part in parts.values()])
     with StoreWriter(folder) as writer:
         _check_space(folder, sum(plan.counts.values()), config)
         skipped = _convert(
-            parts, plan, writer, config, skip_bad=skip_bad, workers=workers, progress=progress
+            parts,
+            plan,
+            writer,
+            table,
+            config,
+            skip_bad=skip_bad,
+            workers=workers,
+            progress=progress,
         )
+        classes, labels = table.finish()
         manifest = Manifest(
             name=config.name,
             format=kind,
@@ -370,7 +254,8 @@ def _prepare(
             source_digest=digest,
             geometry=geometry(config),
             split_rule=plan.rule,
-            splits=writer.finish(),
+            splits=writer.finish(labels),
+            classes=classes,
             skipped_names=skipped,
             licence=config.licence,
             citation=config.citation,

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,12 @@ from nvae.data.loader import (
     Split,
     TrainLoader,
 )
+from nvae.data.pixels import fit_array, keeps_depth
 from nvae.data.places import prepared_folder
-from nvae.data.readers import TOO_FEW, plan_splits
+from nvae.data.readers.splits import TOO_FEW, plan_splits
 from nvae.data.samplers import EvalSampler, Shard, TrainSampler
 from nvae.data.store import MANIFEST_NAME, open_store, read_manifest
-from nvae.data.transforms import fit_array, model_input
+from nvae.data.transforms import model_input
 from nvae.random import STREAM_CONTENT, UNIFORM_BITS, image_keys, uniform_bits
 
 _MIB = 1 << 20
@@ -55,7 +57,7 @@ class ImageBatch:
     Attributes:
         x: (B, C, H, W) float32 in [0, 1], channels_last in memory.
         index: (B,) int64, the images' indices in their split.
-        labels: (B,) int64, their classes counted from 0; None where they have none.
+        labels: (B,) int64, the images' class numbers; None unless `data.labels` is true.
     """
 
     x: Tensor
@@ -82,6 +84,8 @@ class ImageData:
         self.config = config
         self._splits: dict[str, Split] = {}
         self._on_device: dict[tuple[str, torch.device], DenseSplit] = {}
+        self._labels: dict[tuple[str, torch.device], Tensor] = {}
+        self._classes: list[str] = []
         self._noted = False
 
     def prepare(self) -> None:
@@ -92,7 +96,12 @@ class ImageData:
         """Open the prepared form; see `open_splits`. Every stage of a Trainer needs the same."""
         del stage
         if not self._splits:
-            self._splits = open_splits(self.config)
+            self._splits, self._classes = _open(self.config)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in the order of their numbers; empty where no labels were kept."""
+        return self._classes
 
     def _resolve(self, name: str) -> str:
         other = {VALID: TEST, TEST: VALID}.get(name, name)
@@ -118,9 +127,7 @@ class ImageData:
         config = self.config
         index_only = isinstance(split, DenseSplit) and (
             config.on_device == "always"
-            or (
-                config.on_device == "auto" and split.images.numel() <= config.on_device_limit * _MIB
-            )
+            or (config.on_device == "auto" and split.images.nbytes <= config.on_device_limit * _MIB)
         )
         return {
             "seed": config.seed,
@@ -172,7 +179,10 @@ class ImageData:
         return EvalLoader(sampler, split, name, **self._options(split, device))
 
     def to_input(self, batch: RawBatch) -> ImageBatch:
-        """Gather (for sets that live on the device), then flip, quantize, binarize and pad."""
+        """Gather (for sets that live on the device), then flip, quantize, binarize and pad.
+
+        Where `data.labels` is true, the batch holds the images' labels.
+        """
         images, index, epoch = batch.images, batch.indices, batch.epoch
         if images is None:
             key = batch.split, index.device
@@ -181,7 +191,17 @@ class ImageData:
                 assert isinstance(split, DenseSplit)
                 self._on_device[key] = split.to(index.device)
             images = self._on_device[key].gather(index, epoch=epoch, seed=self.config.seed)
-        return ImageBatch(model_input(images, index, epoch=epoch, config=self.config), index)
+        x = model_input(images, index, epoch=epoch, config=self.config)
+        labels = self._labels_on(batch.split, index.device) if self.config.labels is True else None
+        return ImageBatch(x, index, None if labels is None else labels[index])
+
+    def _labels_on(self, split: str, device: torch.device) -> Tensor:
+        """(N,) class numbers of a split, on a device from the first time on."""
+        if (split, device) not in self._labels:
+            labels = self._splits[split].labels
+            assert labels is not None
+            self._labels[split, device] = labels.to(device)
+        return self._labels[split, device]
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
         """Model inputs of a split in order on `device`."""
@@ -197,8 +217,14 @@ def open_splits(config: DataConfig) -> dict[str, Split]:
     Raises:
         ValueError: It is not prepared, damaged, or not what the config describes.
     """
+    return _open(config)[0]
+
+
+def _open(config: DataConfig) -> tuple[dict[str, Split], list[str]]:
+    """The splits, and the names of their classes."""
     if config.format in IN_MEMORY_FORMATS:
         splits, skipped = make_in_memory(config), {}
+        classes = [str(digit) for digit in range(10)] if config.format == "digits" else []
     else:
         folder = prepared_folder(config)
         if not (folder / MANIFEST_NAME).exists():
@@ -209,6 +235,7 @@ def open_splits(config: DataConfig) -> dict[str, Split]:
         splits = open_store(folder)
         manifest = read_manifest(folder)
         skipped = {name: files.skipped for name, files in manifest.splits.items()}
+        classes = manifest.classes
         if manifest.geometry != geometry(config):
             found, wanted = (
                 ", ".join(f"{key}={value}" for key, value in values.items())
@@ -219,13 +246,18 @@ def open_splits(config: DataConfig) -> dict[str, Split]:
                 "prepare it again or change the config"
             )
     _check(config, splits, skipped)
-    return splits
+    return splits, classes
 
 
 def _check(config: DataConfig, splits: dict[str, Split], skipped: dict[str, int]) -> None:
-    """Hold the open splits against the config: shape and sizes."""
-    wanted = (config.stored_size, config.stored_size, config.channels)
+    """Hold the open splits against the config: shape, sizes and labels."""
+    wanted = config.stored_shape
     for name, split in splits.items():
+        if config.labels is True and split.labels is None:
+            raise DataError(
+                f"{config.name} has no labels of its {name} images, and data.labels=true needs "
+                "them: prepare it again from a source that has them"
+            )
         if split.shape != wanted:
             raise DataError(
                 f"the prepared {name} images of {config.name} are "
@@ -256,26 +288,37 @@ def make_in_memory(config: DataConfig) -> dict[str, Split]:
     Raises:
         ValueError: The config asks for what the set does not have.
     """
-    images = _digits(config) if config.format == "digits" else _random(config)
+    images, labels = _digits(config) if config.format == "digits" else (_random(config), None)
     plan = plan_splits({TRAIN: len(images)}, config)
     splits: dict[str, Split] = {}
     for number, split in enumerate(SPLITS):
-        chosen = images[torch.from_numpy(plan.destination[TRAIN] == number)]
+        is_chosen = torch.from_numpy(plan.destination[TRAIN] == number)
+        chosen = images[is_chosen]
         if len(chosen):
             sha256 = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-            splits[split] = DenseSplit(chosen, sha256)
+            splits[split] = DenseSplit(
+                chosen, sha256, None if labels is None else labels[is_chosen]
+            )
     return splits
 
 
-def _digits(config: DataConfig) -> Tensor:
-    """The 1797 handwritten digits of scikit-learn, 8x8, levels 0..16 as 0, 16, ..., 240, 255."""
+def _digits(config: DataConfig) -> tuple[Tensor, Tensor]:
+    """The 1797 handwritten digits of scikit-learn, 8x8, levels 0..16 as 0, 16, ..., 240, 255, and
+    what they are."""
     from sklearn.datasets import load_digits  # takes a second
 
     if config.channels != 1:
         raise ValueError(f"data.channels is {config.channels}; the digits are gray: channels=1")
+    if keeps_depth(config):
+        raise ValueError(
+            "the digits have 17 levels: they take data.bits of at most 8, data.floats=false and no "
+            "data.value_range"
+        )
+    digits = load_digits()
     # Steps of 16, so that the four upper bits tell the levels apart (but for the brightest two).
-    images = np.minimum(load_digits().images * 16, 255).astype(np.uint8)
-    return torch.from_numpy(np.stack([fit_array(image[:, :, None], config) for image in images]))
+    images = np.minimum(digits.images * 16, 255).astype(np.uint8)
+    fitted = np.stack([fit_array(image[:, :, None], config) for image in images])
+    return torch.from_numpy(fitted), torch.from_numpy(digits.target.astype(np.int64))
 
 
 def _random(config: DataConfig) -> Tensor:
@@ -283,17 +326,20 @@ def _random(config: DataConfig) -> Tensor:
     if config.train_size is None:
         raise ValueError("data.train_size is not given; random images need their number")
     n = config.train_size + (config.valid_size or 0) + (config.test_size or 0)
-    size = config.stored_size
-    if n * size * size * config.channels > _LARGEST_IN_MEMORY:
+    shape, number = config.stored_shape, prod(config.stored_shape)
+    if n * number * np.dtype(config.stored_type).itemsize > _LARGEST_IN_MEMORY:
         raise ValueError(
-            f"{n} random images of {size}x{size}x{config.channels} take more than "
+            f"{n} random images of {'x'.join(map(str, shape))} take more than "
             f"{_LARGEST_IN_MEMORY} bytes: set a smaller data.train_size"
         )
-    out = torch.empty(n, size, size, config.channels, dtype=torch.uint8)
-    pixels = out.view(n, -1)
-    chunk = max(1, _CHUNK // pixels.shape[1])
+    out = np.empty((n, number), config.stored_type)
+    chunk = max(1, _CHUNK // number)
     for start in range(0, n, chunk):
         index = torch.arange(start, min(start + chunk, n))
         keys = image_keys(index, seed=config.split_seed, epoch=0, stream=STREAM_CONTENT)
-        pixels[index] = (uniform_bits(keys, pixels.shape[1]) >> (UNIFORM_BITS - 8)).to(torch.uint8)
-    return out
+        bits = uniform_bits(keys, number).numpy()
+        if config.floats:
+            out[start : start + chunk] = bits / np.float32(1 << UNIFORM_BITS)
+        else:
+            out[start : start + chunk] = bits >> (UNIFORM_BITS - config.stored_bits)
+    return torch.from_numpy(out.reshape(n, *shape))

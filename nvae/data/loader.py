@@ -1,4 +1,4 @@
-"""The images of a split, and the way to uint8 batches, read ahead by threads.
+"""The images of a split, and the way to batches, read ahead by threads.
 
 Own loaders instead of torch's: orders are pure functions of seed, epoch and position, so training
 resumes exactly; and a batch is one `index_select` from a memory-mapped array, which holds no
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,9 @@ from nvae.settings import LARGEST_INTEGER
 
 _AHEAD_PER_WORKER = 2
 
+_PIXEL_TYPES = (torch.uint8, torch.uint16, torch.float32)
+"""Of stored images."""
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -31,9 +34,11 @@ class Split(ABC):
 
     Attributes:
         sha256: of the stored pixels: results name the images they were taken on by it.
+        labels: (N,) int64 class numbers; None where there are none.
     """
 
     sha256: str
+    labels: Tensor | None
 
     @property
     @abstractmethod
@@ -45,7 +50,7 @@ class Split(ABC):
 
     @abstractmethod
     def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:
-        """Pixels of some images, (B, H, W, C) uint8.
+        """Pixels of some images, (B, H, W, C) as stored.
 
         Args:
             index: (B,) int64.
@@ -56,16 +61,17 @@ class Split(ABC):
 
 @dataclass(frozen=True)
 class DenseSplit(Split):
-    """Images of one size, (N, H, W, C) uint8, in memory, memory-mapped or on a device."""
+    """Images of one size, (N, H, W, C), in memory, memory-mapped or on a device."""
 
     images: Tensor
     sha256: str = ""
+    labels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+        if self.images.dtype not in _PIXEL_TYPES or self.images.ndim != 4:
             raise ValueError(
-                f"images must be (N, H, W, C) uint8, not {tuple(self.images.shape)} "
-                f"{self.images.dtype}"
+                "images must be (N, H, W, C) uint8, uint16 or float32, not "
+                f"{tuple(self.images.shape)} {self.images.dtype}"
             )
 
     def __len__(self) -> int:
@@ -78,42 +84,45 @@ class DenseSplit(Split):
 
     def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
         del epoch, seed
+        if self.images.dtype == torch.uint16:  # of which torch has few kernels
+            return self.images.view(torch.int16).index_select(0, index).view(torch.uint16)
         return self.images.index_select(0, index)
 
     def to(self, device: torch.device) -> "DenseSplit":
         """The same images on another device."""
-        return DenseSplit(self.images.to(device), self.sha256)
+        return replace(self, images=self.images.to(device))
 
 
 @dataclass(frozen=True)
 class RaggedSplit(Split):
-    """Images whose shorter side is `size`; a square window is cut when they are read: a random
-    one in training, the central one otherwise.
+    """Images of different sizes, each as high or as wide as a window that is cut when they are
+    read: a random one in training, the central one otherwise.
 
     Attributes:
-        pixels: (bytes,) uint8, all images one after another.
+        pixels: flat, all images one after another.
         layout: (N, 3) int64: offset, height, width.
-        size: side of the window.
+        window: (H, W) of the window.
         channels: channels of every image.
-        sha256: see `Split`.
+        sha256, labels: see `Split`.
     """
 
     pixels: Tensor
     layout: Tensor
-    size: int
+    window: tuple[int, int]
     channels: int
     sha256: str = ""
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.layout.shape[0]
 
     @property
     def shape(self) -> tuple[int, int, int]:  # noqa: D102
-        return self.size, self.size, self.channels
+        return (*self.window, self.channels)
 
     def gather(self, index: Tensor, *, epoch: int | None, seed: int) -> Tensor:  # noqa: D102
         layout = self.layout[index]
-        slack = layout[:, 1:] - self.size
+        slack = layout[:, 1:] - torch.tensor(self.window)
         if epoch is None:
             corner = slack // 2
         else:
@@ -125,7 +134,7 @@ class RaggedSplit(Split):
         for i, ((offset, height, width), (top, left)) in enumerate(starts):
             end = offset + height * width * self.channels
             image = self.pixels[offset:end].view(height, width, self.channels)
-            out[i] = image[top : top + self.size, left : left + self.size]
+            out[i] = image[top : top + self.window[0], left : left + self.window[1]]
         return out
 
 
@@ -133,7 +142,7 @@ class RawBatch(NamedTuple):
     """What leaves a loader, before the device.
 
     Attributes:
-        images: (B, H, W, C) uint8; None where the whole split lies on the device.
+        images: (B, H, W, C) as stored; None where the whole split lies on the device.
         indices: (B,) int64, positions in the split.
         split: `train`, `valid` or `test`: what the indices are of.
         epoch: training epoch, None for evaluation.

@@ -1,6 +1,7 @@
 """Where the files of a data set lie: its source, how it is fetched, and its prepared form."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from typing import Any
 from urllib.error import URLError
 
 from nvae.data.config import DataConfig, DataError
+from nvae.data.readers.folder_labels import LABEL_FILES
 from nvae.data.readers.pictures import ARCHIVE_SUFFIXES, is_picture
 from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
 from nvae.files import user_cache
 
-_PREPARED = re.compile(r"nvae-\d+x\d+x\d(-[a-z]+)?")
+_PREPARED = re.compile(r"nvae-\d+x\d+x\d+(-\d+bit|-float)?(-[a-z]+)?")
+_OF_ONES_OWN = ("auto", "folder", "arrays", "huggingface")
+"""Formats whose files may lie in `root` itself."""
 _NO_SOURCE = ("lock.mdb",)
 """Files that other programs may change when they read a source."""
 
@@ -25,11 +29,11 @@ def can_be_fetched(config: DataConfig) -> bool:
 
 def source_folder(config: DataConfig) -> Path:
     """Where the source files are: named, or `root/source`, or `root` itself, which then is a
-    folder or an archive of pictures."""
+    folder or an archive of pictures, or a file or folder of arrays."""
     if config.source is not None:
         return Path(config.source)
     inside = Path(config.root) / "source"
-    is_plain_folder = config.format in ("auto", "folder") and not inside.exists()
+    is_plain_folder = config.format in _OF_ONES_OWN and not inside.exists()
     return Path(config.root) if is_plain_folder and not can_be_fetched(config) else inside
 
 
@@ -43,9 +47,9 @@ def prepared_folder(config: DataConfig) -> Path:
     root = Path(config.root)
     if _is_prepared(root):
         return root
-    size = config.stored_size
-    suffix = "" if config.crop == "center" else f"-{config.crop}"
-    name = f"nvae-{size}x{size}x{config.channels}{suffix}"
+    depth = "-float" if config.floats else f"-{config.bits}bit" if config.bits > 8 else ""
+    crop = "" if config.crop == "center" else f"-{config.crop}"
+    name = f"nvae-{'x'.join(map(str, config.stored_shape))}{depth}{crop}"
     if not _same(source_folder(config), root) or _source_is_gone(root / name):
         return root / name
     return _cache_folder(config) / name
@@ -55,7 +59,8 @@ def is_current(config: DataConfig) -> bool:
     """Whether a data set is prepared, and from the source as it is now.
 
     A source that is not there any more leaves the prepared form as it is; so does another one than
-    it was made from, unless the config names it.
+    it was made from, unless the config names it. One without labels is not what is asked for where
+    they are needed.
 
     Raises:
         DataError: The prepared form's manifest is bad.
@@ -63,12 +68,14 @@ def is_current(config: DataConfig) -> bool:
     folder, source = prepared_folder(config), source_folder(config)
     if not (folder / MANIFEST_NAME).exists():
         return False
-    if folder == Path(config.root) or not source.exists():
+    if folder == Path(config.root) or not (source.exists() or config.dataset):
         return True
     manifest = read_manifest(folder)
+    if config.labels is True and not manifest.classes:
+        return False
     if config.source is None and not _same(Path(manifest.source), source):
         return True
-    return manifest.source_digest == listing_digest(source, manifest.format)
+    return manifest.source_digest == source_digest(config, manifest.format)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -111,15 +118,24 @@ def _cache_folder(config: DataConfig) -> Path:
     return Path(base, "nvae", "data", name)
 
 
+def source_digest(config: DataConfig, kind: str) -> str:
+    """What a prepared form notes of its source, so that a change is seen: of a data set that is an
+    object its settings, of files :func:`listing_digest`."""
+    if config.dataset:
+        settings = json.dumps(config.dataset, sort_keys=True, default=str)
+        return f"settings:{hashlib.sha256(settings.encode()).hexdigest()}"
+    return listing_digest(source_folder(config), kind)
+
+
 def listing_digest(source: Path, kind: str) -> str:
     """A digest of the names, sizes and times of a source's files.
 
     Pictures exchanged under the same names and sizes have other times. In a folder of pictures
-    only pictures and archives count. Hidden files and prepared forms never do.
+    only pictures, archives and lists of labels count. Hidden files and prepared forms never do.
     """
     digest = hashlib.sha256()
     for name, path in sorted(_files(source)):
-        is_wanted = is_picture(name) or name.lower().endswith(ARCHIVE_SUFFIXES)
+        is_wanted = is_picture(name) or name.lower().endswith((*ARCHIVE_SUFFIXES, *LABEL_FILES))
         if kind == "folder" and not is_wanted:
             continue
         try:

@@ -15,6 +15,7 @@ with interruptible():  # the imports below take seconds
     from nvae.data.config import (
         CROPS,
         FOLDER,
+        LABELS,
         OPTIONS,
         RESIZES,
         SOURCE_FORMATS,
@@ -28,8 +29,18 @@ with interruptible():  # the imports below take seconds
     from nvae.data.dataset import open_splits
     from nvae.data.places import prepared_folder
     from nvae.data.store import Manifest
+    from nvae.settings import Size, plain_size
 
 MOST_WORKERS = 256
+_LABELS = {str(choice).lower(): choice for choice in LABELS}
+
+
+def _size(text: str) -> Size:
+    """``64`` or ``96x64``."""
+    sides = text.split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
+        raise argparse.ArgumentTypeError(f"{brief(text, 50)!r} is neither SIDE nor HEIGHTxWIDTH")
+    return plain_size(tuple(int(side) for side in (sides * 2)[:2]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,11 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", help="where the prepared form goes (data.root)")
     add("--cache", help="where it goes for a folder without --root (data.cache)")
     add("--format", help=f"kind of source files: {formats}, or package.module:function")
-    add("--size", type=int, dest="image_size", help="side of the model's input (data.image_size)")
-    add("--channels", type=int, choices=(1, 3), help="1 gray, 3 color")
-    add("--crop", choices=CROPS, help="how pictures become square")
+    add("--size", type=_size, dest="image_size", help="SIDE or HEIGHTxWIDTH (data.image_size)")
+    add("--channels", type=int, help="1 gray, 3 color, or as many as the source has")
+    add("--bits", type=int, help="levels are 2^bits; matters here beyond 8 (data.bits)")
+    add("--floats", action=argparse.BooleanOptionalAction, help="keep float32 (data.floats)")
+    add("--value-range", type=float, nargs=2, metavar=("LEAST", "GREATEST"), help="of the source")
+    add("--crop", choices=CROPS, help="how pictures get the proportions of --size")
     add("--crop-box", type=int, nargs=4, metavar=box, help="cut this out first")
-    add("--resize", choices=RESIZES, help="filter")
+    add("--resize", choices=RESIZES, help="filter; none refuses pictures of another size")
+    add("--labels", choices=[*_LABELS], help="whether class labels are kept (data.labels)")
+    add("--image-key", help="name of the images in the source (data.image_key)")
+    add("--label-key", help="name of the labels in the source (data.label_key)")
     add("--train-size", type=int, help="training images")
     add("--valid-size", type=int, help="validation images")
     add("--test-size", type=int, help="test images")
@@ -88,6 +105,10 @@ def config_from_arguments(arguments: argparse.Namespace) -> DataConfig:
         )
     given_options = {name: getattr(arguments, name) for name in OPTIONS}
     values |= {name: value for name, value in given_options.items() if value is not None}
+    if "labels" in values:
+        values["labels"] = _LABELS[values["labels"]]
+    if "value_range" in values:
+        values["value_range"] = list(values["value_range"])
     if arguments.no_download:
         values["download"] = False
     return replace(config, **values)
@@ -98,6 +119,9 @@ def _report(config: DataConfig, manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         shape = "x".join(map(str, split.shape))
         print(f"{name:>6}: {split.count} images of {shape}")
+    if manifest.classes:
+        names = brief(", ".join(manifest.classes), 60)
+        print(f"labels: {len(manifest.classes)} classes ({names})")
     for line in manifest.skipped_names:
         print(f"skipped {brief(line)}", file=sys.stderr)
     skipped = sum(split.skipped for split in manifest.splits.values())

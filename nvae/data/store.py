@@ -23,7 +23,7 @@ from torch import Tensor
 from nvae.data.config import LARGEST_SIDE, SPLITS, DataError
 from nvae.data.loader import DenseSplit, RaggedSplit, Split
 from nvae.files import open_regular, read_json, write_json
-from nvae.settings import check_fields
+from nvae.settings import check_choice, check_fields
 
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -33,11 +33,13 @@ PARTIAL = ".partial"
 _STAMPS_NAME = "verified.json"
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.npy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OWN = re.compile(rf"({'|'.join(SPLITS)})(-layout)?(-[0-9a-f]{{12}}\.npy|\{PARTIAL})")
+_OWN = re.compile(rf"({'|'.join(SPLITS)})(-layout|-labels)?(-[0-9a-f]{{12}}\.npy|\{PARTIAL})")
 _SMALLEST_ARRAY = 64
 """Bytes of an empty array's file: numpy pads its headers to this."""
 _LONGEST_HEADER = 1 << 14
 _CHUNK = 1 << 22
+PIXEL_TYPES = ("|u1", "<u2", "<f4")
+"""What pixels may be stored as, by numpy's names."""
 
 T = TypeVar("T")
 
@@ -72,9 +74,11 @@ class SplitFiles:
         count: images.
         shape: (H, W, C) of each image; for images that differ in size, that of the window cut
             from them.
-        pixels: uint8, (N, H, W, C), or flat where images differ in size.
+        pixels: (N, H, W, C) of type `dtype`, or flat where images differ in size.
         layout: (N, 3) int64 offset, height, width where images differ in size, else None.
         skipped: unreadable images left out.
+        dtype: one of `PIXEL_TYPES`.
+        labels: (N,) int64 class numbers, None where there are none.
     """
 
     count: int
@@ -82,9 +86,12 @@ class SplitFiles:
     pixels: ArrayFile
     layout: ArrayFile | None = None
     skipped: int = 0
+    dtype: str = "|u1"
+    labels: ArrayFile | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, count=(1, None), shape=(1, LARGEST_SIDE), skipped=(0, None))
+        check_choice("dtype", self.dtype, PIXEL_TYPES)
         if len(self.shape) != 3:
             raise ValueError(f"shape={list(self.shape)} is not height, width and channels")
 
@@ -101,6 +108,7 @@ class Manifest:
         geometry: crop_box, crop and resize, as in `DataConfig`.
         split_rule: how images were assigned to splits.
         splits: by name.
+        classes: names of the classes in the order of their numbers; empty where there are none.
         skipped_names: the first of the unreadable images that were left out, with the reason.
         licence, citation: as in `DataConfig`.
         version: of this layout.
@@ -113,6 +121,7 @@ class Manifest:
     geometry: dict[str, Any]
     split_rule: str
     splits: dict[str, SplitFiles]
+    classes: list[str] = field(default_factory=list)
     skipped_names: list[str] = field(default_factory=list)
     licence: str = ""
     citation: str = ""
@@ -127,7 +136,8 @@ class Manifest:
 
     def files(self) -> list[ArrayFile]:
         """All arrays."""
-        arrays = [array for split in self.splits.values() for array in (split.pixels, split.layout)]
+        splits = self.splits.values()
+        arrays = [file for each in splits for file in (each.pixels, each.layout, each.labels)]
         return [array for array in arrays if array is not None]
 
 
@@ -161,7 +171,7 @@ def _split(value: object, where: str) -> SplitFiles:
     content = dict(_object(value, where))
     if isinstance(content.get("shape"), list):
         content["shape"] = tuple(content["shape"])
-    for name in ("pixels", "layout"):
+    for name in ("pixels", "layout", "labels"):
         if content.get(name) is not None:
             content[name] = _made(ArrayFile, content[name], f"{where}.{name}")
     return _made(SplitFiles, content, where)
@@ -214,12 +224,12 @@ class Header(NamedTuple):
         return self.offset + prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def read_header(file: IO[bytes], allowed: tuple[str, ...]) -> Header:
+def read_header(file: IO[bytes], allowed: tuple[str, ...] | None = None) -> Header:
     """The header of an array in C order; the file is left somewhere behind it.
 
     Args:
         file: an `.npy` file.
-        allowed: types that the array may have; objects are never among them.
+        allowed: types that the array may have; None: numbers and text. Never objects.
 
     Raises:
         ValueError: no header, a very long one, or of another type or order.
@@ -235,8 +245,10 @@ def read_header(file: IO[bytes], allowed: tuple[str, ...]) -> Header:
         raise ValueError(f"its header cannot be read: {error}") from None
     if any(type(side) is not int or side < 0 for side in shape):
         raise ValueError(f"the shape in its header is {shape}")
-    if dtype.str not in allowed or is_fortran:
-        raise ValueError(f"it holds {dtype.str}, not {' or '.join(allowed)}, or not in C order")
+    is_allowed = dtype.kind in "biufSU" if allowed is None else dtype.str in allowed
+    if not is_allowed or is_fortran:
+        wanted = " or ".join(allowed or ("numbers",))
+        raise ValueError(f"it holds {dtype.str}, not {wanted}, or not in C order")
     return Header(shape, dtype.str, start.tell())
 
 
@@ -276,14 +288,16 @@ def open_store(folder: Path) -> dict[str, Split]:
     """
     manifest = read_manifest(folder)
     verify(folder, manifest)
-    return {name: _open_split(folder, split) for name, split in manifest.splits.items()}
+    classes = len(manifest.classes)
+    return {name: _open_split(folder, split, classes) for name, split in manifest.splits.items()}
 
 
-def _open_split(folder: Path, split: SplitFiles) -> Split:
+def _open_split(folder: Path, split: SplitFiles, classes: int) -> Split:
     path = folder / split.pixels.file
-    pixels = map_array(path, "|u1")
+    pixels = map_array(path, split.dtype)
     layout = None if split.layout is None else map_array(folder / split.layout.file, "<i8")
-    size, width, channels = split.shape
+    labels = None if split.labels is None else _open_labels(folder, split, classes)
+    height, width, channels = split.shape
     with _damage_named(path):
         if split.layout is None or layout is None:
             if pixels.shape != (split.count, *split.shape):
@@ -292,26 +306,36 @@ def _open_split(folder: Path, split: SplitFiles) -> Split:
                     f"it holds {count} images of {tuple(shape)}, its manifest says "
                     f"{split.count} images of {split.shape}"
                 )
-            return DenseSplit(pixels, split.pixels.sha256)
-        if layout.shape != (split.count, 3) or pixels.ndim != 1 or size != width:
+            return DenseSplit(pixels, split.pixels.sha256, labels)
+        if layout.shape != (split.count, 3) or pixels.ndim != 1:
             raise ValueError(f"it does not hold {split.count} images of {split.shape}")
         # Offsets come from a file: none may lead out of the pixels. Bounds of the sides first, so
         # that the products cannot overflow.
         offsets, sides = layout[:, 0], layout[:, 1:]
         if not (
-            ((sides >= size) & (sides <= LARGEST_SIDE)).all()
+            ((sides >= torch.tensor((height, width))) & (sides <= LARGEST_SIDE)).all()
             and ((offsets >= 0) & (offsets <= pixels.numel() - sides.prod(1) * channels)).all()
         ):
             raise ValueError("it has image positions outside its pixels")
     sha256 = f"{split.pixels.sha256}-{split.layout.sha256}"
-    return RaggedSplit(pixels, layout, size, channels, sha256)
+    return RaggedSplit(pixels, layout, (height, width), channels, sha256, labels)
+
+
+def _open_labels(folder: Path, split: SplitFiles, classes: int) -> Tensor:
+    assert split.labels is not None
+    path = folder / split.labels.file
+    labels = map_array(path, "<i8")
+    with _damage_named(path):
+        if labels.shape != (split.count,) or not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(f"it does not hold {split.count} numbers of {classes} classes")
+    return labels
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of an array file after its header."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        file.seek(read_header(file, ("|u1", "<i8")).offset)
+        file.seek(read_header(file).offset)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -248,7 +248,7 @@ def ragged() -> tuple[RaggedSplit, list[torch.Tensor]]:
     pixels = torch.cat([image.flatten() for image in images])
     offsets = [0, 4 * 9 * 3, 4 * 9 * 3 + 7 * 4 * 3]
     layout = torch.tensor([[o, h, w] for o, (h, w) in zip(offsets, shapes, strict=True)])
-    return RaggedSplit(pixels, layout, size=4, channels=3), images
+    return RaggedSplit(pixels, layout, window=(4, 4), channels=3), images
 
 
 def test_dense_gathers_rows_in_order():
@@ -259,7 +259,9 @@ def test_dense_gathers_rows_in_order():
     assert split.shape == (2, 2, 1)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 2, 2, 1), torch.zeros(2, 2, 2, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 2, 2, 1).double(), torch.zeros(2, 2, 2, dtype=torch.uint8)]
+)
 def test_dense_refuses_other_arrays(bad):
     with pytest.raises(ValueError, match="uint8"):
         DenseSplit(bad)

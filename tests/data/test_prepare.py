@@ -319,9 +319,11 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, wor
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["folder", "--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["folder", "--size", "many"], "argument --size: 'many' is neither SIDE nor HEIGHTxWIDTH"),
+        (["folder", "--size", "8x8x3"], "'8x8x3' is neither SIDE nor HEIGHTxWIDTH"),
         (["folder", "--size", "9" * 100_000], "argument --size"),
-        (["folder", "--channels", "2"], "argument --channels: invalid choice: 2"),
+        (["folder", "--channels", "two"], "argument --channels: invalid int value: 'two'"),
+        (["folder", "--labels", "some"], "argument --labels: invalid choice: 'some'"),
         ([], "the following arguments are required: NAME|FOLDER"),
     ],
 )

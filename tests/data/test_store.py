@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nvae.data.config import DataError
-from nvae.data.conversion import StoreWriter, exclusive
 from nvae.data.loader import DenseSplit, RaggedSplit
 from nvae.data.store import Manifest, map_array, open_store, read_header, read_manifest
+from nvae.data.writing import StoreWriter, exclusive
 from tests.data.files import pictures
 
 

@@ -9,13 +9,11 @@ import torch
 from PIL import Image
 
 from nvae.data.config import DataConfig
+from nvae.data.decoding import decode
+from nvae.data.pixels import BadImageError, fit, fit_array
 from nvae.data.transforms import (
-    BadImageError,
     binarize,
-    decode,
     dequantize,
-    fit,
-    fit_array,
     model_input,
     pad_zeros,
     quantize,

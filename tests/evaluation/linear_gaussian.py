@@ -28,7 +28,12 @@ class LinearGaussian(HierarchicalVAE):
         self.widening = widening
         # one group whose "image" is LATENT channels of one pixel
         self.latent_shapes = ((LATENT, 1, 1),)
-        self.config = SimpleNamespace(counted_pixels=PIXELS, latent_channels=LATENT, num_classes=0)
+        self.config = SimpleNamespace(
+            counted_pixels=PIXELS,
+            latent_channels=LATENT,
+            num_classes=0,
+            pixel_distribution=SimpleNamespace(density_of="x"),
+        )
         self.rows: list[int] = []
         self.encoded = 0
 

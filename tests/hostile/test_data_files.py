@@ -20,7 +20,7 @@ import torch
 from nvae.data.config import DataConfig, DataError
 from nvae.data.conversion import prepare
 from nvae.data.dataset import open_splits
-from nvae.data.transforms import BadImageError
+from nvae.data.pixels import BadImageError
 from tests.data import files
 from tests.hostile import bombs
 

@@ -1,31 +1,30 @@
-"""Readers of source files: what each gives, one door to them all, and how splits are drawn."""
+"""Readers of source files: what each gives, and one door to them all."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nvae.data.config import READERS, SPLITS, TEST, TRAIN, VALID, DataConfig, DataError
-from nvae.data.transforms import BadImageError
+from nvae.data.config import READERS, SPLITS, TRAIN, VALID, DataConfig, DataError
+from nvae.data.decoding import LARGEST_PICTURE
+from nvae.data.labels import Label, Labeled, label_of
+from nvae.data.pixels import BadImageError, Pixels
+from nvae.data.readers.splits import split_of_word
 from nvae.files import open_regular, read_bytes
-from nvae.random import STREAM_SPLIT, permutation
-from nvae.settings import Registry
+from nvae.settings import Registry, did_you_mean
 
-Pixels = NDArray[np.uint8]
-
-TOO_FEW = "it takes at least two: one to train on, one to hold out"
-
-LARGEST_PICTURE = 1 << 28
-"""Bytes of one picture, encoded or not."""
+IMAGE_KEYS = ("image", "images", "img", "x", "data", "pixels")
+LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+"""What images and labels are called where a source names its things."""
+ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".zarr")
 PIECE = 1 << 20
 """Bytes that are read at a time where a stated size cannot be trusted."""
 TFRECORD_SUFFIXES = (".tfrecord", ".tfrecords", ".tfr")
@@ -45,12 +44,12 @@ class Item:
 
     Attributes:
         name: for error messages.
-        load: its encoded bytes, its pixels (H, W, C) uint8, or a PIL image; called once, in any
-            thread. It raises a `BadImageError` where the picture, and nothing else, is bad.
+        load: the picture and its label; called once, in any thread. It raises a `BadImageError`
+            where the picture, and nothing else, is bad.
     """
 
     name: str
-    load: Callable[[], bytes | Pixels | Image.Image]
+    load: Callable[[], Labeled]
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,12 @@ class Part:
     Attributes:
         count: pictures.
         items: a fresh iteration over them, always in the same order.
+        classes: names of the classes, where labels are their numbers.
     """
 
     count: int
     items: Callable[[], Iterator[Item]]
+    classes: Sequence[str] | None = None
 
 
 class Reader(ABC):
@@ -82,7 +83,7 @@ class Reader(ABC):
         """The pictures by split: `train`, and `valid` and `test` where the source has them.
 
         Each is a `Part`, or anything that has a length and is indexed by numbers, such as an array
-        (N, H, W, C) uint8 or a torch `Dataset`; see `picture_of` for what its entries may be.
+        (N, H, W, C) or a torch `Dataset`; see `entry_of` for what its entries may be.
 
         Raises:
             MissingSourceError: The files are not there.
@@ -113,58 +114,107 @@ def read_source(source: Path, format_: str, config: DataConfig) -> dict[str, Par
         given = ", ".join(sorted(map(str, unknown)))
         raise DataError(f"{format_} gives {given}; splits are {', '.join(SPLITS)}")
     return {
-        split: part if isinstance(part, Part) else indexed_part(part, split)
+        split: part if isinstance(part, Part) else indexed_part(part, split, config)
         for split, part in parts.items()
     }
 
 
-def indexed_part(images: Any, name: str) -> Part:
+def indexed_part(images: Any, name: str, config: DataConfig) -> Part:
     """A part of what has a length and is indexed by numbers, such as a torch `Dataset`."""
 
     def items() -> Iterator[Item]:
         for i in range(len(images)):
-            yield Item(f"{name} number {i}", partial(picture_of, images, i))
+            yield Item(f"{name} number {i}", partial(entry_of, images, i, config))
 
-    return Part(len(images), items)
+    classes = getattr(images, "classes", None)
+    is_named = isinstance(classes, list | tuple) and all(isinstance(each, str) for each in classes)
+    return Part(len(images), items, classes if is_named else None)
 
 
-def picture_of(images: Any, index: int) -> bytes | Pixels | Image.Image:
-    """An entry as a picture; of (picture, label) the first.
+def entry_of(images: Any, index: int, config: DataConfig) -> Labeled:
+    """An entry: a picture, (picture, label), or a mapping that names them.
 
-    It may be a PIL image, encoded bytes, an array (H, W) or (H, W, C) uint8, or a tensor (C, H, W),
-    uint8 or floating-point in [0, 1].
+    A picture may be a PIL image, encoded bytes, an array (H, W) or (H, W, C) or a tensor (H, W) or
+    (C, H, W) of numbers; see `DataConfig.value_range` for what they mean.
 
     Raises:
         BadImageError: It is something else.
     """
-    entry = images[index]
-    if isinstance(entry, tuple | list) and entry:
-        entry = entry[0]
-    if isinstance(entry, Tensor) and entry.ndim == 3:
-        if entry.is_floating_point():
-            if not ((entry >= 0) & (entry <= 1)).all():
-                raise BadImageError("it has values that are not between 0 and 1")
-            entry = (entry * 255).round().byte()
-        entry = np.ascontiguousarray(entry.movedim(0, 2).cpu().numpy())
+    entry, label = images[index], None
+    if isinstance(entry, Mapping):
+        label_key = key_among(entry, config.label_key, LABEL_KEYS, "label_key")
+        label = None if label_key is None else entry[label_key]
+        image_key = key_among(entry, config.image_key, IMAGE_KEYS, "image_key")
+        if image_key is None:
+            raise BadImageError(
+                f"it holds {', '.join(map(str, entry))}: name the images with data.image_key"
+            )
+        entry = entry[image_key]
+    elif isinstance(entry, tuple | list) and entry:
+        entry, label = entry[0], entry[1] if len(entry) > 1 else None
+    return Labeled(_picture_of(entry), label_of(label))
+
+
+def key_among(
+    names: Iterable[str], given: str | None, usual: tuple[str, ...], setting: str
+) -> str | None:
+    """The name that the config gives, else the first of the usual ones that is there.
+
+    Raises:
+        DataError: What the config gives is not there.
+    """
+    there = [name for name in names if isinstance(name, str)]
+    if given is not None:
+        if given in there:
+            return given
+        hint = did_you_mean(given, there)
+        raise DataError(f"data.{setting}={given} is not there{hint}; there are {', '.join(there)}")
+    return next((name for name in usual if name in there), None)
+
+
+def _picture_of(entry: Any) -> bytes | Pixels | Image.Image:
+    if isinstance(entry, Tensor):
+        entry = entry.movedim(0, 2) if entry.ndim == 3 else entry
+        entry = (entry.float() if entry.is_floating_point() else entry).cpu().numpy()
     if isinstance(entry, np.ndarray):
         pixels = entry[:, :, None] if entry.ndim == 2 else entry
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        if pixels.dtype.kind not in "biuf" or pixels.ndim != 3 or not pixels.size:
             raise BadImageError(f"it is an array {entry.shape} of {entry.dtype}")
-        return pixels
+        return np.ascontiguousarray(pixels)
     if isinstance(entry, bytes | Image.Image):
         return entry
     raise BadImageError(f"it is no picture, but of type {type(entry).__name__}")
 
 
 def detect_format(source: Path) -> str:
-    """What a source of unstated format holds: LMDB, TFRecords, npz batches, or pictures."""
+    """What a source of unstated format holds; pictures if nothing else is recognized."""
     if (source / REFERENCE_LMDBS[TRAIN]).exists():
         return "lmdb"
+    if is_array_file(source) or _holds_arrays(source):
+        return "arrays"
+    if (source / "dataset_dict.json").exists() or (source / "dataset_info.json").exists():
+        return "huggingface"
     if source.is_dir() and tfrecord_files(source):
         return "tfrecord"
     if source.is_dir() and any(source.rglob("train_data_batch_*.npz")):
         return "npz"
     return "folder"
+
+
+def is_array_file(path: Path) -> bool:
+    """Whether a file, or a Zarr store, is named as arrays are."""
+    return path.suffix.lower() in ARRAY_SUFFIXES
+
+
+def _holds_arrays(source: Path) -> bool:
+    """Whether a folder has arrays that are named train, valid or test, or one array alone."""
+    if not source.is_dir():
+        return False
+    paths = [path for path in source.iterdir() if not path.name.startswith(".")]
+    arrays = [path for path in paths if is_array_file(path)]
+    is_batch = any(path.name.startswith("train_data_batch_") for path in arrays)
+    is_named = any(split_of_word(path.name) == TRAIN for path in arrays)
+    return not is_batch and (is_named or len(arrays) == len(paths) == 1)
 
 
 def tfrecord_files(source: Path) -> list[Path]:
@@ -222,9 +272,9 @@ def read_pieces(file: IO[bytes], size: int) -> bytes:
 def file_item(name: str, path: Path) -> Item:
     """A picture in a file of its own."""
 
-    def load() -> bytes:
+    def load() -> Labeled:
         try:
-            return read_bytes(path, LARGEST_PICTURE)
+            return Labeled(read_bytes(path, LARGEST_PICTURE))
         except OSError as error:
             raise BadImageError(f"it cannot be read: {error.strerror or error}") from error
         except ValueError as error:
@@ -233,9 +283,25 @@ def file_item(name: str, path: Path) -> Item:
     return Item(name, load)
 
 
-def loaded_item(name: str, value: bytes | Pixels) -> Item:
+def loaded_item(name: str, value: bytes | Pixels, label: Label | None = None) -> Item:
     """A picture that is already read."""
-    return Item(name, lambda: value)
+    return Item(name, lambda: Labeled(value, label))
+
+
+def labeled_item(item: Item, label: Label | None) -> Item:
+    """The same picture with a label that is known before it is read."""
+    return Item(item.name, lambda: Labeled(item.load().picture, label))
+
+
+def array_part(images: Pixels, labels: Sequence[Any] | NDArray[Any] | None, name: str) -> Part:
+    """A part of images in memory, (N, H, W, C), with a label for each where there are labels."""
+
+    def items() -> Iterator[Item]:
+        for i, image in enumerate(images):
+            label = None if labels is None else label_of(labels[i])
+            yield loaded_item(f"{name} number {i}", image, label)
+
+    return Part(len(images), items)
 
 
 def list_part(items: list[Item]) -> Part:
@@ -256,110 +322,3 @@ def find_files(source: Path, names: tuple[str, ...]) -> Path:
         if found:
             return found[0]
     raise MissingSourceError(f"{' or '.join(names)} not found in {source}")
-
-
-def split_of_word(word: str) -> str | None:
-    """The split that a folder's or file's name starts with: train_32x32 is training, trainer is
-    not; None if it names none."""
-    match = re.match(r"(train|val|valid|validation|test)(?![a-z])", word, re.IGNORECASE)
-    return {"train": TRAIN, "test": TEST}.get(match[1].lower(), VALID) if match else None
-
-
-def group_by_split(names: list[str]) -> dict[str, list[int]]:
-    """Assign relative paths to splits by the first folder that names one.
-
-    Only where every path says its split does the source have splits; a class folder that happens
-    to be called "test" beside others changes nothing.
-
-    Returns:
-        Positions in `names` by split; all under `train` where the source has no splits.
-    """
-    groups: dict[str | None, list[int]] = {}
-    for position, name in enumerate(names):
-        words = map(split_of_word, name.split("/")[:-1])
-        groups.setdefault(next(filter(None, words), None), []).append(position)
-    if None in groups or TRAIN not in groups:
-        return {TRAIN: list(range(len(names)))}
-    return {split: rows for split, rows in groups.items() if split is not None}
-
-
-class Plan(NamedTuple):
-    """Which picture of which part of a source goes to which split.
-
-    Attributes:
-        counts: pictures by split, before unreadable ones are left out.
-        destination: for each part, the number in `SPLITS` of every picture, -1 for none.
-        rule: the same in words.
-    """
-
-    counts: dict[str, int]
-    destination: dict[str, NDArray[np.int8]]
-    rule: str
-
-
-def plan_splits(available: dict[str, int], config: DataConfig) -> Plan:
-    """Decide the splits, given how many pictures each part of the source has.
-
-    A split that the source lacks is drawn from its training part; every split keeps the order of
-    the source.
-
-    Raises:
-        DataError: The source cannot give the sizes that the config asks for.
-    """
-    counts = split_counts(available, {split: getattr(config, f"{split}_size") for split in SPLITS})
-    drawn = {split: 0 if split in available else counts[split] for split in (VALID, TEST)}
-    destination = {
-        split: np.full(count, SPLITS.index(split) if counts[split] else -1, dtype=np.int8)
-        for split, count in available.items()
-    }
-    if not any(drawn.values()):
-        return Plan(counts, destination, "as in the source")
-    order = permutation(available[TRAIN], seed=config.split_seed, epoch=0, stream=STREAM_SPLIT)
-    valid, test = drawn.values()
-    rows = order[len(order) - valid - test :].numpy()
-    destination[TRAIN][rows[:valid]] = SPLITS.index(VALID)
-    destination[TRAIN][rows[valid:]] = SPLITS.index(TEST)
-    names = " and ".join(split for split, count in drawn.items() if count)
-    rule = f"{names} drawn from the source's training part (draw_splits, version 1, seed "
-    return Plan(counts, destination, f"{rule}{config.split_seed})")
-
-
-def split_counts(available: dict[str, int], wanted: dict[str, int | None]) -> dict[str, int]:
-    """Sizes of the three splits, given what the source has and what the config asks for.
-
-    Where the source has nothing but a training part and the config names no size, a tenth goes to
-    validation, at least one.
-
-    Args:
-        available: images in each split of the source.
-        wanted: `train_size`, `valid_size`, `test_size` of the config, None = no wish.
-
-    Raises:
-        DataError: The source cannot give what is asked for.
-    """
-    have = {split: available.get(split, 0) for split in SPLITS}
-    if sum(have.values()) == 1:
-        raise DataError(f"the source has one picture; {TOO_FEW}")
-    counts = dict(have)
-    if all(wanted[split] is None for split in SPLITS) and not have[VALID] and not have[TEST]:
-        counts[VALID] = max(have[TRAIN] // 10, 1)
-    else:
-        counts |= {split: wanted[split] or 0 for split in (VALID, TEST) if not have[split]}
-    counts[TRAIN] = sum(have.values()) - counts[VALID] - counts[TEST]
-    for split in SPLITS:
-        asked = wanted[split]
-        # A source's own validation or test images may be left unused, never cut short.
-        if asked == 0 and split != TRAIN:
-            counts[split] = 0
-        elif asked is not None and asked != counts[split]:
-            images = ", ".join(f"{count} {name}" for name, count in have.items())
-            raise DataError(
-                f"data.{split}_size is {asked}, but the source gives {counts[split]} (it has "
-                f"{images} images)"
-            )
-    if counts[TRAIN] < 1:
-        raise DataError(
-            f"no training images are left: the source has {have[TRAIN]}, and "
-            f"{have[TRAIN] - counts[TRAIN]} are asked for validation and test"
-        )
-    return counts

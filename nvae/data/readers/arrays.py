@@ -1,9 +1,7 @@
-"""Sets that are arrays in files: MNIST's IDX, CIFAR-10's pickles, Omniglot's MATLAB file, and the
-npz batches of the newer downsampled ImageNet (Chrabaszcz, Loshchilov and Hutter, 2017).
+"""Published sets that are arrays in files: MNIST's IDX, CIFAR-10's pickles, Omniglot's MATLAB file.
 
 Own readers: torchvision's run what a pickle says, read whole files before they look at them, want
-their own folders, and know Omniglot at another size only; numpy's would hold an npz batch of up to
-1.6 GB in memory, whatever it claims.
+their own folders, and know Omniglot at another size only.
 """
 
 import gzip
@@ -11,55 +9,67 @@ import io
 import os
 import pickletools
 import struct
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from math import isqrt, prod
+from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from nvae.data.config import LARGEST_SIDE, TEST, TRAIN, DataError
+from nvae.data.config import TEST, TRAIN, DataError
+from nvae.data.pixels import Pixels, check_sides
 from nvae.data.readers import (
     PIECE,
     Item,
     MissingSourceError,
     Part,
-    Pixels,
     Reader,
+    array_part,
     damage_named,
     find_files,
     loaded_item,
     open_source,
     read_pieces,
     read_whole,
-    split_of_word,
     unpacked_limit,
 )
-from nvae.data.readers.pictures import open_member, tar_members
-from nvae.data.store import read_header
-from nvae.data.transforms import check_sides
+from nvae.data.readers.pictures import tar_members
 from nvae.random import STREAM_CONTENT, image_keys
 
 _IDX_FILES = {TRAIN: "train-images-idx3-ubyte", TEST: "t10k-images-idx3-ubyte"}
 _IDX_MAGIC = b"\x00\x00\x08\x03"
+_IDX_LABELS_MAGIC = b"\x00\x00\x08\x01"
 _IDX_HEADER_BYTES = 16
 
 
 class Idx(Reader):
-    """The training and test images of MNIST and Fashion-MNIST, plain or gzipped."""
+    """The training and test images of MNIST and Fashion-MNIST, plain or gzipped, with their
+    labels where those files are there."""
 
     def parts(self) -> Mapping[str, Any]:  # noqa: D102
-        return {split: self.images(split) for split in _IDX_FILES}
+        images = {split: self.images(split) for split in _IDX_FILES}
+        return {
+            split: array_part(each, self._labels(split, len(each)), split)
+            for split, each in images.items()
+        }
 
     def images(self, split: str) -> Pixels:
         """The images of `train` or `test`, (N, H, W, 1)."""
-        name = _IDX_FILES[split]
+        return read_idx(self._file(_IDX_FILES[split]))
+
+    def _labels(self, split: str, count: int) -> Pixels | None:
+        name = _IDX_FILES[split].replace("images-idx3", "labels-idx1")
+        try:
+            path = self._file(name)
+        except MissingSourceError:
+            return None
+        return None if self.config.labels is False else read_idx_labels(path, count)
+
+    def _file(self, name: str) -> Path:
         dotted = name.replace("-idx", ".idx")
-        return read_idx(find_files(self.source, (name, f"{name}.gz", dotted, f"{dotted}.gz")))
+        return find_files(self.source, (name, f"{name}.gz", dotted, f"{dotted}.gz"))
 
 
 class StackedIdx(Idx):
@@ -120,6 +130,21 @@ def read_idx(path: Path) -> Pixels:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def read_idx_labels(path: Path, count: int) -> Pixels:
+    """The labels of an IDX file, plain or gzipped, (N,) uint8.
+
+    Raises:
+        DataError: Damaged, or not of so many labels.
+    """
+    header = _IDX_LABELS_MAGIC + struct.pack(">I", count)
+    with damage_named(path), open_source(path) as raw:
+        file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        data = read_pieces(file, len(header) + count + 1)
+        if not data.startswith(header) or len(data) != len(header) + count:
+            raise ValueError(f"it is not an IDX file of {count} labels")
+    return np.frombuffer(data, np.uint8, offset=len(header))
+
+
 def _idx_shape(header: bytes, path: Path) -> tuple[int, int, int, int]:
     """(N, H, W, 1)."""
     if header[:4] != _IDX_MAGIC or len(header) < _IDX_HEADER_BYTES:
@@ -157,10 +182,12 @@ class Cifar(Reader):
             files = {name: read() for name, read in members if name in wanted}
             if missing := sorted(set(wanted) - set(files)):
                 raise DataError(f"{archive} lacks {', '.join(missing)}") from None
-        return {
-            split: np.concatenate([cifar_images(files[name], name) for name in names])
-            for split, names in _CIFAR_BATCHES.items()
-        }
+        parts = {}
+        for split, names in _CIFAR_BATCHES.items():
+            images = np.concatenate([cifar_images(files[name], name) for name in names])
+            labels = [label for name in names for label in cifar_labels(files[name], name)]
+            parts[split] = array_part(images, labels if len(labels) == len(images) else None, split)
+        return parts
 
 
 def cifar_images(data: bytes, name: str) -> Pixels:
@@ -201,6 +228,27 @@ def cifar_images(data: bytes, name: str) -> Pixels:
     if not is_uint8 or is_fortran is not False or rows != len(planes) / _CIFAR_BYTES:
         raise DataError(f"{name} is not a CIFAR batch: data must be (N, {_CIFAR_BYTES}) uint8")
     return planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def cifar_labels(data: bytes, name: str) -> list[int]:
+    """The labels of a pickled batch: the whole numbers of the list that follows the word `labels`.
+
+    As in :func:`cifar_images` nothing is unpickled.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    labels: list[int] = []
+    is_list = False
+    with damage_named(name):
+        for code, value, _ in pickletools.genops(data):
+            if value in ("labels", b"labels"):
+                is_list = True
+            elif is_list and isinstance(value, int) and code.name.startswith(("BININT", "INT")):
+                labels.append(value)
+            elif isinstance(value, str | bytes) or code.name in ("SETITEM", "SETITEMS", "DICT"):
+                is_list = False
+    return labels
 
 
 _OMNIGLOT_SIDE = 28
@@ -270,80 +318,3 @@ def _omniglot_images(columns: Any, key: str, path: Path) -> Pixels:
         raise DataError(f"{path}: {key!r} must hold intensities between 0 and 1")
     images = np.rint(columns.T * 255.0).astype(np.uint8).reshape(-1, side, side, 1)
     return images.transpose(0, 2, 1, 3)  # MATLAB's order is column by column
-
-
-_MOST_ROWS = 1024
-_NPZ_MEMBER = "data.npy"
-
-
-class Npz(Reader):
-    """`train_data_batch_*.npz` and `val_data.npz` below `source`, in the order of their numbers."""
-
-    def parts(self) -> Mapping[str, Any]:  # noqa: D102
-        groups: dict[str, list[Path]] = {}
-        for path in sorted(self.source.rglob("*.npz"), key=_natural):
-            split = split_of_word(path.name)
-            if split is not None:
-                groups.setdefault(split, []).append(path)
-        if TRAIN not in groups:
-            raise MissingSourceError(f"train_data_batch_*.npz not found in {self.source}")
-        return {split: _npz_part(paths) for split, paths in groups.items()}
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    """Batch 10 comes after batch 9."""
-    digits = path.stem.rpartition("_")[2]
-    return (int(digits) if digits.isdigit() else 0, path.name)
-
-
-def _npz_part(paths: list[Path]) -> Part:
-    def items() -> Iterator[Item]:
-        for path in paths:
-            for i, image in enumerate(_npz_images(path)):
-                yield loaded_item(f"{path.name} number {i}", image)
-
-    count = 0
-    for path in paths:
-        with _open_npz(path) as (_, rows, _):
-            count += rows
-    return Part(count, items)
-
-
-def _npz_images(path: Path) -> Iterator[Pixels]:
-    """One after another, (side, side, 3)."""
-    with _open_npz(path) as (file, count, side):
-        width = 3 * side * side
-        rows = max(1, min(_MOST_ROWS, PIECE // width))
-        for start in range(0, count, rows):
-            wanted = min(rows, count - start)
-            data = read_pieces(file, wanted * width)
-            if len(data) != wanted * width:
-                raise ValueError("it is cut short")
-            planes = np.frombuffer(data, np.uint8).reshape(wanted, 3, side, side)
-            yield from planes.transpose(0, 2, 3, 1)
-
-
-@contextmanager
-def _open_npz(path: Path) -> Iterator[tuple[IO[bytes], int, int]]:
-    """The rows of `data` in a batch, as a file to be read in pieces, their number and side.
-
-    The header is held against the size that the archive states, and that against what is there.
-
-    Raises:
-        DataError: Damaged, or not a batch.
-    """
-    with damage_named(path), open_source(path) as raw, zipfile.ZipFile(raw) as archive:
-        member = archive.getinfo(_NPZ_MEMBER)
-        with open_member(archive, member) as file:
-            header = read_header(file, ("|u1",))
-        width = header.shape[1] if len(header.shape) == 2 else 0
-        side = isqrt(width // 3)
-        if not side or side * side * 3 != width or side > LARGEST_SIDE:
-            raise ValueError(f"data must be (N, 3 * side * side) uint8, not {header.shape}")
-        if header.bytes != member.file_size:
-            raise ValueError(
-                f"its header says {header.bytes} bytes, the archive {member.file_size}"
-            )
-        with open_member(archive, member) as file:
-            read_pieces(file, header.offset)
-            yield file, header.shape[0], side

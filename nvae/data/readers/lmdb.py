@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nvae.data.config import TRAIN, VALID, DataError
+from nvae.data.decoding import LARGEST_PICTURE
+from nvae.data.labels import Labeled
+from nvae.data.pixels import BadImageError, Pixels
 from nvae.data.readers import (
-    LARGEST_PICTURE,
     REFERENCE_LMDBS,
     Item,
     MissingSourceError,
     Part,
-    Pixels,
     Reader,
     open_source,
 )
-from nvae.data.transforms import BadImageError
 
 _ENCODED = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
@@ -55,8 +55,8 @@ def _reference_part(path: Path) -> Part:
     file = LmdbFile(_data_file(path))
 
     # Values are read when they are decoded: many entries may point to one large value.
-    def load(node: int) -> Pixels | bytes:
-        return decode_raw(file.value(node))
+    def load(node: int) -> Labeled:
+        return Labeled(decode_raw(file.value(node)))
 
     def items() -> Iterator[Item]:
         # LMDB sorts keys as text, 10 before 2. No number has a longer key, and a damaged page could
@@ -88,10 +88,13 @@ class ReferenceLmdb(Reader):
 def _lsun_part(path: Path) -> Part:
     file = LmdbFile(_data_file(path))
 
+    def load(node: int) -> Labeled:
+        return Labeled(file.value(node))
+
     def items() -> Iterator[Item]:
         for key, node in file.items():
             name = key.decode("ascii", "replace")
-            yield Item(f"{path.name} key {name}", partial(file.value, node))
+            yield Item(f"{path.name} key {name}", partial(load, node))
 
     return Part(len(file), items)
 

@@ -17,8 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
 from nvae.data.config import SPLITS, DataError
+from nvae.data.decoding import LARGEST_PICTURE
+from nvae.data.labels import Labeled
+from nvae.data.pixels import BadImageError
 from nvae.data.readers import (
-    LARGEST_PICTURE,
     PIECE,
     Item,
     MissingSourceError,
@@ -27,7 +29,7 @@ from nvae.data.readers import (
     damage_named,
     file_item,
     find_files,
-    group_by_split,
+    labeled_item,
     list_part,
     loaded_item,
     open_source,
@@ -35,7 +37,8 @@ from nvae.data.readers import (
     read_whole,
     unpacked_limit,
 )
-from nvae.data.transforms import BadImageError
+from nvae.data.readers.folder_labels import LABEL_FILES, FolderLabels
+from nvae.data.readers.splits import group_by_split
 from nvae.files import LARGEST_TEXT
 
 PICTURE_SUFFIXES = (
@@ -60,7 +63,8 @@ class Folder(Reader):
     """Every picture below `source`, or in it where it is an archive.
 
     Folders or archives called train..., val... and test... are the splits, if all pictures are in
-    such; otherwise there is one part.
+    such; otherwise there is one part. The first folder below the split is the class, unless a file
+    `labels.csv` or `metadata.csv` says it.
     """
 
     def parts(self) -> Mapping[str, Any]:  # noqa: D102
@@ -81,14 +85,17 @@ class Folder(Reader):
             if path.name.lower().endswith(ARCHIVE_SUFFIXES):
                 names, part = _archive(path)
                 found.append(([f"{stem}{name}" for name in names], part))
-        groups = group_by_split([name for names, _ in found for name in names])
+        all_names = [name for names, _ in found for name in names]
+        groups = group_by_split(all_names)
         if not any(groups.values()):
             raise MissingSourceError(
                 f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
                 "also inside zip and tar archives)"
             )
+        tables = [path for path in files if path.name in LABEL_FILES]
+        labels = FolderLabels(root, all_names, tables) if self.config.labels is not False else None
         parts = [part for _, part in found]
-        return {split: _chosen(parts, positions) for split, positions in groups.items()}
+        return {split: _chosen(parts, positions, labels) for split, positions in groups.items()}
 
 
 def _archive(path: Path) -> tuple[list[str], Part]:
@@ -109,8 +116,8 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _chosen(parts: list[Part], positions: list[int]) -> Part:
-    """The pictures at positions, in rising order, counted through all parts."""
+def _chosen(parts: list[Part], positions: list[int], labels: FolderLabels | None) -> Part:
+    """The pictures at positions, in rising order, counted through all parts, with their labels."""
 
     def items() -> Iterator[Item]:
         wanted = iter(positions)
@@ -121,7 +128,7 @@ def _chosen(parts: list[Part], positions: list[int]) -> Part:
             if following is not None and following < start + part.count:
                 for position, item in enumerate(part.items(), start):
                     if position == following:
-                        yield item
+                        yield labeled_item(item, labels.of(position)) if labels else item
                         following = next(wanted, None)
             start += part.count
 
@@ -151,10 +158,10 @@ def zip_items(path: Path) -> list[Item]:
     return items
 
 
-def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Labeled:
     try:
         with open_member(archive, member) as file:
-            return read_pieces(file, LARGEST_PICTURE)
+            return Labeled(read_pieces(file, LARGEST_PICTURE))
     except BadImageError:
         raise
     except Exception as error:

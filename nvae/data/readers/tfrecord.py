@@ -17,20 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvae.data.config import DataError
+from nvae.data.decoding import LARGEST_PICTURE
+from nvae.data.labels import Labeled
+from nvae.data.pixels import BadImageError, Pixels
 from nvae.data.readers import (
-    LARGEST_PICTURE,
     TFRECORD_SUFFIXES,
     Item,
     MissingSourceError,
     Part,
-    Pixels,
     Reader,
-    group_by_split,
     open_source,
     read_pieces,
     tfrecord_files,
 )
-from nvae.data.transforms import BadImageError
+from nvae.data.readers.splits import group_by_split
+from nvae.settings import height_width
 
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -173,10 +174,10 @@ def decode_example(record: bytes) -> Pixels:
 
 def _part(paths: list[Path]) -> Part:
     def item(path: Path, number: int, data: bytes, crc: int) -> Item:
-        def load() -> Pixels:
+        def load() -> Labeled:
             if masked_crc32c(data) != crc:
                 raise BadImageError("its checksum is wrong")
-            return decode_example(data)
+            return Labeled(decode_example(data))
 
         return Item(f"{path.name} record {number}", load)
 
@@ -205,7 +206,7 @@ class TFRecord(Reader):
     def parts(self) -> Mapping[str, Any]:  # noqa: D102
         source = self.source
         paths = tfrecord_files(source) if source.is_dir() else [source]
-        paths = _at_resolution(paths, self.config.stored_size) if paths else []
+        paths = _at_resolution(paths, max(height_width(self.config.stored_size))) if paths else []
         if not paths or not paths[0].exists():
             raise MissingSourceError(f"no {' or '.join(TFRECORD_SUFFIXES)} files found in {source}")
         root = source if source.is_dir() else source.parent

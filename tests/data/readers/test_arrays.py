@@ -26,7 +26,7 @@ from tests.data.files import (
 
 
 def loaded(part):
-    return np.stack([item.load() for item in part.items()])
+    return np.stack([item.load().picture for item in part.items()])
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -219,7 +219,7 @@ def test_pixels_are_exact_and_upright(tmp_path, make_config):
     write_chardata(tmp_path, train, test)
     parts = read_source(tmp_path, "omniglot", make_config())
     for split, wanted in (("train", train), ("test", test)):
-        assert np.array_equal(np.stack([i.load() for i in parts[split].items()]), wanted)
+        assert np.array_equal(np.stack([i.load().picture for i in parts[split].items()]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_every_version_of_the_file_is_read(tmp_path, make_config, options, dtype
     savemat(tmp_path / "chardata.mat", {**values, "target": np.zeros((3, 7))}, **options)
     parts = read_source(tmp_path, "omniglot", make_config())
     for split, key in (("train", "data"), ("test", "testdata")):
-        got = np.stack([item.load() for item in parts[split].items()])
+        got = np.stack([item.load().picture for item in parts[split].items()])
         wanted = (255 * values[key].T).reshape(-1, 28, 28).transpose(0, 2, 1)
         assert np.array_equal(got[..., 0], wanted)
 
@@ -269,9 +269,9 @@ def test_npz_pixels_are_exact_and_batch_ten_comes_last(tmp_path, make_config):
     write_npz(tmp_path / "deep", train, valid)
     parts = read_source(tmp_path, "npz", make_config())
     assert parts["train"].count == 20
-    got = np.stack([item.load() for item in parts["train"].items()])
+    got = np.stack([item.load().picture for item in parts["train"].items()])
     assert np.array_equal(got, np.concatenate(train))
-    assert np.array_equal(np.stack([i.load() for i in parts["valid"].items()]), valid)
+    assert np.array_equal(np.stack([i.load().picture for i in parts["valid"].items()]), valid)
 
 
 def test_objects_in_an_npz_are_refused(tmp_path, make_config):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nvae.data.config import DataError
+from nvae.data.pixels import BadImageError
 from nvae.data.readers import MissingSourceError, read_source
 from nvae.data.readers.lmdb import LmdbFile, decode_raw
-from nvae.data.transforms import BadImageError
 from tests.data.files import encoded, pictures, write_lmdb, write_reference_lmdb
 
 
@@ -20,10 +20,10 @@ def test_reference_layout_in_numeric_order(tmp_path, make_config):
     train = pictures(12, 8, 3)
     write_reference_lmdb(tmp_path, [i.tobytes() for i in train], [encoded(train[0])])
     parts = read_source(tmp_path, "lmdb", make_config())
-    got = np.stack([item.load() for item in parts["train"].items()])
+    got = np.stack([item.load().picture for item in parts["train"].items()])
     assert np.array_equal(got, train)
     (valid,) = parts["valid"].items()
-    assert valid.load() == encoded(train[0])
+    assert valid.load().picture == encoded(train[0])
 
 
 @pytest.mark.parametrize("value", [b"", b"12345", bytes(3 * 8 * 9)])
@@ -61,7 +61,7 @@ def test_lsun_reads_every_value_of_both_splits(tmp_path, make_config):
     write_lmdb(tmp_path / "church_outdoor_train_lmdb", images)
     write_lmdb(tmp_path / "church_outdoor_val_lmdb", dict(list(images.items())[:2]))
     parts = read_source(tmp_path, "lsun", make_config())
-    assert [item.load() for item in parts["train"].items()] == list(images.values())
+    assert [item.load().picture for item in parts["train"].items()] == list(images.values())
     assert parts["valid"].count == 2
 
 

@@ -11,10 +11,10 @@ import torch
 from nvae.data.config import READERS, DataError
 from nvae.data.conversion import prepare
 from nvae.data.dataset import ImageData
+from nvae.data.pixels import BadImageError, fit_array
 from nvae.data.places import is_current, prepared_folder
 from nvae.data.prepare import main
-from nvae.data.readers import picture_of, read_source
-from nvae.data.transforms import BadImageError
+from nvae.data.readers import entry_of, read_source
 from tests.data.files import pictures
 
 READER = """
@@ -51,7 +51,7 @@ class Datasets(Mine):
 
 class Wrong(Mine):
     def parts(self):
-        return {"train": [np.zeros((8, 8, 3), np.float32)] * 9, "test": ["text"] * 3}
+        return {"train": [np.zeros((8, 8, 3), np.complex64)] * 9, "test": ["text"] * 3}
 
 
 class Unknown(Mine):
@@ -102,21 +102,23 @@ def test_torch_data_sets_of_pil_images_and_of_tensors_are_parts(config):
 
 def test_entries_that_are_no_pictures_are_named(config):
     config.format = "my_reader:Wrong"
-    words = r"train number 0 cannot be used: it is an array \(8, 8, 3\) of float32"
+    words = r"train number 0 cannot be used: it is an array \(8, 8, 3\) of complex64"
     with pytest.raises(DataError, match=words):
         prepare(config)
 
 
-@pytest.mark.parametrize("entry", [(), "x", None, torch.zeros(3), np.zeros((2, 2, 2), np.uint8)])
-def test_entries_that_are_no_pictures_are_bad_pictures(entry):
+@pytest.mark.parametrize("entry", [(), "x", None, torch.zeros(3), np.zeros((2, 2, 2), complex)])
+def test_entries_that_are_no_pictures_are_bad_pictures(make_config, entry):
     with pytest.raises(BadImageError):
-        picture_of([entry], 0)
+        entry_of([entry], 0, make_config())
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_floats_out_of_range_are_no_pictures(value):
-    with pytest.raises(BadImageError, match="not between 0 and 1"):
-        picture_of([torch.full((3, 2, 2), value)], 0)
+def test_floats_out_of_range_are_no_pictures(make_config, value):
+    config = make_config(image_size=2)
+    picture = entry_of([torch.full((3, 2, 2), value)], 0, config).picture
+    with pytest.raises(BadImageError, match=r"not between 0 and 1|not finite"):
+        fit_array(picture, config)
 
 
 def test_the_command_takes_it_too(config, tmp_path, capsys):
@@ -155,5 +157,7 @@ def test_the_word_of_a_manifest_imports_nothing(config, tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_ours_are_where_the_list_says(name, tmp_path, make_config):
     """Each is imported and finds nothing in an empty folder."""
-    with pytest.raises(DataError, match=r"not found|no pictures|no .* files|stacked"):
-        read_source(tmp_path, name, make_config(train_size=None, test_size=None))
+    given = {"dataset": {"_target_": "nowhere.Thing"}} if name == "dataset" else {}
+    config = make_config(train_size=None, test_size=None, format=name, **given)
+    with pytest.raises(DataError, match=r"not found|no pictures|no .* files|stacked|no nowhere"):
+        read_source(tmp_path, name, config)

@@ -6,9 +6,10 @@ import zipfile
 import pytest
 
 from nvae.data.config import DataError
-from nvae.data.readers import MissingSourceError, group_by_split, read_source, split_of_word
+from nvae.data.pixels import BadImageError
+from nvae.data.readers import MissingSourceError, read_source
 from nvae.data.readers.pictures import tar_names, zip_items
-from nvae.data.transforms import BadImageError
+from nvae.data.readers.splits import group_by_split, split_of_word
 from tests.data.files import add_to_tar, encoded, pictures, write_celeba, write_pictures
 
 
@@ -64,8 +65,8 @@ def test_older_imagenet_as_unpacked_and_as_packed(tmp_path, make_config):
     packed = read_source(tmp_path / "packed", "folder", make_config())
     assert {split: part.count for split, part in loose.items()} == {"train": 3, "valid": 2}
     for split in loose:
-        assert sorted(i.load() for i in loose[split].items()) == sorted(
-            i.load() for i in packed[split].items()
+        assert sorted(i.load().picture for i in loose[split].items()) == sorted(
+            i.load().picture for i in packed[split].items()
         )
 
 
@@ -83,7 +84,7 @@ def test_archives_are_read_in_place(tmp_path, make_config, suffix):
             for name, data in members.items():
                 add_to_tar(tar, name, data)
     part = read_source(path, "folder", make_config())["train"]
-    assert [item.load() for item in part.items()] == images
+    assert [item.load().picture for item in part.items()] == images
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -129,7 +130,7 @@ def test_a_damaged_member_of_a_zip_is_one_bad_picture(tmp_path, make_config):
     first, second = read_source(path, "folder", make_config())["train"].items()
     with pytest.raises(BadImageError, match="CRC"):
         first.load()
-    assert second.load() == b"B" * 100
+    assert second.load().picture == b"B" * 100
 
 
 @pytest.mark.parametrize("files", [[], ["notes.txt"]])
@@ -203,7 +204,7 @@ def test_splits_follow_the_partition_file(tmp_path, make_config, packed):
     images = pictures(6, 8, 3)
     write_celeba(tmp_path, images, [0, 2, 0, 1, 2, 0], packed=packed)
     parts = read_source(tmp_path, "celeba", make_config())
-    got = {split: [item.load() for item in part.items()] for split, part in parts.items()}
+    got = {split: [item.load().picture for item in part.items()] for split, part in parts.items()}
     rows = {"train": [0, 2, 5], "valid": [3], "test": [1, 4]}
     assert got == {split: [encoded(images[i]) for i in index] for split, index in rows.items()}
 

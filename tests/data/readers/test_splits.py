@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nvae.data.readers import plan_splits, split_counts
+from nvae.data.readers.splits import plan_splits, split_counts
 
 
 def wanted(train=None, valid=None, test=None):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from nvae.data.config import DataError
+from nvae.data.pixels import BadImageError
 from nvae.data.readers import MissingSourceError, read_source
 from nvae.data.readers.tfrecord import crc32c, decode_example, masked_crc32c
-from nvae.data.transforms import BadImageError
 from tests.data.files import crc32c_reference, example, field, masked, pictures, write_tfrecords
 
 
 def loaded(part):
-    return np.stack([item.load() for item in part.items()])
+    return np.stack([item.load().picture for item in part.items()])
 
 
 @pytest.mark.parametrize("planes", [False, True])

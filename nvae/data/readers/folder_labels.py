@@ -1,0 +1,92 @@
+"""Classes of pictures in folders: the first folder below the split, or what a CSV file says."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from nvae.data.config import DataError
+from nvae.data.readers import read_whole
+from nvae.data.readers.splits import split_of_word
+from nvae.files import LARGEST_TEXT
+
+LABEL_FILES = ("labels.csv", "metadata.csv")
+"""Read where they lie among the pictures; the second is what Hugging Face calls them."""
+_FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
+_LABEL_COLUMNS = ("label", "class")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+
+
+class FolderLabels:
+    """The label of every picture of a source.
+
+    Args:
+        root: what the names are relative to.
+        names: of the pictures, with slashes.
+        tables: CSV files among them. Where there is one, folders say nothing.
+
+    Raises:
+        DataError: A CSV file is not one of file names and labels.
+    """
+
+    def __init__(self, root: Path, names: list[str], tables: list[Path]) -> None:
+        self._names, self._root = names, root
+        self._listed = {name: label for path in tables for name, label in _rows(path, root)}
+        self._skip = 0 if tables else _shared_depth(names)
+        self._has_table = bool(tables)
+
+    def of(self, position: int) -> str | None:
+        """The label of a picture; None where it has none."""
+        name = self._names[position]
+        if self._has_table:
+            return self._listed.get(name)
+        folders = _folders(name)[self._skip :]
+        return folders[0] if folders else None
+
+
+def _folders(name: str) -> list[str]:
+    """The folders of a picture below its split; an archive is no folder."""
+    words = name.split("/")[:-1]
+    below = next((i + 1 for i, word in enumerate(words) if split_of_word(word)), 0)
+    return [word for word in words[below:] if not word.lower().endswith(_ARCHIVES)]
+
+
+def _shared_depth(names: list[str]) -> int:
+    """How many folders all pictures share: an archive often has one around everything."""
+    shared: list[str] | None = None
+    for name in names:
+        # The last folder is never left out: it may be the one class that there is.
+        folders = _folders(name)[:-1]
+        if shared is None:
+            shared = folders
+        same = [one == other for one, other in zip(shared, folders, strict=False)]
+        shared = shared[: same.index(False) if False in same else len(same)]
+        if not shared:
+            return 0
+    return len(shared or ())
+
+
+def _rows(path: Path, root: Path) -> Iterator[tuple[str, str]]:
+    """(name relative to the root, label) of every line of a CSV file."""
+    text = read_whole(path, LARGEST_TEXT).decode("utf-8-sig", "replace")
+    lines = csv.reader(text.splitlines())
+    try:
+        header = [word.strip().lower() for word in next(lines, [])]
+        columns = [
+            next((header.index(name) for name in names if name in header), None)
+            for names in (_FILE_COLUMNS, _LABEL_COLUMNS)
+        ]
+        if None in columns:
+            raise DataError(
+                f"{path} must begin with a line that names its columns: file,label (it begins "
+                f"with {','.join(header)[:100]!r})"
+            )
+        of_file, of_label = (int(column or 0) for column in columns)
+        place = path.parent.relative_to(root).as_posix()
+        for row in lines:
+            if not row:
+                continue
+            if len(row) <= max(of_file, of_label):
+                raise DataError(f"{path}, line {lines.line_num}: it has {len(row)} columns")
+            yield str(PurePosixPath(place, row[of_file].strip())), row[of_label].strip()
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}") from error
