@@ -184,6 +184,10 @@ def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
             f"or give data={config.name}"
         )
     data.setup()
+    if model.num_classes and data.classes and config.labels == "auto":
+        data = ImageData(dataclasses.replace(config, labels=True))
+        data.setup()
+        data.check_classes(model.num_classes)
     return data
 
 

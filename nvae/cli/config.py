@@ -124,6 +124,13 @@ class TrainConfig:
                     f"data.{of_data}={show_size(given)}; set data.{of_data}, the model follows it"
                 )
         self.model.pixel_distribution.check_data(self.model, self.data.bits)
+        if self.model.num_classes and self.data.labels is False:
+            raise ValueError(
+                f"model.num_classes={self.model.num_classes} needs labels, and data.labels=false "
+                "passes over them; leave one of the two out"
+            )
+        if self.model.num_classes:
+            self.data = dataclasses.replace(self.data, labels=True)
 
     def _accumulate(self) -> None:
         """With `data.global_batch` the micro-batches a step follow from devices and memory."""

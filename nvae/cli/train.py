@@ -203,6 +203,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             data = ImageDataModule(config.data)
             data.prepare_data()
             data.setup()
+            data.check_classes(config.model.num_classes)
             data.train_sampler(Shard(0, config.trainer.world_size))  # are there images for a step?
             marks = fingerprint(config, data)
         folder, changed = open_run_once(

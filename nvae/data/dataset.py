@@ -103,6 +103,15 @@ class ImageData:
         """Names of the classes in the order of their numbers; empty where no labels were kept."""
         return self._classes
 
+    def check_classes(self, num_classes: int) -> None:
+        """Raise a ValueError where a model of so many classes cannot be told these; 0: it is told
+        none."""
+        if num_classes and len(self._classes) > num_classes:
+            raise ValueError(
+                f"{self.config.name} has {len(self._classes)} classes, and the model knows "
+                f"{num_classes}: model.num_classes={len(self._classes)}, or data.labels=false"
+            )
+
     def _resolve(self, name: str) -> str:
         other = {VALID: TEST, TEST: VALID}.get(name, name)
         return name if name in self._splits else other
