@@ -9,6 +9,8 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,8 @@ class TrainConfig:
         wanted = MODELS[self.architecture].config_class
         if not isinstance(self.model, wanted):
             raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
-        self._check_model_reads_data()
+        check_sizes(lambda name: attrgetter(name)(self))
+        self.model.pixel_distribution.check_data(self.model, self.data.bits)
         self._accumulate()
         build_callbacks(self.callbacks)
         check_loggers(self.logger)
@@ -113,16 +116,6 @@ class TrainConfig:
             raise ValueError(f"name={name!r} is too long; at most {LONGEST_NAME} bytes")
         if not self.runs_dir or not self.runs_dir.isprintable():
             raise ValueError(f"runs_dir={self.runs_dir!r} is no folder; runs_dir=. is this one")
-
-    def _check_model_reads_data(self) -> None:
-        for of_model, of_data in (("image_size", "image_size"), ("image_channels", "channels")):
-            wanted, given = getattr(self.model, of_model), getattr(self.data, of_data)
-            if wanted != given:
-                raise ValueError(
-                    f"model.{of_model}={wanted} does not fit data.{of_data}={given}; "
-                    f"set data.{of_data}, the model follows it"
-                )
-        self.model.pixel_distribution.check_data(self.model, self.data.bits)
 
     def _accumulate(self) -> None:
         """With `data.global_batch` the micro-batches a step follow from devices and memory."""
@@ -149,6 +142,24 @@ class TrainConfig:
         return asdict(self)
 
 
+def check_sizes(value_of: Callable[[str], Any]) -> None:
+    """Raise a ValueError where the network is of another size than the images.
+
+    Args:
+        value_of: a setting by its name; None where there is none.
+    """
+    for of_model, of_data in (
+        ("model.image_size", "data.image_size"),
+        ("model.image_channels", "data.channels"),
+    ):
+        wanted, given = value_of(of_model), value_of(of_data)
+        if wanted != given and isinstance(wanted, int) and isinstance(given, int):
+            raise ValueError(
+                f"{of_model}={wanted} does not fit {of_data}={given}; take a network for such "
+                f"images (model=...), or {of_data}={wanted}"
+            )
+
+
 def register() -> None:
     """Tell Hydra the schemas that `configs/train.yaml`, the model's and the optimizer's start from.
 
@@ -169,6 +180,8 @@ def train_config(composed: DictConfig) -> TrainConfig:
         ValueError: one line that says what is wrong and what is allowed.
     """
     model = MODELS[composed.architecture].config_class
+    # before the model's own checks, which know nothing of the data
+    check_sizes(partial(OmegaConf.select, composed))
     if OmegaConf.is_dict(composed.optimizer) and "_target_" in composed.optimizer:
         given: Any = OmegaConf.to_container(composed.optimizer, resolve=True)
         composed = composed.copy()

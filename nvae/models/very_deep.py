@@ -260,7 +260,7 @@ class VeryDeepVAE(HierarchicalVAE):
         Args:
             noise: see there.
             encoder_maps: see there.
-            latents: see there; those after the last one given are drawn.
+            latents: see there.
             temperature: see there.
             keep: of a posterior pass, the channels of each layer that are encoded, ``(L,)``
                 booleans each; the others are drawn from the prior. None: all.
@@ -270,7 +270,7 @@ class VeryDeepVAE(HierarchicalVAE):
             ValueError: more latents than layers, or temperatures that are not one or one a layer.
         """
         temperatures = self.group_temperatures(temperature)
-        given = self._given(latents)
+        given = self.group_latents(latents)
         states: States = {}
         samples: list[GroupSample] = []
         for index, layer in enumerate(self.groups):
@@ -286,13 +286,6 @@ class VeryDeepVAE(HierarchicalVAE):
             states[state.shape[-1]] = state
             samples.append(sample)
         return states[self.config.image_size], tuple(samples)
-
-    def _given(self, latents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
-        given = [] if latents is None else list(latents)
-        missing = self.num_groups - len(given)
-        if missing < 0:
-            raise ValueError(f"{len(given)} latents for {self.num_groups} layers")
-        return given + [None] * missing
 
     def masked(
         self,
