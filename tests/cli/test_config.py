@@ -186,6 +186,7 @@ MISTAKES = {
     "model.num_scales=5": "cannot be halved",
     "model.cell_family=resnet": "allowed: res_mbconv",
     "data.likelihood=bernoulli": "needs black and white pixels",
+    "objective.name=gamma_balanced": "takes objective.kl_balancing=false",
     "model.image_size=16": "take a network for such images (model=...), or data.image_size=16",
     "architecture=vae": "architecture='vae' is unknown; allowed: nvae",
     "resume=sometimes": "allowed: auto, never, must",
