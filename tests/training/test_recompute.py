@@ -16,7 +16,7 @@ from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.weight_norm import weight_norms
 from nvae.regularizers import batchnorms
 from nvae.training.recompute import compile_blocks, recompute_segments
-from tests.models.small import VERY_DEEP, small_very_deep
+from tests.models.small import small_very_deep
 from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
@@ -132,7 +132,9 @@ def test_copy_recomputes_its_own_weights() -> None:
     assert model(x).logits.any()
 
 
-@pytest.mark.parametrize("family", ["nvae", *VERY_DEEP])
+@pytest.mark.parametrize(
+    "family", ["nvae", "vdvae", pytest.param("evdvae", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_keep_their_names_and_numbers(family: str) -> None:
     """Cells, heads, flows and merges; also where they are recomputed in the backward pass.
 
