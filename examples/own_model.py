@@ -72,13 +72,13 @@ class Ladder(HierarchicalVAE):
         """From the coarse group to the fine one; see the base class."""
         _, height, width = self.latent_shapes[0]
         state = noise[0].new_zeros(len(noise[0]), self.config.width, height, width)
-        samples = []
+        samples, given = [], self.group_latents(latents)
         for group, factor in enumerate(self.group_temperatures(temperature)):
             if group > 0:
                 state = nn.functional.interpolate(state, scale_factor=2)
             mean, log_sigma = self.priors[group](state).chunk(2, 1)
             prior = Normal.from_parameters(mean, log_sigma, factor)
-            z = None if latents is None else latents[group]
+            z = given[group]
             if z is not None:
                 sample = GroupSample(z, prior)
             elif encoder_maps is None:

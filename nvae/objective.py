@@ -211,6 +211,7 @@ class ObjectiveConfig:
                     f"{', '.join(known) or 'none'}"
                 )
             check_value(f"objective.options.{name}", value, type(known[name]))
+        OBJECTIVES[self.name].check(self)
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,11 @@ class Objective(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {}
     capturable: ClassVar[bool] = True
     alpha: Tensor
+
+    @classmethod
+    def check(cls, config: ObjectiveConfig) -> None:
+        """Raise a ValueError for settings that a subclass cannot work with."""
+        del config
 
     def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -431,13 +437,20 @@ class GammaBalanced(Objective):
     capturable = True
     variables: Tensor
 
-    def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
-        super().__init__(model, config)
+    @classmethod
+    def check(cls, config: ObjectiveConfig) -> None:
+        """No second balancing; a portion is from 0 to 1."""
         if config.kl_balancing:
-            raise ValueError("objective.name=gamma_balanced takes objective.kl_balancing=false")
-        portion = self.options["portion"]
+            raise ValueError(
+                f"objective.name={config.name} takes objective.kl_balancing=false, it balances "
+                "the KL in its own way"
+            )
+        portion = config.options.get("portion", cls.defaults["portion"])
         if not 0 <= portion <= 1:
             raise ValueError(f"objective.options.portion is {portion}; allowed: 0 to 1")
+
+    def __init__(self, model: HierarchicalVAE, config: ObjectiveConfig) -> None:
+        super().__init__(model, config)
         # on the device from the beginning: a copy from the host cannot be part of a captured step
         variables = [
             math.prod(s) if self.options["per_variable"] else 1 for s in model.latent_shapes
@@ -451,12 +464,13 @@ class GammaBalanced(Objective):
 
     def kl_weights(self, output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:
         """Coefficients of the groups' KL, ``(G,)``, mean 1."""
-        kl = output.kl_per_group.detach()
+        kl, gamma = output.kl_per_group.detach(), coefficients["gamma"]
+        if not isinstance(gamma, Tensor) and not gamma:  # ranks need not meet any more
+            return kl.new_ones(kl.shape[1])
         weights = gamma_weights(kl, self.variables.to(kl))
-        gamma = coefficients["gamma"]
         if isinstance(gamma, Tensor):
             return torch.where(gamma > 0, weights, torch.ones_like(weights))
-        return weights if gamma else torch.ones_like(weights)
+        return weights
 
 
 def gamma_weights(kl_per_group: Tensor, variables: Tensor) -> Tensor:

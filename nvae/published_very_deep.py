@@ -32,6 +32,9 @@ ENTRIES = ("model_state_dict", "ema_model_state_dict")
 _MARKS = {"vdvae": "encoder.in_conv.weight", "evdvae": "bottom_up.input_conv.weight"}
 _PREFIX = "module."  # a VDVAE's raw weights are those of a wrapped model
 
+_SAID_BY = {"vdvae": {"enc_blocks", "encoder_blocks"}, "evdvae": {"model", "up_strides"}}
+"""Settings that only one family has, in its authors' spelling and in ours."""
+
 _LARGEST_TEXT = 1 << 20
 _LONGEST_LIST = 100_000
 
@@ -194,7 +197,10 @@ def _recognize(published: Mapping[str, Any], family: str) -> str:
         ValueError: none fits, or the family's settings cannot be read off shapes.
     """
     names = presets(family)
-    give = f"give config=, a file with its settings or a preset: {', '.join(names)}"
+    give = (
+        "give config=, of the commands settings=: a file with its settings or a preset: "
+        f"{', '.join(names)}"
+    )
     if family == "evdvae":
         raise ValueError(f"shapes do not say all settings of an Efficient-VDVAE; {give}")
 
@@ -235,6 +241,11 @@ def read_settings(config: Config, family: str) -> VeryDeepConfig:
         ValueError: no such preset or file, or settings that are missing or impossible.
     """
     values = _values(config, family)
+    for other, keys in _SAID_BY.items():
+        if other != family and keys & values.keys() and not _SAID_BY[family] & values.keys():
+            raise ValueError(
+                f"{_title(config)} are settings of {other}, the checkpoint is a {family}"
+            )
     cls = FAMILIES[family].config_class
     if "enc_blocks" in values:
         values = _from_vdvae(values)
@@ -265,7 +276,7 @@ def _values(config: Config, family: str) -> dict[str, Any]:
     name = f"{family}_{str(config).lower().removeprefix(f'{family}_')}"
     if name not in names:
         raise ValueError(
-            f"config={config} is no preset of {family}{did_you_mean(name, names)} and no "
+            f"{config} is no preset of {family}{did_you_mean(name, names)} and no "
             f"JSON or cfg file; presets: {', '.join(names)}"
         )
     return _preset(name)

@@ -132,7 +132,7 @@ def test_authors_spelling_of_a_preset():
         "evdvae_celeba64_compact", "evdvae"
     )
     assert read_settings("cifar10", "vdvae").pixel_mean == 120.63838
-    with pytest.raises(ValueError, match=r"config=cifar1 is no preset of vdvae .did you mean"):
+    with pytest.raises(ValueError, match=r"cifar1 is no preset of vdvae .did you mean"):
         read_settings("cifar1", "vdvae")
 
 
@@ -141,7 +141,9 @@ def test_shapes_of_no_preset_need_settings(tmp_path):
     translated = published_names(model)
     weights = {translated[name]: value for name, value in model.state_dict().items()}
     torch.save(weights, tmp_path / "unknown.th")
-    with pytest.raises(CheckpointError, match="those of no preset; give config="):
+    with pytest.raises(
+        CheckpointError, match="those of no preset; give config=, of the commands settings="
+    ):
         load_model(tmp_path / "unknown.th")
 
 
@@ -177,7 +179,17 @@ def test_wrong_family_or_settings_are_one_line(vdvae, evdvae, tmp_path):
         (evdvae.checkpoint, {"config": evdvae.settings}, "no ema_model_state_dict; take weights="),
         (vdvae.checkpoint, {"config": tmp_path / "no.json"}, "there is no"),
         (vdvae.checkpoint, {"config": {"enc_blocks": "16x1"}}, "give neither input_shift"),
-        (vdvae.checkpoint, {"config": evdvae.settings}, "unknown model setting"),
+        (
+            vdvae.checkpoint,
+            {"config": evdvae.settings},
+            "settings of evdvae, the checkpoint is a vdvae",
+        ),
+        (
+            evdvae.checkpoint,
+            {"config": vdvae.settings, "weights": "raw"},
+            "settings of vdvae, the checkpoint is a evdvae",
+        ),
+        (vdvae.checkpoint, {"config": {**small_settings(), "depth": 3}}, "setting.s.: depth"),
     ]
     for path, arguments, message in cases:
         with pytest.raises(CheckpointError, match=message) as error:

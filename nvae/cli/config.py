@@ -9,6 +9,8 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,14 @@ from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.objective import ObjectiveConfig
 from nvae.ops.library import IMPLS
-from nvae.settings import CONFIGS, check_arguments, check_choice, check_fields, show_size
+from nvae.settings import (
+    CONFIGS,
+    check_arguments,
+    check_choice,
+    check_fields,
+    plain_size,
+    show_size,
+)
 from nvae.training.ema import MovingAverage
 from nvae.training.logging import guard
 from nvae.training.optimizers import OptimizerConfig
@@ -98,7 +107,9 @@ class TrainConfig:
         wanted = MODELS[self.architecture].config_class
         if not isinstance(self.model, wanted):
             raise ValueError(f"architecture={self.architecture} takes a {wanted.__name__} as model")
-        self._check_model_reads_data()
+        check_sizes(lambda name: attrgetter(name)(self))
+        self.model.pixel_distribution.check_data(self.model, self.data.bits)
+        self._ask_for_labels()
         self.report.view.of(self.data.channels)
         self._accumulate()
         build_callbacks(self.callbacks)
@@ -115,21 +126,15 @@ class TrainConfig:
         if not self.runs_dir or not self.runs_dir.isprintable():
             raise ValueError(f"runs_dir={self.runs_dir!r} is no folder; runs_dir=. is this one")
 
-    def _check_model_reads_data(self) -> None:
-        for of_model, of_data in (("image_size", "image_size"), ("image_channels", "channels")):
-            wanted, given = getattr(self.model, of_model), getattr(self.data, of_data)
-            if wanted != given:
-                raise ValueError(
-                    f"model.{of_model}={show_size(wanted)} does not fit "
-                    f"data.{of_data}={show_size(given)}; set data.{of_data}, the model follows it"
-                )
-        self.model.pixel_distribution.check_data(self.model, self.data.bits)
-        if self.model.num_classes and self.data.labels is False:
+    def _ask_for_labels(self) -> None:
+        """Batches hold labels where the model knows classes."""
+        classes = self.model.num_classes
+        if classes and self.data.labels is False:
             raise ValueError(
-                f"model.num_classes={self.model.num_classes} needs labels, and data.labels=false "
-                "passes over them; leave one of the two out"
+                f"model.num_classes={classes} needs labels, and data.labels=false passes over "
+                "them; leave one of the two out"
             )
-        if self.model.num_classes:
+        if classes:
             self.data = dataclasses.replace(self.data, labels=True)
 
     def _accumulate(self) -> None:
@@ -157,6 +162,27 @@ class TrainConfig:
         return asdict(self)
 
 
+def check_sizes(value_of: Callable[[str], Any]) -> None:
+    """Raise a ValueError where the network is of another size than the images.
+
+    Args:
+        value_of: a setting by its name; None where there is none.
+    """
+    for of_model, of_data in (
+        ("model.image_size", "data.image_size"),
+        ("model.image_channels", "data.channels"),
+    ):
+        wanted, given = (
+            plain_size(list(value) if OmegaConf.is_list(value) else value)
+            for value in map(value_of, (of_model, of_data))
+        )
+        if wanted != given and all(isinstance(size, int | tuple) for size in (wanted, given)):
+            raise ValueError(
+                f"{of_model}={show_size(wanted)} does not fit {of_data}={show_size(given)}; take a "
+                f"network for such images (model=...), or {of_data}={show_size(wanted)}"
+            )
+
+
 def register() -> None:
     """Tell Hydra the schemas that `configs/train.yaml`, the model's and the optimizer's start from.
 
@@ -177,6 +203,8 @@ def train_config(composed: DictConfig) -> TrainConfig:
         ValueError: one line that says what is wrong and what is allowed.
     """
     model = MODELS[composed.architecture].config_class
+    # before the model's own checks, which know nothing of the data
+    check_sizes(partial(OmegaConf.select, composed))
     if OmegaConf.is_dict(composed.optimizer) and "_target_" in composed.optimizer:
         given: Any = OmegaConf.to_container(composed.optimizer, resolve=True)
         composed = composed.copy()

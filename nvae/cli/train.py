@@ -429,5 +429,8 @@ def _quieten() -> None:
         r".*Experiment logs directory.*",
         r".*is smaller than the logging interval.*",  # ours goes on over epochs
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*`broadcast_buffers` is deprecated.*",  # Lightning's own argument
+        # of weights with dimensions of size 1, whose strides mean nothing
+        r".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -281,7 +281,10 @@ def _decode_draws(
     words = torch.arange(draws.start, draws.stop, device=keys.device)
     row_keys = fold_in(keys[:, None], words).flatten()
     noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
-    maps = [feature.repeat_interleave(k, dim=0) for feature in encoder_maps]
+    # once where groups share a map: the layers of a deep model read a few maps between them
+    distinct = {id(feature): feature for feature in encoder_maps}
+    repeated = {key: feature.repeat_interleave(k, dim=0) for key, feature in distinct.items()}
+    maps = [repeated[id(feature)] for feature in encoder_maps]
     own = None if labels is None else labels.repeat_interleave(k)
     given = model.conditioned_by(own, len(row_keys))
     state, groups = model.top_down(noise, encoder_maps=maps, **given)

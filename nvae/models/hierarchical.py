@@ -212,7 +212,8 @@ class HierarchicalVAE(nn.Module, ABC):
         Args:
             noise: standard normal draws, one a group, each ``(B, L, h, w)``.
             encoder_maps: of :meth:`encode`: z is drawn from the posteriors. None: from the priors.
-            latents: z itself for some or all groups; None entries are drawn.
+            latents: z itself for some or all groups; None entries are drawn, and so are groups
+                after the last entry.
             temperature: factor on the priors' sigma, one number or one a group; only where z is
                 drawn from a prior.
             condition: classes of the images; only models that know classes are given one.
@@ -481,6 +482,18 @@ class HierarchicalVAE(nn.Module, ABC):
             if not 0 <= each < math.inf:
                 raise ValueError(f"temperature is {each}; it must be a finite number, 0 or more")
         return temperatures
+
+    def group_latents(self, latents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
+        """One z or None a group, coarsest first; None stands for groups after the last one given.
+
+        Raises:
+            ValueError: more of them than groups.
+        """
+        given = [] if latents is None else list(latents)
+        missing = self.num_groups - len(given)
+        if missing < 0:
+            raise ValueError(f"{len(given)} latents for {self.num_groups} latent groups")
+        return given + [None] * missing
 
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError unless ``x`` is ``(B, C, H, W)`` of the model's C, H and W, in [0, 1].

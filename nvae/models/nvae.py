@@ -163,6 +163,7 @@ class NVAE(HierarchicalVAE):
         """Walk through the groups (figure 2b of the paper); see the base class."""
         batch = noise[0].shape[0]
         temperatures = self.group_temperatures(temperature)
+        given = self.group_latents(latents)
         state = self.initial_state.expand(batch, -1, -1, -1)
         samples: list[GroupSample] = []
         upsample = iter(self.upsample)
@@ -174,7 +175,7 @@ class NVAE(HierarchicalVAE):
                 state,
                 encoder_map=None if encoder_maps is None else encoder_maps[index],
                 noise=noise[index],
-                z=None if latents is None else latents[index],
+                z=given[index],
                 temperature=temperatures[index],
                 guidance=guidance,
             )

@@ -126,9 +126,10 @@ class StableLogisticMixture(LogisticMixture):
         published = config.logistics.published  # type: ignore[attr-defined]
         if bits == DATA_BITS or (bits == config.bits and not published):
             return
+        form = "model.normalized=false with " if published else ""
         raise ValueError(
-            f"model.bits={config.bits} does not fit data.bits={bits}; set data.bits={DATA_BITS}, "
-            "the model drops the low bits itself"
+            f"{form}model.bits={config.bits} does not fit data.bits={bits}; set "
+            f"data.bits={DATA_BITS} model.bits={config.bits}: the model drops the low bits itself"
         )
 
     def _log_masses(self, x: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ class VeryDeepVAE(HierarchicalVAE):
         Args:
             noise: see there.
             encoder_maps: see there.
-            latents: see there; those after the last one given are drawn.
+            latents: see there.
             temperature: see there.
             condition: see there.
             keep: of a posterior pass, the channels of each layer that are encoded, ``(L,)``
@@ -280,7 +280,7 @@ class VeryDeepVAE(HierarchicalVAE):
             ValueError: more latents than layers, or temperatures that are not one or one a layer.
         """
         temperatures = self.group_temperatures(temperature)
-        given = self._given(latents)
+        given = self.group_latents(latents)
         states: States = {}
         samples: list[GroupSample] = []
         for index, layer in enumerate(self.groups):
@@ -299,13 +299,6 @@ class VeryDeepVAE(HierarchicalVAE):
             states[resolution_of(state.shape)] = state
             samples.append(sample)
         return states[resolution_of(self.config.image_shape)], tuple(samples)
-
-    def _given(self, latents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
-        given = [] if latents is None else list(latents)
-        missing = self.num_groups - len(given)
-        if missing < 0:
-            raise ValueError(f"{len(given)} latents for {self.num_groups} layers")
-        return given + [None] * missing
 
     def masked(
         self,

@@ -4,6 +4,7 @@ An average in the host's memory, of a model on a GPU, is updated by a thread fro
 weights that nobody waits for.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 
 from nvae.models.folding import forget
 from nvae.training.guard import BadSteps, guard_of
+
+_LOG = logging.getLogger(__name__)
+
+MOST_LEFT = 0.1
+"""Share of the average that the first step's weights may be at the end of a run, unsaid."""
 
 CHUNK = 16 * 2**20
 """Elements that are gathered on the device for one copy: 64 MiB of float32."""
@@ -203,6 +209,9 @@ class MovingAverage(WeightAveraging):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device: remember its tensors."""
+        length = getattr(pl_module, "length", None)
+        if length is not None and trainer.is_global_zero:
+            self._warn_of_short_run(length.total_steps)
         self._settle()
         assert self._average_model is not None
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Place]]] = defaultdict(lambda: ([], []))
@@ -217,6 +226,17 @@ class MovingAverage(WeightAveraging):
         self._groups = [_Averaged(*lists, self.decay, guarded) for lists in pairs.values()]
         apart = any(group.is_apart for group in self._groups)
         self._thread = ThreadPoolExecutor(1, "moving-average") if apart else None
+
+    def _warn_of_short_run(self, steps: int) -> None:
+        left = self.decay**steps
+        if left > MOST_LEFT:
+            _LOG.warning(
+                "callbacks.ema.decay=%g averages over some %d steps, of a run of %d: at its end %d "
+                "%% of the average will be the first step's weights; set callbacks.ema.decay=%.4g, "
+                "or null to validate the weights themselves",
+                self.decay, round(1 / (1 - self.decay)), steps, round(100 * left),
+                max(0, 1 - 10 / steps),
+            )  # fmt: skip
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,

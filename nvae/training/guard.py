@@ -5,6 +5,7 @@ reads the counters every `trainer.log_every_n_steps` steps. Gradients are equal 
 their reduction, and the flag is reduced too, so ranks cannot disagree.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,10 +317,18 @@ class BadSteps(pl.Callback):
         self, reading: GuardReading, step: int, module: pl.LightningModule
     ) -> DivergenceError:
         assert isinstance(module, NVAELightning)
-        return DivergenceError(
+        message = (
             f"training diverged at step {step}: {reading.streak} steps in a row were left out "
             f"({reading.skipped} since the start); {self._culprit(reading, module.model)}"
         )
+        bound = self.skip_threshold
+        if bound is not None and bound < reading.norm < math.inf:
+            unit = "dimension" if module.loss.config.per_dimension else "image"
+            message += (
+                f", above callbacks.guard.skip_threshold={bound:g} (nats per {unit}), which is to "
+                "be raised if training goes well up to there"
+            )
+        return DivergenceError(message)
 
     def _culprit(self, reading: GuardReading, model: nn.Module) -> str:
         for weight_name, weight in model.named_parameters():

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from nvae.evaluation import BoundSettings, RecordStore, evaluate
 from nvae.evaluation.likelihood import LogWeights, bound_images
 from nvae.models import NVAE, ModelConfig
+from tests.models.small import VERY_DEEP, small_very_deep
 
 from .linear_gaussian import LinearGaussian
 
@@ -223,12 +224,15 @@ def _tiny_nvae(flows=0):
     return NVAE(config).double()
 
 
-@pytest.mark.parametrize("flows", [0, 1])
-def test_network_gives_what_its_own_forward_pass_gives(flows):
+@pytest.mark.parametrize("kind", ["plain", "flow", *VERY_DEEP])
+def test_network_gives_what_its_own_forward_pass_gives(kind):
     """Chunked decoding of repeated encoder maps must be the model's forward pass, draw by draw."""
     from nvae.random import STREAM_POSTERIOR, fold_in, image_keys, latent_noise
 
-    model = _tiny_nvae(flows).eval()
+    if kind in VERY_DEEP:
+        model = small_very_deep(kind).double()
+    else:
+        model = _tiny_nvae(int(kind == "flow")).eval()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64).round()
     index = torch.tensor([4, 9, 2])
     settings = BoundSettings((3,), elbo_samples=2, seed=7, chunk=4)
@@ -242,13 +246,30 @@ def test_network_gives_what_its_own_forward_pass_gives(flows):
             log_likelihood = model.likelihood(output.logits).log_prob(x)
             log_weight.append(log_likelihood + output.log_p - output.log_q)
             reconstruction.append(-log_likelihood)
-            kl.append(torch.stack(output.kl_per_channel, 1))
+            kl.append(output.kl_by_channel)
     expected = torch.stack(log_weight).logsumexp(0) - np.log(3)
     assert torch.allclose(torch.from_numpy(records.log_evidence[:, 0]), expected, rtol=1e-10)
     expected = torch.stack(reconstruction[:2]).mean(0)
     assert torch.allclose(torch.from_numpy(records.reconstruction), expected, rtol=1e-10)
     expected = torch.stack(kl[:2]).mean(0)
     assert torch.allclose(torch.from_numpy(records.kl_per_channel), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", VERY_DEEP)
+def test_maps_that_layers_share_are_repeated_once(family, monkeypatch):
+    """A map for each layer and draw would be tens of copies of the largest activations."""
+    model = small_very_deep(family)
+    distinct, top_down = [], type(model).top_down
+
+    def watched(self, noise, *, encoder_maps, **more):
+        distinct.append(len({feature.data_ptr() for feature in encoder_maps}))
+        return top_down(self, noise, encoder_maps=encoder_maps, **more)
+
+    monkeypatch.setattr(type(model), "top_down", watched)
+    bound_images(model, torch.rand(2, 1, 8, 8), torch.arange(2), BoundSettings((3,)))
+    levels = {shape[1:] for shape in model.latent_shapes} if family == "vdvae" else range(4)
+    assert set(distinct) == {len(levels)}
+    assert model.num_groups > len(levels)
 
 
 def test_the_model_is_left_in_its_mode(images):

@@ -1,6 +1,13 @@
 """Small models for tests of structure."""
 
-from nvae.models import NVAE, ModelConfig
+import torch
+
+from nvae.models import MODELS, NVAE, HierarchicalVAE, ModelConfig
+
+from . import test_evdvae, test_vdvae
+
+VERY_DEEP = {"vdvae": test_vdvae.config, "evdvae": test_evdvae.config}
+"""Settings of small 8x8 networks, by family."""
 
 
 def small_config(**overrides: object) -> ModelConfig:
@@ -23,3 +30,13 @@ def small_config(**overrides: object) -> ModelConfig:
 
 def small_model(**overrides: object) -> NVAE:
     return NVAE(small_config(**overrides))
+
+
+def small_very_deep(family: str, **overrides: object) -> HierarchicalVAE:
+    """With weights such that every layer matters, in evaluation mode."""
+    torch.manual_seed(0)
+    model = MODELS[family](VERY_DEEP[family](**overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()

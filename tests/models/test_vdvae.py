@@ -133,5 +133,5 @@ def test_temperature_and_latents_of_a_layer():
     assert not torch.equal(model.sample_logits(2, one, noise), still)
     with pytest.raises(ValueError, match="2 temperatures for 6 latent groups"):
         model.sample_logits(2, [1.0, 0.5])
-    with pytest.raises(ValueError, match="7 latents for 6 layers"):
+    with pytest.raises(ValueError, match="7 latents for 6 latent groups"):
         model.top_down(noise, latents=[None] * 7)

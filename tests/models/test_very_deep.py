@@ -9,27 +9,19 @@ import torch
 from nvae.checkpoint import load_model, save_model
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
-from nvae.models import EVDVAE, MODELS, VDVAE
+from nvae.models import MODELS
 from nvae.models.hierarchical import GroupSample, Output
 from nvae.models.very_deep import LogSigmaNormal
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.sampling import CompiledDecoder, decode, encode, from_noise, sample_images
 from nvae.training.recompute import recompute_segments
 
-from . import test_evdvae, test_vdvae
-
-FAMILIES = {"vdvae": (VDVAE, test_vdvae.config), "evdvae": (EVDVAE, test_evdvae.config)}
+from .small import VERY_DEEP, small_very_deep
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=VERY_DEEP)
 def model(request):
-    torch.manual_seed(0)
-    cls, config = FAMILIES[request.param]
-    model = cls(config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # so that every layer matters
-    return model.eval()
+    return small_very_deep(request.param)
 
 
 @pytest.fixture
@@ -119,10 +111,9 @@ def test_compiled_sampling(model):
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "normal", "logistic_mixture"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VERY_DEEP)
 def test_every_likelihood(family, kind, x):
-    cls, config = FAMILIES[family]
-    model = cls(config(likelihood=kind, bits=1 if kind == "bernoulli" else 4)).eval()
+    model = small_very_deep(family, likelihood=kind, bits=1 if kind == "bernoulli" else 4)
     log_prob = model.likelihood(model(x.round()).logits).log_prob(x.round())
     assert log_prob.shape == (3,)
     assert log_prob.isfinite().all()

@@ -15,8 +15,14 @@ from nvae.sampling.grids import (
     spread,
     traversal_grid,
 )
+from tests.models.small import VERY_DEEP, small_very_deep
 
 from .models import small_nvae
+
+
+@pytest.fixture(params=["nvae", *VERY_DEEP])
+def model(request):
+    return small_nvae("normal") if request.param == "nvae" else small_very_deep(request.param)
 
 
 @pytest.fixture
@@ -24,8 +30,7 @@ def x():
     return torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
-def test_reconstruction_rows_are_input_mean_and_a_seeded_draw(x):
-    model = small_nvae("normal")
+def test_reconstruction_rows_are_input_mean_and_a_seeded_draw(model, x):
     grid = reconstruction_grid(model, x, torch.tensor([5, 6, 7]))
     assert grid.row_labels == ("input", "mean", "sample")
     assert torch.equal(grid.rows[0], x)
@@ -34,11 +39,10 @@ def test_reconstruction_rows_are_input_mean_and_a_seeded_draw(x):
     assert torch.allclose(grid.rows[2][1:2], alone.rows[2], atol=1e-4)
 
 
-def test_partial_rows_keep_more_and_more_of_the_image(x):
-    model = small_nvae("normal")
-    latents = encode(model, x[:1])
-    grid = partial_grid(model, latents, [0, 2, 3], column_seeds(0, 4), decode)
-    assert grid.row_labels == ("0 of 3", "2 of 3", "3 of 3")
+def test_partial_rows_keep_more_and_more_of_the_image(model, x):
+    latents, all_of_them = encode(model, x[:1]), model.num_groups
+    grid = partial_grid(model, latents, [0, 2, all_of_them], column_seeds(0, 4), decode)
+    assert grid.row_labels == tuple(f"{k} of {all_of_them}" for k in (0, 2, all_of_them))
     original = decode(model, latents)
     for row in grid.rows:
         assert row.shape == (5, 1, 8, 8)
@@ -47,8 +51,7 @@ def test_partial_rows_keep_more_and_more_of_the_image(x):
     assert not torch.allclose(grid.rows[0][1], grid.rows[0][2], atol=1e-3)
 
 
-def test_interpolation_rows_go_from_each_image_to_the_next():
-    model = small_nvae("normal")
+def test_interpolation_rows_go_from_each_image_to_the_next(model):
     latents = prior_latents(model, torch.tensor([0, 1, 2]))
     grid = interpolation_grid(model, latents, ["a", "b", "c"], 4, decode)
     assert grid.row_labels == ("a to b", "b to c")
@@ -60,8 +63,7 @@ def test_interpolation_rows_go_from_each_image_to_the_next():
         interpolation_grid(model, latents[:1], ["a"], 4, decode)
 
 
-def test_traversal_rows_start_from_the_image():
-    model = small_nvae("normal")
+def test_traversal_rows_start_from_the_image(model):
     latents = prior_latents(model, torch.tensor([3]))
     grid = traversal_grid(model, latents, [0, 2], 3, 3, decode)
     assert grid.row_labels == ("group 0", "group 2")

@@ -14,12 +14,14 @@ from nvae.cli.train import build_module, fingerprint, until_validated
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.models import ModelConfig
+from nvae.objective import ObjectiveConfig
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.module import NVAELightning
 from nvae.training.optimizers import OptimizerConfig
 from nvae.training.run_folder import Claim, RunFolder, open_run
 from nvae.training.signals import InterruptedRun
 from nvae.training.trainer import TrainerConfig, build_trainer
+from tests.models.small import VERY_DEEP
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,7 +35,34 @@ def small_callbacks() -> dict[str, Any]:
     return entries
 
 
-def small_config(root: Path, **changes: Any) -> TrainConfig:
+RECIPES: dict[str, dict[str, Any]] = {
+    "nvae": {},
+    "vdvae": {
+        "architecture": "vdvae",
+        "model": VERY_DEEP["vdvae"](),
+        "objective": ObjectiveConfig(
+            kl_anneal_portion=0, kl_balancing=False, spectral_weight=0.0, per_dimension=True
+        ),
+        "optimizer": OptimizerConfig(
+            name="adamw", learning_rate=1e-3, min_learning_rate=1e-3, warmup_steps=4, beta2=0.9
+        ),
+    },
+    "evdvae": {
+        "architecture": "evdvae",
+        "model": VERY_DEEP["evdvae"](),
+        "objective": ObjectiveConfig(
+            name="gamma_balanced", options={"portion": 0.4}, kl_anneal_portion=0.2,
+            kl_balancing=False, spectral_weight=0.0, per_dimension=True,
+        ),
+        "optimizer": OptimizerConfig(
+            min_learning_rate=2e-3, warmup_steps=4, decay_start=0.5, decay_end=0.9
+        ),
+    },
+}  # fmt: skip
+"""What a family's run has of its own: a small network, and the shape of its paper's recipe."""
+
+
+def small_config(root: Path, family: str = "nvae", **changes: Any) -> TrainConfig:
     """Sixteen batches of four an epoch, eight steps of two micro-batches, three epochs."""
     settings: dict[str, Any] = {
         "data": DataConfig(
@@ -56,7 +85,7 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
         "callbacks": small_callbacks(),
         "logger": {"jsonl": {"_target_": "nvae.training.logging.JsonLinesLogger"}},
     }  # fmt: skip
-    return TrainConfig(**{**settings, **changes})
+    return TrainConfig(**{**settings, **RECIPES[family], **changes})
 
 
 class StopAt(pl.Callback):

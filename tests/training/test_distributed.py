@@ -13,11 +13,12 @@ import torch.distributed as dist
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.evaluation import RecordStore, evaluate
-from nvae.models import NVAE, ModelConfig
-from nvae.objective import Objective, ObjectiveConfig, elbo
+from nvae.models import MODELS, NVAE, ModelConfig
+from nvae.objective import ObjectiveConfig, build_objective, elbo
 from nvae.training.module import TrainingNoise
 from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
+from tests.training.runs import RECIPES
 
 MODEL = ModelConfig(
     image_size=8, num_scales=2, groups_per_scale=2, preprocess_blocks=1, preprocess_cells=1,
@@ -27,22 +28,23 @@ MODEL = ModelConfig(
 BATCH = 3
 
 
-def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
+def _gradients(rank: int, world: int, total: int, family: str = "nvae") -> dict[str, Any]:
     """One float64 training pass over this rank's share of a global batch, gradients averaged."""
     torch.manual_seed(0)
-    model = NVAE(MODEL).double()
+    recipe = RECIPES[family]
+    model = MODELS[family](recipe.get("model", MODEL)).double()
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(total, 1, 8, 8, generator=generator, dtype=torch.float64).round()
     noise = model.draw_noise(total, generator)
     if world > 1:
         SharedStatistics(model)
     mine = slice(rank * total // world, (rank + 1) * total // world)
-    objective = Objective(model, ObjectiveConfig())
+    objective = build_objective(model, recipe.get("objective", ObjectiveConfig()))
     mine_noise = [eps[mine] for eps in noise]
-    loss = objective(model, x[mine], mine_noise, step=9, total_steps=100)  # beta is 0.3
-    assert loss.penalty is not None
+    loss = objective(model, x[mine], mine_noise, step=9, total_steps=100)  # beta is 0.3 or so
+    assert (loss.penalty is not None) == (family == "nvae")
     weight = (mine.stop - mine.start) * world / total  # as in NVAELightning.training_step
-    (loss.data * weight + loss.penalty).backward()
+    (loss.data * weight + (loss.penalty or 0)).backward()
     result = {}
     for name, p in model.named_parameters():
         assert p.grad is not None, name
@@ -56,7 +58,7 @@ def _gradients(rank: int, world: int, total: int) -> dict[str, Any]:
 
 def test_two_ranks_equal_one_with_the_double_batch() -> None:
     """Synchronized statistics, KL balancing and gradients: 2 x B equals 1 x 2B in float64."""
-    (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
+    whole = _gradients(0, 1, 2 * BATCH)
     for half in run_ranks(_gradients, 2, 2 * BATCH):
         assert half.keys() == whole.keys()
         scale = max(np.abs(v).max() for v in whole.values())
@@ -66,12 +68,14 @@ def test_two_ranks_equal_one_with_the_double_batch() -> None:
             )
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_with_unlike_shares_equal_one_with_all(world: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "world"), [("nvae", 2), ("nvae", 3), ("vdvae", 2), ("evdvae", 2)]
+)
+def test_ranks_with_unlike_shares_equal_one_with_all(family: str, world: int) -> None:
     """Seven images on two and three ranks: every mean over ranks counts images, not ranks."""
-    (whole,) = run_ranks(_gradients, 1, 7)
+    whole = _gradients(0, 1, 7, family)
     scale = max(np.abs(v).max() for v in whole.values())
-    for share in run_ranks(_gradients, world, 7):
+    for share in run_ranks(_gradients, world, 7, family):
         for name, value in whole.items():
             np.testing.assert_allclose(
                 share[name], value, rtol=1e-8, atol=1e-12 * scale, err_msg=name
@@ -92,8 +96,7 @@ def test_free_bits_count_images_not_ranks() -> None:
 
 def test_statistics_are_this_ranks_own_without_a_group() -> None:
     """The comparison above would fail without synchronization: it can fail."""
-    (whole,) = run_ranks(_gradients, 1, 2 * BATCH)
-    (half,) = run_ranks(_gradients, 1, BATCH)
+    whole, half = _gradients(0, 1, 2 * BATCH), _gradients(0, 1, BATCH)
     assert any(not np.allclose(half[name], whole[name]) for name in whole)
 
 

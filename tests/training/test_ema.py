@@ -16,7 +16,7 @@ from nvae.cli.train import build_module
 from nvae.training import ema
 from nvae.training.ema import HostCopy, MovingAverage, move_by
 from nvae.training.module import NVAELightning
-from tests.training.runs import last_checkpoint, run, small_config
+from tests.training.runs import StopAt, last_checkpoint, run, small_config
 
 
 @pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
@@ -231,3 +231,16 @@ def test_a_checkpoint_says_what_it_always_said(tmp_path: Path) -> None:
     assert checkpoint["averaging_state"].keys() == {"n_averaged"}
     assert int(checkpoint["averaging_state"]["n_averaged"]) == checkpoint["global_step"] == 24
     assert checkpoint["state_dict"].keys() == checkpoint["current_model_state"].keys()
+
+
+@pytest.mark.parametrize(("decay", "lines"), [(0.9999, 1), (0.8, 0)])
+def test_an_average_that_is_longer_than_the_run_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, decay: float, lines: int
+) -> None:
+    """It would be the initial weights, validated and sampled as if they had been trained."""
+    config = small_config(tmp_path)
+    config.callbacks["ema"]["decay"] = decay
+    run(config, StopAt(1))
+    told = [record.message for record in caplog.records if "callbacks.ema" in record.message]
+    assert len(told) == lines
+    assert all("a run of 24" in line and "decay=0.5833" in line for line in told)

@@ -9,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.training.ema import MovingAverage
-from nvae.training.optimizers import OptimizerConfig
-from tests.training.runs import run, small_config
+from tests.training.runs import RECIPES, run, small_config
 
 EVERY = 6
 
@@ -52,22 +51,25 @@ class ReadsPerStep(pl.Callback):
         self.by_step[trainer.global_step] = self.counter.reads - self.before
 
 
-@pytest.mark.parametrize("optimizer", ["adamax", "adamw"])
-def test_no_reads_between_logs(tmp_path: Path, optimizer: str) -> None:
-    """Clipping, bad-step guard, KL annealing, spectral norm, average and metrics included."""
-    config = small_config(tmp_path)
-    config.optimizer = OptimizerConfig(name=optimizer, warmup_epochs=0)
+@pytest.mark.parametrize("family", RECIPES)
+def test_no_reads_between_logs(tmp_path: Path, family: str) -> None:
+    """Clipping, bad-step guard, KL annealing, spectral norm, average and metrics included.
+
+    With Adamax and AdamW, which is VDVAE's.
+    """
+    config = small_config(tmp_path, family)
     config.trainer.log_every_n_steps = EVERY
     config.trainer.gradient_clip_val = 1.0
     config.callbacks["guard"]["skip_threshold"] = 1e6
     counter = CountReads()
     reads = ReadsPerStep(counter)
 
+    config.trainer.max_epochs = 2
     with counter:
         run(config, reads)
     # the first step reads the spectral vectors' flag; tolist() of a stack reads no scalar here
     between = {s: n for s, n in reads.by_step.items() if s > 1 and s % EVERY and s % 8}
-    assert len(between) > 12
+    assert len(between) > 8
     assert not any(between.values()), between
 
 

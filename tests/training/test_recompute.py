@@ -16,6 +16,7 @@ from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.weight_norm import weight_norms
 from nvae.regularizers import batchnorms
 from nvae.training.recompute import compile_blocks, recompute_segments
+from tests.models.small import small_very_deep
 from tests.training.ranks import run_ranks
 
 CONFIG = ModelConfig(
@@ -131,7 +132,10 @@ def test_copy_recomputes_its_own_weights() -> None:
     assert model(x).logits.any()
 
 
-def test_compiled_blocks_keep_their_names_and_numbers() -> None:
+@pytest.mark.parametrize(
+    "family", ["nvae", "vdvae", pytest.param("evdvae", marks=pytest.mark.slow)]
+)
+def test_compiled_blocks_keep_their_names_and_numbers(family: str) -> None:
     """Cells, heads, flows and merges; also where they are recomputed in the backward pass.
 
     Dynamo traces, nothing is generated.
@@ -143,9 +147,10 @@ def test_compiled_blocks_keep_their_names_and_numbers() -> None:
     )  # fmt: skip
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = NVAE(config)
-    compiled = NVAE(config)
-    compiled.load_state_dict(plain.state_dict())
+    few = {"vdvae": {"encoder_blocks": "8d8", "decoder_blocks": "1,8m1"}, "evdvae": {
+        "down_n_blocks_per_res": [0] * 4}}  # fmt: skip
+    plain = NVAE(config) if family == "nvae" else small_very_deep(family, **few[family]).train()
+    compiled = copy.deepcopy(plain)
     compile_blocks(compiled, backend="aot_eager")
     recompute_segments(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.launches import kernels_in_place
-from nvae.models import NVAE, ModelConfig
+from nvae.models import MODELS, ModelConfig
 from nvae.models.layers import DataInitConv2d
-from nvae.objective import Objective, ObjectiveConfig
+from nvae.objective import ObjectiveConfig, build_objective
 from nvae.ops import kernels
 from nvae.ops.kernels import block_table, tables_of_capture
 from nvae.training import captured
@@ -21,6 +21,7 @@ from nvae.training.captured import CudaGraphs
 from nvae.training.guard import BadSteps
 from nvae.training.optimizers import OptimizerConfig, build_optimizer
 from nvae.training.whole_step import StepInput, StepPosition, WholeStep
+from tests.training.runs import RECIPES
 from tests.training.tape import FORBIDDEN, READS, Tape, tensors_of
 
 BATCH = 4
@@ -34,17 +35,23 @@ EARLY = StepPosition(position=3, total_steps=100, step=4, batch=7)
 LATE = StepPosition(position=80, total_steps=100, step=81, batch=161, weight=0.5)
 
 
-def problem(device: str, micro_batches: int = 1) -> tuple[WholeStep, StepInput]:
+def problem(
+    device: str, micro_batches: int = 1, family: str = "nvae"
+) -> tuple[WholeStep, StepInput]:
     """A step with everything in it, and a batch; what reads the device at first has read it."""
     torch.manual_seed(0)
-    model = NVAE(TINY).to(device, memory_format=torch.channels_last)
-    settings = ObjectiveConfig(free_bits=0.1, encoder_noise=0.05, spectral_weight_initial=1.0)
-    objective = Objective(model, settings).to(device)
+    recipe = RECIPES[family]
+    config = replace(recipe["model"], image_channels=3) if recipe else TINY
+    settings = recipe.get("objective") or ObjectiveConfig(
+        free_bits=0.1, encoder_noise=0.05, spectral_weight_initial=1.0
+    )
+    model = MODELS[family](config).to(device, memory_format=torch.channels_last)
+    objective = build_objective(model, settings).to(device)
     for module in model.modules():
         if isinstance(module, DataInitConv2d):
             module.checked = True
-    assert objective.spectral_norm is not None
-    objective.spectral_norm.is_warm = True
+    if objective.spectral_norm is not None:
+        objective.spectral_norm.is_warm = True
     guard = BadSteps(skip_threshold=1e6)
     guard.begin(model, micro_batches=micro_batches)
     parameters = list(model.parameters())
@@ -99,14 +106,14 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
 
 
-@pytest.mark.parametrize("kernels_run", [True, False])
-def test_a_step_has_no_number_of_its_own(no_autocast: None, kernels_run: bool) -> None:
+@pytest.mark.parametrize("case", ["kernels", *RECIPES])
+def test_a_step_has_no_number_of_its_own(no_autocast: None, case: str) -> None:
     """Guard, clipping and two micro-batches included: beta, lambda, weight, learning rate and
     counts differ between the two, the operations and all of their numbers do not; nothing is read
     from the device, nothing is copied to it."""
     traces = []
-    with kernels_in_place() if kernels_run else nullcontext():
-        step, batch = problem("meta", micro_batches=2)
+    with kernels_in_place() if case == "kernels" else nullcontext():
+        step, batch = problem("meta", 2, "nvae" if case == "kernels" else case)
         for at, rate in ((EARLY, 1e-2), (EARLY, 1e-2), (LATE, 3e-3)):
             step.optimizer.param_groups[0]["lr"] = rate
             schedule = schedule_of(step, at, "meta")
