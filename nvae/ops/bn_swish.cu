@@ -42,7 +42,7 @@ struct Args {
     const double* elements;  // that the sums are over, where the device knows it, or null
     long long slot;          // of the counters
     long long P;             // pixels
-    long long run;           // pixels a block
+    long long run;           // pixels a block; times C, below 2^31
     double n;                // elements that the sums are over, otherwise
     double eps;              // these three with MOMENTS
     double repeats;          // how often an element counts in the running variance
@@ -55,7 +55,7 @@ struct Args {
 __device__ unsigned counters[COUNTER_SLOTS * COLUMNS];
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const Args a) {
     const int channel_blocks = (a.C + CB - 1) / CB;
     const int c = blockIdx.x % channel_blocks * CB + threadIdx.x % VECTORS * VIO;
     const long long row = blockIdx.x / channel_blocks;
@@ -85,12 +85,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
     for (int i = 0; i < VIO; ++i) sum[i] = moment[i] = 0.f;
 #endif
 
-    const long long end = min(a.P, (row + 1) * a.run);
-    for (long long p = row * a.run + group; channel_ok && p < end; p += GROUPS * BATCH) {
+    const long long start = row * a.run * a.C + c;
+    const int end = static_cast<int>(min(a.run, a.P - row * a.run));
+    for (int p = group; channel_ok && p < end; p += GROUPS * BATCH) {
         Raw raw[BATCH], raw_dy[BATCH];
 #pragma unroll
         for (int u = 0; u < BATCH; ++u) {
-            const long long at = (p + u * GROUPS) * a.C + c;
+            const long long at = start + (p + u * GROUPS) * a.C;
             const bool inside = p + u * GROUPS < end;
             raw[u] = raw_dy[u] = Raw();
             if (inside) raw[u] = load_raw(a.x + at);
@@ -133,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
 #endif
             }
 #if MODE != MODE_SUMS
-            store_vector(a.out + (p + u * GROUPS) * a.C + c, out);
+            store_vector(a.out + start + (p + u * GROUPS) * a.C, out);
 #endif
         }
     }
@@ -164,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Args a) {
     if (!is_last_block(counters + a.slot * COLUMNS + column, a.rows)) return;
     add_rows<2 * CB>(a.partial, a.rows, 2 * a.C, a.sums, reinterpret_cast<double*>(sums), place);
 #if MODE == MODE_BACKWARD
-    finish_gradients<CB>(a, column * CB, a.C);
+    finish_gradients<CB>(a.sums, a.gamma, a.moments, a.params, a.through, a.elements, a.n, column * CB,
+                         a.C);
 #elif MOMENTS
     finish_moments<CB>(a, column * CB, a.C, static_cast<double>(a.P));
 #endif

@@ -334,23 +334,26 @@ __device__ __forceinline__ void finish_moments(const Args& a, int c0, int all, d
         put_moments(a, c, all, a.sums[c], a.sums[all + c], n);
 }
 
-// What follows from the sums of g and of g (x - mean), which this block has just put into a.sums, for
-// the CHANNELS from c0 on: gradients of gamma and beta and, where they are asked for, of the sums of x.
-template <int CHANNELS, class Args>
-__device__ __forceinline__ void finish_gradients(const Args& a, int c0, int all) {
+// What follows from the sums of g and of g (x - mean), which this block has just put into `sums`, for
+// the CHANNELS from c0 on: gradients of gamma and beta and, unless `through` is null, of the sums of x
+// over n (or *elements) elements. A function of its own, as add_rows.
+template <int CHANNELS>
+__device__ __noinline__ void finish_gradients(const double* sums, const float* gamma,
+                                              const double* moments, float* params, double* through,
+                                              const double* elements, double n, int c0, int all) {
     __syncthreads();  // the column's sums of g are there
     for (int c = c0 + threadIdx.x; c < min(c0 + CHANNELS, all); c += THREADS) {
         // v = (x - mean) rstd gamma + beta
-        const double first = a.sums[c], second = a.sums[all + c];
-        const double mean = a.moments[c], rstd = a.moments[all + c], var = a.moments[2 * all + c];
-        a.params[c] = static_cast<float>(rstd * second);
-        a.params[all + c] = static_cast<float>(first);
-        if (!a.through) continue;
+        const double first = sums[c], second = sums[all + c];
+        const double mean = moments[c], rstd = moments[all + c], var = moments[2 * all + c];
+        params[c] = static_cast<float>(rstd * second);
+        params[all + c] = static_cast<float>(first);
+        if (!through) continue;
         // mean = S1 / n, var = S2 / n - mean^2 where that is not negative, rstd = (var + eps)^(-1/2)
-        const double n = a.elements ? *a.elements : a.n;
-        const double dvar = var > 0 ? -0.5 * rstd * rstd * rstd * a.gamma[c] * second : 0;
-        a.through[c] = (-a.gamma[c] * rstd * first - 2 * mean * dvar) / n;
-        a.through[all + c] = dvar / n;
+        const double share = 1 / (elements ? *elements : n);
+        const double dvar = var > 0 ? -0.5 * rstd * rstd * rstd * gamma[c] * second : 0;
+        through[c] = (-gamma[c] * rstd * first - 2 * mean * dvar) * share;
+        through[all + c] = dvar * share;
     }
 }
 #endif

@@ -435,6 +435,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
 #if FUSED && NEED_DX
     add_rows<2 * CB>(a.partial_sums, a.rows, 2 * C, a.sums, totals + THREADS,
                      [=](int i) { return i % CB < live ? i / CB * C + c0 + i % CB : -1; });
-    finish_gradients<CB>(a, c0, C);
+    finish_gradients<CB>(a.sums, a.gamma, a.moments, a.params, a.through, a.elements, a.n, c0, C);
 #endif
 }

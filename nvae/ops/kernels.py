@@ -305,6 +305,7 @@ def _launch_bn(
     wanted = launcher.limits(x.device).multiprocessors * BN_BLOCKS
     run = max(step, -(-pixels * columns // (wanted * step)) * step)
     rows = -(-pixels // run)
+    assert run * c < 2**31
     has_sums = mode in ("MODE_BACKWARD", "MODE_SUMS")
     partial = _floats(x, rows, 2, c) if has_sums else None
     sums = doubles(x, 2, c) if has_sums else None
