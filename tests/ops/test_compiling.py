@@ -16,7 +16,7 @@ from nvae.ops import cuda, depthwise_conv2d, library
 from nvae.ops.cuda import CompileError, compile_kernel
 from tests import PATIENCE
 
-MACROS = (("ELEM", 32), ("VIO", 1), (("THREADS", 256), ("WIDE", 1))
+MACROS = (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256), ("WIDE", 1))
 
 
 @pytest.fixture
