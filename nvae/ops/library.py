@@ -27,7 +27,7 @@ Impl = Literal["auto", "reference", "cuda"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 OPS = torch.ops.nvae
 FORMULAS = SimpleNamespace()
-"""What the ops of the same names compute without kernels, on any device."""
+"""What the ops of the same names compute without kernels, on any device, the CPU's own ways too."""
 LIBRARY = torch.library.Library("nvae", "DEF")
 ARGUMENTS = {
     "BN": "Tensor gamma, Tensor beta, Tensor moments",
@@ -196,10 +196,15 @@ def where_possible(launch: Callable[..., Any], formula: Callable[..., Any]) -> C
     """``launch`` on devices with kernels, else the formula; a list may be the first argument."""
 
     def run(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        return launch(*args) if has_kernels(first.device) else formula(*args)
+        return launch(*args) if has_kernels(_device_of(args)) else formula(*args)
 
     return run
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    device: torch.device = first.device
+    return device
 
 
 def _define(
@@ -213,10 +218,15 @@ def _define(
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
+    def without_kernels(*args: Any) -> Any:
+        if on_cpu is not None and _device_of(args).type == "cpu":
+            return on_cpu(*args)
+        return plain(*args)
+
     bare = schema.partition("(")[0]
     name = f"nvae::{bare}"
     on_gpu = where_possible(kernel_or_formula(name, kernel, plain), plain)
-    setattr(FORMULAS, bare, plain)
+    setattr(FORMULAS, bare, without_kernels)
     for short, arguments in ARGUMENTS.items():
         schema = schema.replace(short, arguments)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
