@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops import Statistics, Tracked, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
 from nvae.ops.adamax import adamax_formula
 from nvae.ops.cuda import CudaLauncher
 from nvae.ops.library import check_kernels
@@ -127,6 +127,30 @@ def test_evaluation_uses_running_statistics() -> None:
     got = bn_swish_depthwise(x, gamma, beta, w, moments=running, impl="cuda").output
     want = bn_swish_depthwise(x, gamma, beta, w, moments=running, impl="reference").output
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_move_as_by_the_formula() -> None:
+    """In two steps, those of the layer in front of the convolution and of the one behind it."""
+    x, gamma, beta, w, *_ = (t.detach() for t in chain_inputs(Case(4, 90, 9, 9, dtype=BFLOAT)))
+    moved = {}
+    for impl in ("cuda", "reference"):
+        first, second = (
+            Tracked(torch.zeros(90, device="cuda"), torch.ones(90, device="cuda"), 0.1, repeats)
+            for repeats in (4, 1)
+        )
+        for _ in range(2):
+            h = bn_swish_depthwise(
+                x,
+                gamma,
+                beta,
+                w,
+                tracked=first,
+                tracked_next=second,
+                impl=impl,  # type: ignore[arg-type]
+            )
+            bn_swish(h.output, gamma, beta, moments=h.moments, tracked=second, impl=impl)  # type: ignore[arg-type]
+        moved[impl] = [*first[:2], *second[:2]]
+    torch.testing.assert_close(moved["cuda"], moved["reference"], rtol=2e-2, atol=1e-2)
 
 
 def test_weight_gradient_is_deterministic() -> None:
