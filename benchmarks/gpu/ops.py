@@ -255,7 +255,7 @@ class Shape:
 
         def fused(x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor) -> Tensor:
             h = bn_swish_depthwise(x, g1, b1, w, impl=self.impl)
-            return bn_swish(h.output, g2, b2, sums=h.sums, impl=self.impl).output
+            return bn_swish(h.output, g2, b2, moments=h.moments, impl=self.impl)
 
         chains: dict[str, tuple[Callable[..., Tensor], torch.memory_format]] = {
             OURS: (fused, nhwc),
@@ -290,7 +290,7 @@ class Shape:
 
         def of(impl: Impl) -> Step:
             x, (gamma, beta) = self.x[torch.channels_last], self.parameters[:2]
-            return lambda i: bn_swish(x[i], gamma, beta, impl=impl).output
+            return lambda i: bn_swish(x[i], gamma, beta, impl=impl)
 
         with torch.no_grad():
             steps = {OURS: of(self.impl), "channels_last": of("reference")}

@@ -30,7 +30,7 @@ from nvae.models.layers import (
 )
 from nvae.ops import (
     BatchMoments,
-    Statistics,
+    BnSwishDepthwise,
     bn_swish,
     bn_swish_depthwise,
     depthwise_conv2d,
@@ -155,11 +155,11 @@ class MobileConv(nn.Module):
             return self._folded.get(self._folds_from(), self.folded)(x)
         x = self.expand(self.norm_in(x))
         if self.depthwise and not self.upsample:
-            x, sums = self._normalized_depthwise(x)
+            x, moments = self._normalized_depthwise(x)
         else:
             x = self.norm_expand(x)
-            x, sums = self.spatial(upsample_nearest(x) if self.upsample else x), None
-        return self.norm_out(self.project(self.norm_spatial(x, sums)))
+            x, moments = self.spatial(upsample_nearest(x) if self.upsample else x), None
+        return self.norm_out(self.project(self.norm_spatial(x, moments)))
 
     def _folds_from(self) -> list[Tensor]:
         # named one by one: a walk through the modules takes as long as a convolution of one image
@@ -169,15 +169,16 @@ class MobileConv(nn.Module):
             *(t for n in norms for t in (n.weight, n.bias, n.running_mean, n.running_var)),
         ]  # fmt: skip
 
-    def _normalized_depthwise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """BN+Swish and the depthwise convolution in one op; the next BN's sums come with it."""
+    def _normalized_depthwise(self, x: Tensor) -> BnSwishDepthwise:
+        """BN+Swish and the depthwise convolution in one op; the next BN's moments come with it."""
         norm, conv = self.norm_expand, self.spatial
-        y, statistics, sums = bn_swish_depthwise(
-            x, norm.weight, norm.bias, conv.weight, conv.stride[0],
-            running=norm.running(), eps=EPS, group=norm.group, impl=norm.kernels,
+        done = bn_swish_depthwise(
+            x, norm.weight, norm.bias, conv.weight, conv.stride[0], moments=norm.running(),
+            tracked=norm.tracked(), tracked_next=self.norm_spatial.tracked(), eps=EPS,
+            group=norm.group, impl=norm.kernels,
         )  # fmt: skip
-        norm.track(statistics)
-        return y, sums
+        norm.count()
+        return done
 
     def folded(self) -> nn.Module:
         """The same without the normalizations, which the weights take over."""
@@ -200,9 +201,7 @@ class _FoldedChain(nn.Module):
     """
 
     one: Tensor
-    zero: Tensor
-    mean: Tensor
-    rstd: Tensor
+    moments: Tensor
 
     def __init__(
         self, expand: nn.Conv2d, spatial: nn.Conv2d, project: nn.Conv2d, upsample: bool
@@ -213,9 +212,7 @@ class _FoldedChain(nn.Module):
         # what is left of a normalization is its shift, the convolution's bias
         one = torch.ones_like(spatial.weight[:, 0, 0, 0])
         self.register_buffer("one", one)
-        self.register_buffer("zero", torch.zeros_like(one))
-        self.register_buffer("mean", self.zero.double())
-        self.register_buffer("rstd", one.double())
+        self.register_buffer("moments", torch.stack([torch.zeros_like(one), one, one]).double())
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
@@ -223,16 +220,16 @@ class _FoldedChain(nn.Module):
         weight, stride = self.spatial.weight, self.spatial.stride[0]
         assert expand_bias is not None
         assert bias is not None
-        fixed = BatchMoments(self.mean, self.rstd, Statistics(self.zero, self.one))
+        fixed = BatchMoments(self.moments)
         x = F.conv2d(x, self.expand.weight)
         if self.upsample is None:
             x = bn_swish_depthwise(
-                x, self.one, expand_bias, weight, stride, running=fixed, eps=0.0
+                x, self.one, expand_bias, weight, stride, moments=fixed, eps=0.0
             ).output
         else:
-            x = bn_swish(x, self.one, expand_bias, running=fixed, eps=0.0).output
+            x = bn_swish(x, self.one, expand_bias, moments=fixed, eps=0.0)
             x = depthwise_conv2d(self.upsample(x), weight, stride)
-        y: Tensor = self.project(bn_swish(x, self.one, bias, running=fixed, eps=0.0).output)
+        y: Tensor = self.project(bn_swish(x, self.one, bias, moments=fixed, eps=0.0))
         return y
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.models.folding import Derived, evaluated_conv2d, fixed_conv
-from nvae.ops import Statistics, batch_norm, bn_swish, depthwise_conv2d, reference
-from nvae.ops.library import OPS, Impl, has_kernels
+from nvae.ops import BatchMoments, Statistics, Tracked, batch_norm, bn_swish, depthwise_conv2d
+from nvae.ops.library import Impl, has_kernels
 from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 
 EPS = 1e-5
@@ -295,33 +295,27 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, moments: BatchMoments | None = None) -> Tensor:
         """``(B, C, H, W)`` to the same shape.
 
         Args:
             x: the raw features.
-            sums: ``(2, C)``, their sum and sum of squares where the op that made them knows.
+            moments: theirs, in training, where the op that made them knows; it has moved the
+                running statistics.
         """
-        running = self.running()
-        if self.activation == "swish":
-            x, statistics = bn_swish(
-                x, self.weight, self.bias, running=running, sums=sums, eps=EPS, group=self.group,
-                impl=self.kernels,
-            )  # fmt: skip
-            self.track(statistics)
-        elif running is None and self._moves_by_itself():
+        if self.activation != "swish" and self.training and self._moves_by_itself():
             # frozen: given all the same, since torch keeps them for backward, as the first pass did
             momentum = 0.0 if self.frozen else self.momentum
             x = F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, EPS
             )
-            self._count()
         else:
-            x, statistics = batch_norm(
-                x, self.weight, self.bias, running=running, eps=EPS, group=self.group,
-                impl=self.kernels,
+            normalize = bn_swish if self.activation == "swish" else batch_norm
+            x = normalize(
+                x, self.weight, self.bias, moments=moments if self.training else self.running(),
+                tracked=self.tracked(), eps=EPS, group=self.group, impl=self.kernels,
             )  # fmt: skip
-            self.track(statistics)
+        self.count()
         return F.elu(x) if self.activation == "elu" else x
 
     def _has_kernels(self) -> bool:
@@ -337,22 +331,15 @@ class BatchNorm(nn.Module):
         """The running statistics in evaluation; None in training, where the batch's are used."""
         return None if self.training else Statistics(self.running_mean, self.running_var)
 
-    @torch.no_grad()
-    def track(self, statistics: Statistics) -> None:
-        """Move the running statistics towards a training batch's."""
+    def tracked(self) -> Tracked | None:
+        """The running statistics that a training batch is to move."""
         if not self.training or self.frozen:
-            return
-        mean, var, n = statistics
-        asked, count = (n, 0.0) if isinstance(n, Tensor) else (None, float(n))
-        track = OPS.track_ if self._has_kernels() else reference.track
-        track(
-            self.running_mean, self.running_var, mean, var, asked, count, self.repeats,
-            self.momentum,
-        )  # fmt: skip
-        self._count()
+            return None
+        return Tracked(self.running_mean, self.running_var, self.momentum, self.repeats)
 
-    def _count(self) -> None:
-        if not (self.frozen or self.counted_together):
+    def count(self) -> None:
+        """Count a training batch that has moved the running statistics."""
+        if self.training and not (self.frozen or self.counted_together):
             self.num_batches_tracked += 1
 
     def affine(self) -> tuple[Tensor, Tensor]:

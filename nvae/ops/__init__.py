@@ -7,8 +7,8 @@ insists on it, ``"reference"`` never compiles one.
 
 from nvae.ops.batchnorm import (
     BatchMoments,
-    Normalized,
     Statistics,
+    Tracked,
     batch_norm,
     bn_swish,
     fixed_moments,
@@ -20,8 +20,8 @@ __all__ = [
     "BatchMoments",
     "BnSwishDepthwise",
     "Impl",
-    "Normalized",
     "Statistics",
+    "Tracked",
     "batch_norm",
     "bn_swish",
     "bn_swish_depthwise",

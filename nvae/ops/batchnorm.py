@@ -13,51 +13,54 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nvae.ops import library
+from nvae.ops import library, reference
 from nvae.ops.library import Impl, ops
 
 
 class Statistics(NamedTuple):
-    """Per-channel statistics of a batch, or running ones. They carry no gradient.
+    """Running statistics to normalize with, per channel. They are constants.
 
     Attributes:
         mean: ``(C,)``.
-        var: ``(C,)``, the biased variance of a batch (divided by n, the elements). Running
-            statistics keep the unbiased one: ``var * n / (n - 1)``.
-        elements: per channel, over all ranks: an int, or a 0-d float64 tensor where ranks
-            were asked. Ignored for running statistics.
+        var: ``(C,)``.
     """
 
     mean: Tensor
     var: Tensor
-    elements: int | Tensor = 0
+
+
+class Tracked(NamedTuple):
+    """Running statistics that move in place towards the batch's.
+
+    Attributes:
+        mean: ``(C,)``.
+        var: ``(C,)``, the unbiased variance: divided by the number of elements less one.
+        momentum: share of the batch.
+        repeats: how often every element counts in that number.
+    """
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+    repeats: int = 1
 
 
 class BatchMoments(NamedTuple):
     """What normalizing takes, worked out.
 
     Attributes:
-        mean: ``(C,)`` float64, differentiable.
-        rstd: ``(C,)`` float64, 1 / sqrt(var + eps), differentiable.
-        statistics: the same as constants, for running statistics.
+        values: ``(3, C)`` float64: mean, 1 / sqrt(var + eps), biased variance. A constant: the
+            gradient goes through ``sums``.
+        sums: ``(2, C)`` float64, sum and sum of squares that the values follow from,
+            differentiable; None where the values are constants.
+        elements: of the sums, 0-d float64, where ranks were asked.
+        n: the same otherwise.
     """
 
-    mean: Tensor
-    rstd: Tensor
-    statistics: Statistics
-
-
-class Normalized(NamedTuple):
-    """What a normalization returns.
-
-    Attributes:
-        output: ``(B, C, H, W)``.
-        statistics: the statistics used: the batch's (over all ranks), for the caller to update
-            its running ones, or the running ones it gave.
-    """
-
-    output: Tensor
-    statistics: Statistics
+    values: Tensor
+    sums: Tensor | None = None
+    elements: Tensor | None = None
+    n: float = 0.0
 
 
 def batch_norm(
@@ -65,42 +68,46 @@ def batch_norm(
     gamma: Tensor,
     beta: Tensor,
     *,
-    running: Statistics | BatchMoments | None = None,
+    moments: Statistics | BatchMoments | None = None,
+    tracked: Tracked | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
-) -> Normalized:
-    """gamma (x - mean) / sqrt(var + eps) + beta.
+) -> Tensor:
+    """gamma (x - mean) / sqrt(var + eps) + beta, ``(B, C, H, W)``.
 
     Args:
         x: ``(B, C, H, W)``.
         gamma: ``(C,)`` scale.
         beta: ``(C,)`` shift.
-        running: running statistics to normalize with (evaluation); they are constants. Where they
-            stay the same, their :func:`fixed_moments`, made once. None: the batch's statistics, and
-            gradients through them (training).
+        moments: what to normalize with: running statistics (evaluation), where they stay the same
+            their :func:`fixed_moments`, made once; or those of x where the op that made it gave
+            them. None: taken here of the batch, with gradients through them (training).
+        tracked: running statistics that move where the batch's are taken here, by the statistics
+            of all ranks of the group.
         eps: added to the variance.
         group: process group over which batch statistics are synchronized; None: this rank alone.
-        impl: see :mod:`nvae.ops`; it matters with a group alone.
+        impl: see :mod:`nvae.ops`; it matters with a group or given moments alone.
 
     Raises:
         ValueError: batch statistics of a single element.
     """
-    if running is not None:
-        if isinstance(running, BatchMoments):
-            running = running.statistics
-        y = F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, eps)
-        return Normalized(y, running)
-    n = count_elements(x, group)
-    if group is None:
+    if isinstance(moments, Statistics):
+        return F.batch_norm(x, moments.mean, moments.var, gamma, beta, False, 0.0, eps)
+    if moments is None and group is None:
+        n = count_elements(x, group)
         # momentum 1 makes PyTorch leave the batch's own statistics in the "running" ones
         mean, var = gamma.new_zeros(gamma.shape), gamma.new_ones(gamma.shape)
         y = F.batch_norm(x, mean, var, gamma, beta, True, 1.0, eps)
-        return Normalized(y, Statistics(mean, var * ((n - 1) / n), n))
+        if tracked is not None:
+            var = var * ((n - 1) / n)
+            with torch.no_grad():
+                reference.track(
+                    tracked.mean, tracked.var, mean, var, None, n, tracked.repeats, tracked.momentum
+                )
+        return y
     # by kernels where there are any: x is all that is kept, 2 bytes an element in bfloat16
-    x, moments = input_moments(x, running=None, sums=None, eps=eps, group=group, impl=impl)
-    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, False, impl)
-    return Normalized(y, moments.statistics)
+    return _normalize(x, gamma, beta, moments, tracked, eps, group, False, impl)
 
 
 def bn_swish(
@@ -108,17 +115,15 @@ def bn_swish(
     gamma: Tensor,
     beta: Tensor,
     *,
-    running: Statistics | BatchMoments | None = None,
-    sums: Tensor | None = None,
+    moments: Statistics | BatchMoments | None = None,
+    tracked: Tracked | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
-) -> Normalized:
-    """v sigmoid(v) of v = :func:`batch_norm`'s output, whose arguments not named here are these.
+) -> Tensor:
+    """v sigmoid(v) of v = :func:`batch_norm`'s output, whose arguments these are.
 
     Args:
-        sums: ``(2, C)`` sum and sum of squares of x on this rank, where the op that made x gave
-            them (:func:`~nvae.ops.bn_swish_depthwise`). None: taken here where needed.
         impl: see :mod:`nvae.ops`.
 
     Raises:
@@ -126,20 +131,31 @@ def bn_swish(
             applies.
     """
     if not library.use_kernel(impl, x):
-        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group, impl=impl)
-        return Normalized(F.silu(y), statistics)
-    # two passes forward (three with the sums of x); the backward pass recomputes from x, the only
-    # tensor of its size that is kept
-    x, moments = input_moments(x, running=running, sums=sums, eps=eps, group=group, impl=impl)
-    y = _BatchNorm.apply(x, gamma, beta, moments.mean, moments.rstd, True, impl)
-    return Normalized(y, moments.statistics)
+        return F.silu(
+            batch_norm(
+                x, gamma, beta, moments=moments, tracked=tracked, eps=eps, group=group, impl=impl
+            )
+        )
+    # two passes forward (three with the moments of x); the backward pass recomputes from x, the
+    # only tensor of its size that is kept
+    return _normalize(x, gamma, beta, moments, tracked, eps, group, True, impl)
+
+
+def _normalize(
+    x: Tensor, gamma: Tensor, beta: Tensor, moments: Statistics | BatchMoments | None,
+    tracked: Tracked | None, eps: float, group: dist.ProcessGroup | None, swish: bool, impl: Impl,
+) -> Tensor:  # fmt: skip
+    x, found = input_moments(x, moments, tracked, eps, group, impl)
+    y: Tensor = _BatchNorm.apply(
+        x, gamma, beta, found.sums, found.values, found.elements, found.n, swish, impl
+    )
+    return y
 
 
 def input_moments(
     x: Tensor,
-    *,
-    running: Statistics | BatchMoments | None,
-    sums: Tensor | None,
+    moments: Statistics | BatchMoments | None,
+    tracked: Tracked | None,
     eps: float,
     group: dist.ProcessGroup | None,
     impl: Impl,
@@ -149,43 +165,69 @@ def input_moments(
     Where x's sums are taken here, x is passed through, so that its gradient and that of the sums
     arrive together and are added in one pass.
     """
-    if running is not None:
-        return x, running if isinstance(running, BatchMoments) else fixed_moments(running, eps)
+    if moments is not None:
+        return x, fixed_moments(moments, eps) if isinstance(moments, Statistics) else moments
     n = count_elements(x, group)
-    if sums is None:
+    if group is not None:
         x, sums = _ChannelSums.apply(x, impl)
-    sums, elements = synchronize(sums, n, group)
-    mean, rstd, var = _Moments.apply(sums, elements, float(n), eps, impl)
-    count = n if elements is None else elements
-    # var has no gradient already, but torch 2.11's compiler takes it for one that has
-    statistics = Statistics(mean.detach(), var.detach(), count)
-    return x, BatchMoments(mean, rstd, statistics)
+        return x, shared_moments(sums, n, tracked, eps, group, impl)
+    x, sums, values = _ChannelMoments.apply(x, *tracking(tracked, eps), impl)
+    return x, BatchMoments(values, sums, None, float(n))
+
+
+def shared_moments(
+    sums: Tensor, n: int, tracked: Tracked | None, eps: float, group: dist.ProcessGroup, impl: Impl
+) -> BatchMoments:
+    """Moments over the ranks of a group.
+
+    Args:
+        sums: ``(2, C)``, sum and sum of squares of the n elements of this rank.
+        n: their number.
+        tracked, eps, group, impl: as for :func:`batch_norm`.
+    """
+    packed = torch.cat([sums.flatten(), sums.new_full((1,), n)])
+    packed = _AllReduceSum.apply(packed, group)
+    sums, elements = packed[:-1].view_as(sums), packed[-1].detach()
+    values = ops(impl).moments(sums.detach(), elements, float(n), *tracking(tracked, eps))
+    return BatchMoments(values, sums, elements, float(n))
+
+
+def tracking(
+    tracked: Tracked | None, eps: float
+) -> tuple[float, Tensor | None, Tensor | None, float, float]:
+    """What the registered ops take: see :data:`nvae.ops.kernels.Tracking`."""
+    if tracked is None:
+        return eps, None, None, 1.0, 0.0
+    return eps, tracked.mean, tracked.var, float(tracked.repeats), tracked.momentum
 
 
 def fixed_moments(running: Statistics, eps: float) -> BatchMoments:
     """Of running statistics, to be given in their place."""
     mean, var = running.mean.detach().double(), running.var.detach().double()
-    return BatchMoments(mean, (var + eps).rsqrt(), running)
+    return BatchMoments(torch.stack([mean, (var + eps).rsqrt(), var]))
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, swish: bool,
-        impl: Impl,
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, sums: Tensor | None, moments: Tensor,
+        elements: Tensor | None, n: float, swish: bool, impl: Impl,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, gamma, beta, mean, rstd)
-        ctx.swish, ctx.impl = swish, impl
-        y: Tensor = ops(impl).batch_norm(x, gamma, beta, mean, rstd, swish)
+        ctx.save_for_backward(x, gamma, beta, moments, elements)
+        # nothing goes through moments without sums
+        ctx.n, ctx.swish, ctx.impl = 0.0 if sums is None else n, swish, impl
+        y: Tensor = ops(impl).batch_norm(x, gamma, beta, moments, swish)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, (dgamma, dbeta), (dmean, drstd) = ops(ctx.impl).batch_norm_backward(
-            dy, *ctx.saved_tensors, ctx.swish
+        *inputs, elements = ctx.saved_tensors
+        dx, (dgamma, dbeta), dsums = ops(ctx.impl).batch_norm_backward(
+            dy, *inputs, ctx.swish, elements, ctx.n
         )
-        return dx, dgamma, dbeta, dmean, drstd, None, None
+        dsums = dsums if ctx.needs_input_grad[3] else None
+        return dx, dgamma, dbeta, dsums, None, None, None, None, None
 
 
 def count_elements(x: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -200,17 +242,6 @@ def count_elements(x: Tensor, group: dist.ProcessGroup | None) -> int:
             f"batch statistics need more than one element per channel, got input {tuple(x.shape)}"
         )
     return count
-
-
-def synchronize(
-    sums: Tensor, n: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None]:
-    """Sums and number of elements over all ranks; the number is None for a rank alone."""
-    if group is None:
-        return sums, None
-    packed = torch.cat([sums.flatten(), sums.new_full((1,), n)])
-    packed = _AllReduceSum.apply(packed, group)
-    return packed[:-1].view_as(sums), packed[-1].detach()
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -242,29 +273,36 @@ class _ChannelSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, dsums: Tensor | None) -> tuple[Tensor | None, None]:
-        if dsums is None:
-            return dx, None
-        (x,) = ctx.saved_tensors
-        return ops(ctx.impl).fold(torch.zeros_like(x) if dx is None else dx, x, dsums), None
+        return _folded(ctx, dx, dsums), None
 
 
-class _Moments(torch.autograd.Function):
+class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sums: Tensor, elements: Tensor | None, n: float, eps: float, impl: Impl
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, rstd, var = ops(impl).moments(sums, elements, n, eps).unbind(0)
-        ctx.save_for_backward(sums, elements)
-        ctx.n, ctx.eps, ctx.impl = n, eps, impl
-        ctx.mark_non_differentiable(var)
-        ctx.set_materialize_grads(False)  # no zeros for var; mean and rstd are used together
-        return mean, rstd, var
+        ctx: Any, x: Tensor, eps: float, running_mean: Tensor | None, running_var: Tensor | None,
+        repeats: float, momentum: float, impl: Impl,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(x)
+        ctx.impl = impl
+        ctx.set_materialize_grads(False)
+        sums, moments = ops(impl).channel_moments(
+            x, eps, running_mean, running_var, repeats, momentum
+        )
+        ctx.mark_non_differentiable(moments)
+        return x.view_as(x), sums, moments
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dmean: Tensor, drstd: Tensor, _: None
-    ) -> tuple[Tensor, None, None, None, None]:
-        sums, elements = ctx.saved_tensors
-        dsums = ops(ctx.impl).moments_backward(sums, elements, ctx.n, ctx.eps, dmean, drstd)
-        return dsums, None, None, None, None
+        ctx: Any, dx: Tensor | None, dsums: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        return _folded(ctx, dx, dsums), None, None, None, None, None, None
+
+
+def _folded(ctx: Any, dx: Tensor | None, dsums: Tensor | None) -> Tensor | None:
+    """Gradient of x from those of what it was passed on as."""
+    if dsums is None:
+        return dx
+    (x,) = ctx.saved_tensors
+    gradient: Tensor = ops(ctx.impl).fold(torch.zeros_like(x) if dx is None else dx, x, dsums)
+    return gradient

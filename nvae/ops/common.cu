@@ -255,6 +255,25 @@ __device__ __forceinline__ float swish_slope(float v) {
     return fmaf(v * s, 1.f - s, s);
 }
 
+// What follows from a channel's sums over n elements: mean, rstd = 1 / sqrt(var + eps) and var, each
+// (all) in a.made; the running statistics, where there are any, move towards mean and unbiased var.
+// Doubles, since S2 / n - mean^2 cancels.
+template <class Args>
+__device__ __forceinline__ void put_moments(const Args& a, int c, int all, double first, double second,
+                                            double n) {
+    const double mean = first / n;
+    const double raw = second / n - mean * mean;
+    const double var = raw > 0 ? raw : 0;  // rounding may leave a constant channel below 0
+    a.made[c] = mean;
+    a.made[all + c] = 1 / sqrt(var + a.eps);
+    a.made[2 * all + c] = var;
+    if (!a.running_mean) return;
+    const double count = a.repeats * n;  // how often an element counts, times their number
+    const float unbiased = static_cast<float>(var * (count / (count - 1)));
+    a.running_mean[c] += a.momentum * (static_cast<float>(mean) - a.running_mean[c]);
+    a.running_var[c] += a.momentum * (unbiased - a.running_var[c]);
+}
+
 #ifdef COUNTER_SLOTS
 // Sums over a whole tensor. The blocks of a column (of channels) write a row of partial sums each, and
 // the last one to do so adds the rows up. Which block that is differs from launch to launch; the
@@ -304,6 +323,37 @@ __device__ __noinline__ void add_rows(const float* partial, int rows, long long 
         double total = totals[i];
         for (int share = 1; share < SHARES; ++share) total += totals[share * VALUES + i];
         if (to >= 0) out[to] = static_cast<T>(total);
+    }
+}
+
+// Moments of the CHANNELS from c0 on, whose sums this block has just put into a.sums.
+template <int CHANNELS, class Args>
+__device__ __forceinline__ void finish_moments(const Args& a, int c0, int all, double n) {
+    __syncthreads();  // the column's sums are there
+    for (int c = c0 + threadIdx.x; c < min(c0 + CHANNELS, all); c += THREADS)
+        put_moments(a, c, all, a.sums[c], a.sums[all + c], n);
+}
+
+// What follows from the sums of g and of g (x - mean), which this block has just put into `sums`, for
+// the CHANNELS from c0 on: gradients of gamma and beta and, unless `through` is null, of the sums of x
+// over n (or *elements) elements. A function of its own, as add_rows.
+template <int CHANNELS>
+__device__ __noinline__ void finish_gradients(const double* sums, const float* gamma,
+                                              const double* moments, float* params, double* through,
+                                              const double* elements, double n, int c0, int all) {
+    __syncthreads();  // the column's sums of g are there
+    for (int c = c0 + threadIdx.x; c < min(c0 + CHANNELS, all); c += THREADS) {
+        // v = (x - mean) rstd gamma + beta
+        const double first = sums[c], second = sums[all + c];
+        const double mean = moments[c], rstd = moments[all + c], var = moments[2 * all + c];
+        params[c] = static_cast<float>(rstd * second);
+        params[all + c] = static_cast<float>(first);
+        if (!through) continue;
+        // mean = S1 / n, var = S2 / n - mean^2 where that is not negative, rstd = (var + eps)^(-1/2)
+        const double share = 1 / (elements ? *elements : n);
+        const double dvar = var > 0 ? -0.5 * rstd * rstd * rstd * gamma[c] * second : 0;
+        through[c] = (-gamma[c] * rstd * first - 2 * mean * dvar) * share;
+        through[all + c] = dvar * share;
     }
 }
 #endif

@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvae.ops import library, reference
-from nvae.ops.batchnorm import BatchMoments, Statistics, batch_norm, input_moments
+from nvae.ops.batchnorm import (
+    BatchMoments,
+    Statistics,
+    Tracked,
+    batch_norm,
+    count_elements,
+    input_moments,
+    shared_moments,
+    tracking,
+)
 from nvae.ops.library import OPS, Impl
 
 
@@ -71,15 +80,13 @@ class BnSwishDepthwise(NamedTuple):
 
     Attributes:
         output: ``(B, C, ceil(H / stride), ceil(W / stride))``.
-        statistics: as in :class:`~nvae.ops.Normalized`, of the input.
-        sums: ``(2, C)`` float64, sum and sum of squares of the output's channels on this rank,
-            differentiable, for the next ``bn_swish(..., sums=)``; None where the path taken does
-            not have them for nothing (then the next op takes them itself).
+        moments: of the output in training, differentiable, for the next
+            ``bn_swish(..., moments=)``; None where the path taken does not have them for nothing
+            (then the next op takes them itself).
     """
 
     output: Tensor
-    statistics: Statistics
-    sums: Tensor | None
+    moments: BatchMoments | None
 
 
 def bn_swish_depthwise(
@@ -89,45 +96,56 @@ def bn_swish_depthwise(
     weight: Tensor,
     stride: int = 1,
     *,
-    running: Statistics | BatchMoments | None = None,
-    sums: Tensor | None = None,
+    moments: Statistics | BatchMoments | None = None,
+    tracked: Tracked | None = None,
+    tracked_next: Tracked | None = None,
     eps: float = 1e-5,
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> BnSwishDepthwise:
     """``depthwise_conv2d(bn_swish(x), weight, stride)`` without the tensor in between.
 
-    The branch of a mobile cell, ``BN + Swish -> depthwise -> BN + Swish``, in training::
+    The branch of a mobile cell, ``BN + Swish -> depthwise -> BN + Swish``, in training, where each
+    of the two moves running statistics::
 
-        h = bn_swish_depthwise(x, gamma1, beta1, weight, stride, group=group)
-        z = bn_swish(h.output, gamma2, beta2, sums=h.sums, group=group)
-        # running statistics from h.statistics and z.statistics
+        h = bn_swish_depthwise(
+            x, gamma1, beta1, weight, stride, tracked=first, tracked_next=second, group=group
+        )
+        z = bn_swish(h.output, gamma2, beta2, moments=h.moments, tracked=second, group=group)
 
     and in evaluation::
 
-        h = bn_swish_depthwise(x, gamma1, beta1, weight, stride, running=running1)
-        z = bn_swish(h.output, gamma2, beta2, running=running2)
+        h = bn_swish_depthwise(x, gamma1, beta1, weight, stride, moments=running1)
+        z = bn_swish(h.output, gamma2, beta2, moments=running2)
 
     Args:
         x: ``(B, C, H, W)``, the raw input; the backward pass keeps nothing else of its size.
         weight: ``(C, 1, K, K)``, K odd.
         stride: 1 or 2.
-        gamma, beta, running, sums, eps, group, impl: as in :func:`~nvae.ops.bn_swish`.
+        tracked_next: running statistics of the layer that the output goes to. They move where the
+            result has moments, which are made with the same eps.
+        gamma, beta, moments, tracked, eps, group, impl: as in :func:`~nvae.ops.bn_swish`.
 
     Raises:
         ValueError: as :func:`~nvae.ops.bn_swish` and :func:`~nvae.ops.depthwise_conv2d`.
     """
     check_depthwise(x, weight, stride)
     if not library.use_kernel(impl, x, weight.shape[-1]):
-        y, statistics = batch_norm(x, gamma, beta, running=running, eps=eps, group=group, impl=impl)
-        return BnSwishDepthwise(reference.depthwise(F.silu(y), weight, stride), statistics, None)
-    x, moments = input_moments(
-        library.to_autocast_dtype(x), running=running, sums=sums, eps=eps, group=group, impl=impl
-    )
-    y, sums_y = _BnSwishDepthwise.apply(
-        x, gamma, beta, moments.mean, moments.rstd, weight, stride, running is None
-    )
-    return BnSwishDepthwise(y, moments.statistics, sums_y if running is None else None)
+        y = batch_norm(
+            x, gamma, beta, moments=moments, tracked=tracked, eps=eps, group=group, impl=impl
+        )
+        return BnSwishDepthwise(reference.depthwise(F.silu(y), weight, stride), None)
+    x, found = input_moments(library.to_autocast_dtype(x), moments, tracked, eps, group, impl)
+    arguments = (x, gamma, beta, *found, weight, stride)
+    if found.sums is None:
+        y, _, _ = _BnSwishDepthwise.apply(*arguments, False)
+        return BnSwishDepthwise(y, None)
+    if group is not None:
+        y, sums, _ = _BnSwishDepthwise.apply(*arguments, True)
+        n = count_elements(y, group)
+        return BnSwishDepthwise(y, shared_moments(sums, n, tracked_next, eps, group, impl))
+    y, sums, values = _BnSwishDepthwise.apply(*arguments, True, *tracking(tracked_next, eps))
+    return BnSwishDepthwise(y, BatchMoments(values, sums, None, float(count_elements(y, group))))
 
 
 class _BnSwishDepthwise(torch.autograd.Function):
@@ -137,26 +155,38 @@ class _BnSwishDepthwise(torch.autograd.Function):
         x: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        moments: Tensor,
+        sums: Tensor | None,
+        elements: Tensor | None,
+        n: float,
         weight: Tensor,
         stride: int,
         want_sums: bool,
-    ) -> tuple[Tensor, Tensor]:
-        bn = (gamma, beta, mean, rstd)
-        y, sums = OPS.bn_swish_depthwise(x, *bn, weight, stride, want_sums)
+        *tracking: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (x, gamma, beta, moments, weight)
+        if tracking:
+            y, sums_y, made = OPS.bn_swish_depthwise_moments(*inputs, stride, *tracking)
+        else:
+            y, sums_y = OPS.bn_swish_depthwise(*inputs, stride, want_sums)
+            made = sums_y.new_empty(0)
         # y is the next layer's raw input, so keeping it costs nothing
-        ctx.save_for_backward(y, x, *bn, weight)
-        ctx.stride = stride
+        ctx.save_for_backward(y, *inputs, elements)
+        # nothing goes through moments without sums
+        ctx.n, ctx.stride, ctx.others = 0.0 if sums is None else n, stride, 2 + len(tracking)
         ctx.set_materialize_grads(False)
-        return y, sums
+        ctx.mark_non_differentiable(made)
+        return y, sums_y, made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dsums: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, *inputs = ctx.saved_tensors
+    def backward(
+        ctx: Any, dy: Tensor | None, dsums_y: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        y, *inputs, elements = ctx.saved_tensors
         dy = torch.zeros_like(y) if dy is None else dy
-        dx, (dgamma, dbeta), (dmean, drstd), dw = OPS.bn_swish_depthwise_backward(
-            dy, y, dsums, *inputs, ctx.stride
+        dx, (dgamma, dbeta), dsums, dw = OPS.bn_swish_depthwise_backward(
+            dy, y, dsums_y, *inputs, ctx.stride, elements, ctx.n
         )
-        return dx, dgamma, dbeta, dmean, drstd, dw, None, None
+        dsums = dsums if ctx.needs_input_grad[4] else None
+        return dx, dgamma, dbeta, None, dsums, None, None, dw, *[None] * ctx.others

@@ -58,14 +58,17 @@ struct Args {
     const float* weight;  // (C, K, K)
     const float* gamma;   // (C), these four with FUSED
     const float* beta;
-    const double* mean;
-    const double* rstd;
+    const double* moments;  // (3, C): mean, rstd, var
     elem* dx;               // (B, H, W, C) with NEED_DX
     float* partial_weight;  // (rows, C, K, K) with NEED_DW
     float* partial_sums;    // (rows, 2, C) with FUSED and NEED_DX
     float* dw;              // (C, K, K) with NEED_DW
     double* sums;           // (2, C) with FUSED and NEED_DX
+    float* params;          // (2, C): dgamma, dbeta, with FUSED and NEED_DX
+    double* through;        // (2, C): dS1, dS2 of x, or null, with FUSED and NEED_DX
+    const double* elements; // that x's sums are over, where the device knows it, or null
     long long slot;         // of the counters
+    double n;               // elements that x's sums are over, otherwise
     int B;
     int units;  // ceil(B / NB) * TILES_H * TILES_W
     int rows;   // blocks that share the units of one channel block
@@ -85,8 +88,8 @@ __device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
     const int i = threadIdx.x, c = c0 + i;
     if (i < CB) {
         const bool ok = c < C;
-        bn[i] = ok ? static_cast<float>(a.mean[c]) : 0.f;
-        bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
+        bn[i] = ok ? static_cast<float>(a.moments[c]) : 0.f;
+        bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.moments[C + c]) : 0.f;
         bn[2 * CB + i] = ok ? a.beta[c] : 0.f;
     }
 }
@@ -432,5 +435,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
 #if FUSED && NEED_DX
     add_rows<2 * CB>(a.partial_sums, a.rows, 2 * C, a.sums, totals + THREADS,
                      [=](int i) { return i % CB < live ? i / CB * C + c0 + i % CB : -1; });
+    finish_gradients<CB>(a.sums, a.gamma, a.moments, a.params, a.through, a.elements, a.n, c0, C);
 #endif
 }

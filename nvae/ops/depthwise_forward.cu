@@ -13,7 +13,7 @@
 //
 // Macros: C, H, W (of x; constants, so that offsets within a patch are immediate), K, S (stride),
 // CB, NB, TH, TW, PH, PW, THREADS, MIN_BLOCKS, COUNTER_SLOTS, FUSED (BN + Swish on load),
-// SUMS (per-channel sum and sum of squares of y).
+// SUMS (per-channel sum and sum of squares of y), MOMENTS (what follows from the sums: put_moments).
 
 constexpr int OH = (H + S - 1) / S;
 constexpr int OW = (W + S - 1) / S;
@@ -46,14 +46,19 @@ constexpr bool FLIP = VIO == 8 && CB == 32 && IW % 2 == 0 && PW * S % 2 == 0;
 struct Args {
     const elem* x;        // (B, H, W, C)
     const float* weight;  // (C, K, K)
-    const float* gamma;   // (C), these four with FUSED
+    const float* gamma;   // (C), these three with FUSED
     const float* beta;
-    const double* mean;
-    const double* rstd;
-    elem* y;         // (B, OH, OW, C)
-    float* partial;  // (rows, 2, C) with SUMS
-    double* sums;    // (2, C) with SUMS
+    const double* moments;  // (3, C): mean, rstd, var
+    elem* y;                // (B, OH, OW, C)
+    float* partial;         // (rows, 2, C) with SUMS
+    double* sums;           // (2, C) with SUMS
+    double* made;           // (3, C): mean, rstd, var of y, with MOMENTS
+    float* running_mean;    // (C), or null, with MOMENTS
+    float* running_var;
     long long slot;  // of the counters
+    double eps;      // these three with MOMENTS
+    double repeats;  // how often an element counts in the running variance
+    float momentum;
     int B;
     int units;  // ceil(B / NB) * TILES_H * TILES_W
     int rows;   // blocks that share the units of one channel block
@@ -74,8 +79,8 @@ __device__ __forceinline__ void stage_bn(const Args& a, float* bn, int c0) {
     const int i = threadIdx.x, c = c0 + i;
     if (i < CB) {
         const bool ok = c < C;
-        bn[i] = ok ? static_cast<float>(a.mean[c]) : 0.f;
-        bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.rstd[c]) : 0.f;
+        bn[i] = ok ? static_cast<float>(a.moments[c]) : 0.f;
+        bn[CB + i] = ok ? a.gamma[c] * static_cast<float>(a.moments[C + c]) : 0.f;
         bn[2 * CB + i] = ok ? a.beta[c] : 0.f;
     }
 }
@@ -304,8 +309,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) kernel(const A
         }
     }
     const int column = blockIdx.x % CHANNEL_BLOCKS;
-    if (is_last_block(counters + a.slot * CHANNEL_BLOCKS + column, a.rows))
-        add_rows<2 * CB>(a.partial, a.rows, 2 * C, a.sums, reinterpret_cast<double*>(shared),
-                         [=](int i) { return c0 + i % CB < C ? i / CB * C + c0 + i % CB : -1; });
+    if (!is_last_block(counters + a.slot * CHANNEL_BLOCKS + column, a.rows)) return;
+    add_rows<2 * CB>(a.partial, a.rows, 2 * C, a.sums, reinterpret_cast<double*>(shared),
+                     [=](int i) { return c0 + i % CB < C ? i / CB * C + c0 + i % CB : -1; });
+#if MOMENTS
+    finish_moments<CB>(a, c0, C, static_cast<double>(a.B) * (OH * OW));
+#endif
 #endif
 }

@@ -25,8 +25,14 @@ BN_BLOCKS = 4  # blocks of a multiprocessor: 64 registers a thread let four be r
 BN_COLUMNS = 256  # blocks side by side that one compiled kernel has counters for
 VECTOR_THREADS = 256
 
-BatchNormVectors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""gamma, beta ``(C,)`` float; mean, rstd ``(C,)`` float64."""
+BatchNormVectors = tuple[Tensor, Tensor, Tensor]
+"""gamma, beta ``(C,)`` float; moments ``(3, C)`` float64: mean, rstd, var."""
+Elements = tuple[Tensor | None, float]
+"""How many elements a layer's sums are over: on the device, else the number itself; 0 where moments
+are constants, through which no gradient goes."""
+Tracking = tuple[float, Tensor | None, Tensor | None, float, float]
+"""eps; running mean and variance ``(C,)`` float32 to be moved, or None; how often an element counts
+in that variance; momentum."""
 
 
 def depthwise_forward(
@@ -35,9 +41,11 @@ def depthwise_forward(
     stride: int,
     bn: BatchNormVectors | None = None,
     want_sums: bool = False,
+    tracking: Tracking | None = None,
     launcher: Launcher = CUDA,
-) -> tuple[Tensor, Tensor]:
-    """y = conv(x) or conv(Swish(BN(x))), and with ``want_sums`` sums ``(2, C)`` of y (else empty).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(x) or conv(Swish(BN(x))), with ``want_sums`` sums ``(2, C)`` of y (else empty), and
+    with ``tracking`` moments ``(3, C)`` of y (else empty).
 
     Args:
         x: ``(B, C, H, W)``.
@@ -45,6 +53,7 @@ def depthwise_forward(
         stride: 1 or 2.
         bn: what to normalize with, or None.
         want_sums: whether to sum.
+        tracking: of the layer that y goes to; with ``want_sums``.
         launcher: where to run.
     """
     x, weight, shape = nhwc(x), _vector(weight), _shape(x, weight, stride)
@@ -53,13 +62,17 @@ def depthwise_forward(
     rows = tiling.grid[3]
     partial = _floats(x, rows, 2, shape.c) if want_sums else None
     sums = doubles(x, 2, shape.c) if want_sums else None
-    vectors = _bn(bn)
+    made = doubles(x, 3, shape.c) if tracking is not None else None
+    running, scalars = _tracking(tracking)
+    flags = {
+        "FUSED": int(bn is not None), "SUMS": int(want_sums), "MOMENTS": int(made is not None),
+    }  # fmt: skip
     _launch_depthwise(
         "depthwise_forward", shape, tiling, [x, y],
-        [x, weight, *vectors, y, partial, sums],
-        {"FUSED": int(bn is not None), "SUMS": int(want_sums)}, 1, launcher,
+        [x, weight, *_bn(bn), y, partial, sums, made, *running], scalars, flags, 1, launcher,
     )  # fmt: skip
-    return y, doubles(x, 0) if sums is None else sums
+    _moved(running)
+    return y, doubles(x, 0) if sums is None else sums, doubles(x, 0) if made is None else made
 
 
 def depthwise_backward(
@@ -71,13 +84,13 @@ def depthwise_backward(
     through_sums: tuple[Tensor, Tensor] | None = None,
     need_dx: bool = True,
     need_dw: bool = True,
+    elements: Elements = (None, 0.0),
     launcher: Launcher = CUDA,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`depthwise_forward`: dx, dw ``(C, 1, K, K)`` and the BN sums ``(2, C)``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`depthwise_forward`: dx, dw ``(C, 1, K, K)``, with ``bn`` those of gamma
+    and beta ``(2, C)`` and, where ``elements`` says so, those of x's sums ``(2, C)`` float64.
 
-    The BN sums are those of g and of g (x - mean), float64, g the gradient at the normalized
-    activation; empty without ``bn``. dx holds nothing through mean and rstd. What is not needed is
-    empty.
+    dx holds nothing through the moments. What is not needed is empty.
 
     Args:
         dy: gradient of y.
@@ -86,8 +99,9 @@ def depthwise_backward(
         stride: as in the forward pass.
         bn: as in the forward pass.
         through_sums: y and the gradient of its sums, where there is one.
-        need_dx: whether to compute dx (and the BN sums).
+        need_dx: whether to compute dx (and what comes with ``bn``).
         need_dw: whether to compute dw.
+        elements: of the layer that normalizes x.
         launcher: where to run.
     """
     x, dy, weight = nhwc(x), nhwc(dy.to(x.dtype)), _vector(weight)
@@ -103,6 +117,8 @@ def depthwise_backward(
     has_sums = need_dx and bn is not None
     partial_sums = _floats(x, rows, 2, shape.c) if has_sums else None
     sums = doubles(x, 2, shape.c) if has_sums else None
+    params = _floats(x, 2, shape.c) if has_sums else None
+    through, count, n = _through(x, elements) if has_sums else (None, None, 0.0)
 
     def launch(dx: Tensor | None, dw: Tensor | None, slices: int) -> None:
         flags = {
@@ -115,8 +131,9 @@ def depthwise_backward(
             "depthwise_backward", shape, tiling, [x, dy, y, dx],
             [
                 dy, y, dsums, x, weight, *_bn(bn), dx, partial_weight, partial_sums, dw, sums,
+                params, through, count,
             ],
-            flags, slices, launcher,
+            struct.pack("d", n), flags, slices, launcher,
         )  # fmt: skip
 
     if shape.k <= 5:
@@ -130,7 +147,8 @@ def depthwise_backward(
     return (
         like(x, 0, 1, 1, 1) if dx is None else dx,
         _floats(x, 0) if dw is None else dw,
-        doubles(x, 0) if sums is None else sums,
+        _floats(x, 0) if params is None else params,
+        doubles(x, 0) if through is None else through,
     )
 
 
@@ -138,90 +156,93 @@ def bn_forward(x: Tensor, bn: BatchNormVectors, swish: bool, launcher: Launcher 
     """BN(x), or Swish(BN(x))."""
     x = nhwc(x)
     y = torch.empty_like(x)
-    _launch_bn("MODE_APPLY", x, None, bn, None, y, launcher, swish)
+    _launch_bn("MODE_APPLY", x, launcher, bn=bn, out=y, swish=swish)
     return y
 
 
 def bn_backward(
-    dy: Tensor, x: Tensor, bn: BatchNormVectors, swish: bool, launcher: Launcher = CUDA
-) -> tuple[Tensor, Tensor]:
-    """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
+    dy: Tensor, x: Tensor, bn: BatchNormVectors, swish: bool, elements: Elements = (None, 0.0),
+    launcher: Launcher = CUDA,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx (nothing through the moments), gradients of gamma and beta ``(2, C)`` and, where
+    ``elements`` says so (else empty), of x's sums ``(2, C)`` float64."""
     x, dy = nhwc(x), nhwc(dy.to(x.dtype))
-    dx = torch.empty_like(x)
-    sums = _launch_bn("MODE_BACKWARD", x, dy, bn, None, dx, launcher, swish)
-    assert sums is not None
-    return dx, sums
+    dx, params = torch.empty_like(x), _floats(x, 2, x.shape[1])
+    through, count, n = _through(x, elements)
+    _launch_bn(
+        "MODE_BACKWARD", x, launcher, dy=dy, bn=bn, out=dx, swish=swish,
+        gradients=(params, through, count), n=n,
+    )  # fmt: skip
+    return dx, params, doubles(x, 0) if through is None else through
 
 
 def channel_sums(x: Tensor, launcher: Launcher = CUDA) -> Tensor:
     """Sum and sum of squares of every channel, ``(2, C)`` float64."""
-    sums = _launch_bn("MODE_SUMS", nhwc(x), None, None, None, None, launcher)
+    sums = _launch_bn("MODE_SUMS", nhwc(x), launcher)
     assert sums is not None
     return sums
+
+
+def channel_moments(
+    x: Tensor, tracking: Tracking, launcher: Launcher = CUDA
+) -> tuple[Tensor, Tensor]:
+    """:func:`channel_sums` and the :func:`moments` of x alone."""
+    x, made = nhwc(x), doubles(x, 3, x.shape[1])
+    sums = _launch_bn("MODE_SUMS", x, launcher, made=made, tracking=tracking)
+    assert sums is not None
+    return sums, made
 
 
 def fold(dx: Tensor, x: Tensor, dsums: Tensor, launcher: Launcher = CUDA) -> Tensor:
     """dx + dS1 + 2 dS2 x."""
     x, dx = nhwc(x), nhwc(dx.to(x.dtype))
     out = torch.empty_like(x)
-    _launch_bn("MODE_FOLD", x, dx, None, dsums.double().contiguous(), out, launcher)
+    _launch_bn("MODE_FOLD", x, launcher, dy=dx, dsums=dsums.double().contiguous(), out=out)
     return out
 
 
 def moments(
-    sums: Tensor, elements: Tensor | None, n: float, eps: float, launcher: Launcher = CUDA
+    sums: Tensor, elements: Tensor | None, n: float, tracking: Tracking, launcher: Launcher = CUDA
 ) -> Tensor:
-    """Sums ``(2, C)`` to ``(3, C)``: mean, rstd, biased variance; float64."""
-    out = doubles(sums, 3, sums.shape[1])
-    _launch_vectors("MODE_MOMENTS", sums, elements, None, None, None, out, None, n, eps, launcher)
-    return out
+    """Sums ``(2, C)`` over n (or ``elements``) to ``(3, C)``: mean, rstd, biased variance; float64.
 
-
-def moments_backward(
-    sums: Tensor,
-    elements: Tensor | None,
-    n: float,
-    eps: float,
-    dmean: Tensor,
-    drstd: Tensor,
-    launcher: Launcher = CUDA,
-) -> Tensor:
-    """Gradient of the sums ``(2, C)`` from those of mean and rstd."""
-    out = torch.empty_like(sums, memory_format=torch.contiguous_format)
-    _launch_vectors(
-        "MODE_MOMENTS_BACKWARD", sums, elements, dmean, drstd, None, out, None, n, eps, launcher
-    )
-    return out
-
-
-def track(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, elements: Tensor | None,
-    n: float, repeats: float, momentum: float, launcher: Launcher = CUDA,
-) -> None:  # fmt: skip
-    """Move running statistics ``(C,)`` float32 in place; see :func:`nvae.ops.reference.track`."""
-    c = len(running_mean)
-    wide = [None if t is None else t.double().contiguous() for t in (mean, var, elements)]
-    macros = (
-        ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES["MODE_TRACK"]),
-        ("THREADS", VECTOR_THREADS),
-    )  # fmt: skip
-    scalars = struct.pack("2dfi", n, repeats, momentum, c)
-    tensors = (*wide, running_mean, running_var)
-    launch = Launch("vectors", macros, -(-c // VECTOR_THREADS), VECTOR_THREADS, 0, tensors, scalars)
-    launcher.launch(running_mean.device, launch)
-    increment_version([running_mean, running_var])
-
-
-def bn_gradients(
-    sums: Tensor, gamma: Tensor, rstd: Tensor, launcher: Launcher = CUDA
-) -> tuple[Tensor, Tensor]:
-    """Sums of g and g (x - mean) to (dgamma, dbeta) ``(2, C)`` float and (dmean, drstd) float64."""
+    The running statistics move towards them; see :func:`nvae.ops.reference.track`.
+    """
     c = sums.shape[1]
-    params, out = _floats(sums, 2, c), doubles(sums, 2, c)
-    _launch_vectors(
-        "MODE_BN_GRADS", sums, None, None, rstd, _vector(gamma), out, params, 0.0, 0.0, launcher
-    )
-    return params, out
+    out = doubles(sums, 3, c)
+    running, scalars = _tracking(tracking)
+    wide = [None if t is None else t.double().contiguous() for t in (sums, elements)]
+    macros = (("ELEM", 32), ("VIO", 1), ("THREADS", VECTOR_THREADS))
+    blocks = -(-c // VECTOR_THREADS)
+    launch = Launch(
+        "vectors", macros, blocks, VECTOR_THREADS, 0, (*wide, out, *running),
+        struct.pack("d", n) + scalars + struct.pack("i", c),
+    )  # fmt: skip
+    launcher.launch(sums.device, launch)
+    _moved(running)
+    return out
+
+
+def _tracking(tracking: Tracking | None) -> tuple[list[Tensor | None], bytes]:
+    """The running statistics and the numbers that the kernels take."""
+    eps, mean, var, repeats, momentum = tracking or (0.0, None, None, 0.0, 0.0)
+    for running in (mean, var):
+        if running is not None and not (running.dtype == torch.float32 and running.is_contiguous()):
+            raise CompileError(f"no kernel for running statistics of {running.dtype}")
+    return [mean, var], struct.pack("2df", eps, repeats, momentum)
+
+
+def _moved(running: list[Tensor | None]) -> None:
+    """Tell autograd, which does not see what a kernel writes."""
+    increment_version([t for t in running if t is not None])
+
+
+def _through(x: Tensor, elements: Elements) -> tuple[Tensor | None, Tensor | None, float]:
+    """Room for the gradient of x's sums, where there is one, and the elements for the kernel."""
+    count, n = elements
+    if count is None and not n:
+        return None, None, 0.0
+    return doubles(x, 2, x.shape[1]), None if count is None else count.double().contiguous(), n
 
 
 def _launch_depthwise(
@@ -230,6 +251,7 @@ def _launch_depthwise(
     tiling: Tiling,
     images: list[Tensor | None],
     tensors: list[Tensor | None],
+    numbers: bytes,
     flags: dict[str, int],
     slices: int,
     launcher: Launcher,
@@ -241,7 +263,8 @@ def _launch_depthwise(
         "C": shape.c, "H": shape.h, "W": shape.w, "K": shape.k, "S": shape.s,
         **tiling.macros(), "COUNTER_SLOTS": COUNTER_SLOTS, **flags,
     }  # fmt: skip
-    scalars = struct.pack("3i4x", shape.b, units, rows)
+    scalars = numbers + struct.pack("3i", shape.b, units, rows)
+    scalars += bytes(-len(scalars) % 8)
     blocks = channel_blocks(shape.c, tiling.channels) * rows * slices
     assert blocks <= MAX_BLOCKS
     launch = Launch(
@@ -260,12 +283,17 @@ def _launch_depthwise(
 def _launch_bn(
     mode: str,
     x: Tensor,
-    dy: Tensor | None,
-    bn: BatchNormVectors | None,
-    dsums: Tensor | None,
-    out: Tensor | None,
     launcher: Launcher,
+    *,
+    dy: Tensor | None = None,
+    bn: BatchNormVectors | None = None,
+    dsums: Tensor | None = None,
+    out: Tensor | None = None,
     swish: bool = False,
+    made: Tensor | None = None,
+    tracking: Tracking | None = None,
+    gradients: tuple[Tensor | None, ...] = (None, None, None),
+    n: float = 0.0,
 ) -> Tensor | None:
     if x.dtype not in DTYPES:
         raise CompileError(f"no kernel for {x.dtype}")
@@ -277,14 +305,17 @@ def _launch_bn(
     wanted = launcher.limits(x.device).multiprocessors * BN_BLOCKS
     run = max(step, -(-pixels * columns // (wanted * step)) * step)
     rows = -(-pixels // run)
+    assert run * c < 2**31
     has_sums = mode in ("MODE_BACKWARD", "MODE_SUMS")
     partial = _floats(x, rows, 2, c) if has_sums else None
     sums = doubles(x, 2, c) if has_sums else None
-    tensors = (x, dy, *_bn(bn), dsums, out, partial, sums)
-    scalars = struct.pack("2q2i", pixels, run, c, rows)
+    running, numbers = _tracking(tracking)
+    tensors = (x, dy, *_bn(bn), dsums, out, partial, sums, made, *running, *gradients)
+    scalars = struct.pack("2qd", pixels, run, n) + numbers + struct.pack("2i4x", c, rows)
     macros = {
         "ELEM": DTYPES[x.dtype], "VIO": vio, "MODE": BN_MODES[mode],
-        "SWISH": int(swish), "CB": BN_CHANNELS, "THREADS": BN_THREADS,
+        "SWISH": int(swish), "MOMENTS": int(made is not None),
+        "CB": BN_CHANNELS, "THREADS": BN_THREADS,
         "MIN_BLOCKS": BN_BLOCKS, "COUNTER_SLOTS": COUNTER_SLOTS,
         "COLUMNS": max(BN_COLUMNS, 1 << (columns - 1).bit_length()),
     }  # fmt: skip
@@ -293,11 +324,11 @@ def _launch_bn(
         "bn_swish", tuple(macros.items()), blocks, BN_THREADS, 0, tensors, scalars, counts=True
     )
     launcher.launch(x.device, launch)
+    _moved(running)
     return sums
 
 
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
-VECTOR_MODES = {"MODE_MOMENTS": 0, "MODE_MOMENTS_BACKWARD": 1, "MODE_BN_GRADS": 2, "MODE_TRACK": 3}
 
 
 _OF_CAPTURES: list[tuple[Tensor, Tensor]] = []
@@ -358,33 +389,6 @@ def _copied_table(
     return table.to(device), blocks.to(device)
 
 
-def _launch_vectors(
-    mode: str,
-    sums: Tensor,
-    elements: Tensor | None,
-    first: Tensor | None,
-    second: Tensor | None,
-    gamma: Tensor | None,
-    out: Tensor,
-    params: Tensor | None,
-    n: float,
-    eps: float,
-    launcher: Launcher,
-) -> None:
-    c = sums.shape[1]
-    vectors = (sums, elements, first, second)
-    wide = [None if t is None else t.double().contiguous() for t in vectors]
-    tensors = (*wide, gamma, out, params)
-    scalars = struct.pack("2di4x", n, eps, c)
-    macros = (
-        ("ELEM", 32), ("VIO", 1), ("MODE", VECTOR_MODES[mode]),
-        ("THREADS", VECTOR_THREADS),
-    )  # fmt: skip
-    blocks = -(-c // VECTOR_THREADS)
-    launch = Launch("vectors", macros, blocks, VECTOR_THREADS, 0, tensors, scalars)
-    launcher.launch(sums.device, launch)
-
-
 def _shape(x: Tensor, weight: Tensor, stride: int) -> Shape:
     b, c, h, w = x.shape
     return Shape(b, c, h, w, weight.shape[-1], stride)
@@ -401,11 +405,9 @@ def _vector(parameter: Tensor) -> Tensor:
 
 def _bn(bn: BatchNormVectors | None) -> list[Tensor | None]:
     if bn is None:
-        return [None] * 4
-    gamma, beta, mean, rstd = bn
-    return [
-        _vector(gamma), _vector(beta), mean.double().contiguous(), rstd.double().contiguous(),
-    ]  # fmt: skip
+        return [None] * 3
+    gamma, beta, moments = bn
+    return [_vector(gamma), _vector(beta), moments.double().contiguous()]
 
 
 def like(x: Tensor, *shape: int | torch.SymInt) -> Tensor:

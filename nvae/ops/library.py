@@ -27,8 +27,15 @@ Impl = Literal["auto", "reference", "cuda"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 OPS = torch.ops.nvae
 FORMULAS = SimpleNamespace()
-"""What the ops of the same names compute without kernels, on any device."""
+"""What the ops of the same names compute without kernels, on any device, the CPU's own ways too."""
 LIBRARY = torch.library.Library("nvae", "DEF")
+ARGUMENTS = {
+    "BN": "Tensor gamma, Tensor beta, Tensor moments",
+    "ELEMENTS": "Tensor? elements, float n",
+    "TRACKING": "float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, float repeats, "
+    "float momentum",
+}
+"""Of several ops; see the types of :mod:`nvae.ops.kernels`."""
 _probing = threading.Lock()
 _assumed: ContextVar[bool | None] = ContextVar("_assumed", default=None)
 
@@ -189,10 +196,15 @@ def where_possible(launch: Callable[..., Any], formula: Callable[..., Any]) -> C
     """``launch`` on devices with kernels, else the formula; a list may be the first argument."""
 
     def run(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        return launch(*args) if has_kernels(first.device) else formula(*args)
+        return launch(*args) if has_kernels(_device_of(args)) else formula(*args)
 
     return run
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    device: torch.device = first.device
+    return device
 
 
 def _define(
@@ -206,11 +218,17 @@ def _define(
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return formula(*args)
 
+    def without_kernels(*args: Any) -> Any:
+        if on_cpu is not None and _device_of(args).type == "cpu":
+            return on_cpu(*args)
+        return plain(*args)
+
     bare = schema.partition("(")[0]
     name = f"nvae::{bare}"
     on_gpu = where_possible(kernel_or_formula(name, kernel, plain), plain)
-    setattr(FORMULAS, bare, plain)
-    schema = schema.replace("BN", "Tensor gamma, Tensor beta, Tensor mean, Tensor rstd")
+    setattr(FORMULAS, bare, without_kernels)
+    for short, arguments in ARGUMENTS.items():
+        schema = schema.replace(short, arguments)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, on_gpu, "CUDA")
     LIBRARY.impl(name, on_cpu or plain, "CPU")
@@ -228,6 +246,40 @@ _define(
     reference.channel_sums,
     lambda x: doubles(x, 2, x.shape[1]),
 )
+
+
+def _moments_formula(
+    sums: Tensor, elements: Tensor | None, n: float, eps: float, running_mean: Tensor | None,
+    running_var: Tensor | None, repeats: float, momentum: float,
+) -> Tensor:  # fmt: skip
+    moments = reference.moments(sums, elements, n, eps)
+    if running_mean is not None and running_var is not None:
+        mean, _, var = moments
+        reference.track(running_mean, running_var, mean, var, elements, n, repeats, momentum)
+    return moments
+
+
+def _channel_moments_formula(x: Tensor, *tracking: Any) -> tuple[Tensor, Tensor]:
+    sums = reference.channel_sums(x)
+    return sums, _moments_formula(sums, None, x.numel() / x.shape[1], *tracking)
+
+
+def _pair_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return doubles(x, 2, x.shape[1]), doubles(x, 3, x.shape[1])
+
+
+_define(
+    "channel_moments(Tensor x, TRACKING) -> (Tensor, Tensor)",
+    lambda x, *tracking: kernels.channel_moments(x, tracking),
+    _channel_moments_formula,
+    _pair_fake,
+)
+_define(
+    "moments(Tensor sums, Tensor? elements, float n, TRACKING) -> Tensor",
+    lambda sums, elements, n, *tracking: kernels.moments(sums, elements, n, tracking),
+    _moments_formula,
+    lambda sums, *_: doubles(sums, 3, sums.shape[1]),
+)
 _define(
     "fold(Tensor dx, Tensor x, Tensor dsums) -> Tensor",
     kernels.fold,
@@ -235,55 +287,36 @@ _define(
     lambda dx, x, dsums: like(x, *x.shape),
 )
 _define(
-    "moments(Tensor sums, Tensor? elements, float n, float eps) -> Tensor",
-    kernels.moments,
-    reference.moments,
-    lambda sums, elements, n, eps: doubles(sums, 3, sums.shape[1]),
-)
-_define(
-    "track_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
-    "Tensor? elements, float n, float repeats, float momentum) -> ()",
-    kernels.track,
-    reference.track,
-    lambda *_: None,
-)
-_define(
-    "moments_backward(Tensor sums, Tensor? elements, float n, float eps, Tensor dmean, "
-    "Tensor drstd) -> Tensor",
-    kernels.moments_backward,
-    reference.moments_backward,
-    lambda sums, *_: doubles(sums, 2, sums.shape[1]),
-)
-_define(
     "batch_norm(Tensor x, BN, bool swish) -> Tensor",
-    lambda x, *bn: kernels.bn_forward(x, bn[:4], bn[4]),
-    lambda x, *bn: nhwc(reference.bn_forward(x, *bn[:4], swish=bn[4])),
+    lambda x, *bn: kernels.bn_forward(x, bn[:3], bn[3]),
+    lambda x, *bn: nhwc(reference.bn_forward(x, *bn[:3], swish=bn[3])),
     lambda x, *bn: like(x, *x.shape),
 )
 
 
 def _bn_backward_kernel(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *bn, swish = args
-    gamma, _, _, rstd = bn
-    dx, sums = kernels.bn_backward(dy, x, tuple(bn), swish)
-    params, moments = kernels.bn_gradients(sums, gamma, rstd)
-    return dx, params.to(gamma.dtype), moments  # kernels return float32
+    *bn, swish, elements, n = args
+    dx, params, through = kernels.bn_backward(dy, x, tuple(bn), swish, (elements, n))
+    return dx, params.to(bn[0].dtype), through  # kernels return float32
 
 
 def _bn_backward_formula(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *bn, swish = args
-    gamma, _, _, rstd = bn
+    *bn, swish, elements, n = args
+    gamma, _, moments = bn
     dx, sums = reference.bn_backward(dy, x, *bn, swish=swish)
-    return nhwc(dx), *reference.bn_gradients(sums, gamma, rstd)
+    return nhwc(dx), *reference.bn_gradients(sums, gamma, moments, elements, n)
 
 
-def _bn_backward_fake(dy: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _bn_backward_fake(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    gamma, *_, elements, n = args
     c = x.shape[1]
-    return like(x, *x.shape), gamma.new_empty(2, c), doubles(x, 2, c)
+    shape = (0,) if elements is None and not n else (2, c)
+    return like(x, *x.shape), gamma.new_empty(2, c), doubles(x, *shape)
 
 
 _define(
-    "batch_norm_backward(Tensor dy, Tensor x, BN, bool swish) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor dy, Tensor x, BN, bool swish, ELEMENTS) "
+    "-> (Tensor, Tensor, Tensor)",
     _bn_backward_kernel,
     _bn_backward_formula,
     _bn_backward_fake,
@@ -299,7 +332,7 @@ _define(
 def _depthwise_backward_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dw, _ = kernels.depthwise_backward(dy, x, weight, stride, need_dx=need_dx, need_dw=need_dw)
+    dx, dw, *_ = kernels.depthwise_backward(dy, x, weight, stride, need_dx=need_dx, need_dw=need_dw)
     return dx, dw.to(weight.dtype)
 
 
@@ -326,7 +359,7 @@ _define(
 
 def _fused_kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *bn, weight, stride, want_sums = args
-    return kernels.depthwise_forward(x, weight, stride, tuple(bn), want_sums)
+    return kernels.depthwise_forward(x, weight, stride, tuple(bn), want_sums)[:2]
 
 
 def _fused_formula(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -349,37 +382,59 @@ _define(
 )
 
 
+def _fused_moments_kernel(
+    x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, weight: Tensor, stride: int,
+    *tracking: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    bn = (gamma, beta, moments)
+    return kernels.depthwise_forward(x, weight, stride, bn, True, tracking)
+
+
+def _fused_moments_formula(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, sums = _fused_formula(x, *args[:5], True)
+    return y, sums, _moments_formula(sums, None, y.numel() / y.shape[1], *args[5:])
+
+
+_define(
+    "bn_swish_depthwise_moments(Tensor x, BN, Tensor weight, int stride, TRACKING) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fused_moments_kernel,
+    _fused_moments_formula,
+    lambda x, *args: (_out(x, args[4]), *_pair_fake(x)),
+)
+
+
 def _fused_backward_kernel(
     dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    *bn, weight, stride = args
-    gamma, _, _, rstd = bn
+    *bn, weight, stride, elements, n = args
     through_sums = None if dsums is None else (y, dsums)
-    dx, dw, sums = kernels.depthwise_backward(dy, x, weight, stride, tuple(bn), through_sums)
-    params, moments = kernels.bn_gradients(sums, gamma, rstd)
-    return dx, params.to(gamma.dtype), moments, dw.to(weight.dtype)
+    dx, dw, params, through = kernels.depthwise_backward(
+        dy, x, weight, stride, tuple(bn), through_sums, elements=(elements, n)
+    )
+    return dx, params.to(bn[0].dtype), through, dw.to(weight.dtype)
 
 
 def _fused_backward_formula(
     dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    *bn, weight, stride = args
+    *bn, weight, stride, elements, n = args
     dy = dy if dsums is None else reference.fold(dy, y, dsums)
     activation = reference.bn_forward(x, *bn, swish=True)
     da, dw = reference.depthwise_backward(dy, activation, weight, stride, True, True)
-    return *_bn_backward_formula(da, x, *bn, True), dw.contiguous()
+    return *_bn_backward_formula(da, x, *bn, True, elements, n), dw.contiguous()
 
 
 def _fused_backward_fake(
     dy: Tensor, y: Tensor, dsums: Tensor | None, x: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    *bn, weight, _ = args
-    return *_bn_backward_fake(dy, x, *bn), weight.new_empty(weight.shape)
+    weight = args[3]
+    return *_bn_backward_fake(dy, x, *args), weight.new_empty(weight.shape)
 
 
 _define(
     "bn_swish_depthwise_backward(Tensor dy, Tensor y, Tensor? dsums, Tensor x, BN, "
-    "Tensor weight, int stride) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor weight, int stride, ELEMENTS) -> (Tensor, Tensor, Tensor, Tensor)",
     _fused_backward_kernel,
     _fused_backward_formula,
     _fused_backward_fake,

@@ -49,29 +49,19 @@ def track(
     running_var.lerp_((var * (count / (count - 1))).to(running_var), momentum)
 
 
-def moments_backward(
-    sums: Tensor, elements: Tensor | None, n: float, eps: float, dmean: Tensor, drstd: Tensor
-) -> Tensor:
-    """Gradient of the sums; a variance clamped at 0 passes none."""
-    count = n if elements is None else elements
-    mean, rstd, var = moments(sums, elements, n, eps)
-    dvar = torch.where(var > 0, -0.5 * rstd**3 * drstd, 0.0)
-    return torch.stack([dmean - 2 * mean * dvar, dvar]) / count
-
-
-def bn_forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
-) -> Tensor:
+def bn_forward(x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, *, swish: bool) -> Tensor:
     """v or Swish(v), v = (x - mean) gamma rstd + beta."""
+    mean, rstd, _ = moments
     if not swish:
         return _normalize(x, gamma, beta, mean, rstd)
     return F.silu(_normalize(x.to(_wide(x)), gamma, beta, mean, rstd)).to(x.dtype)
 
 
 def bn_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *, swish: bool
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, *, swish: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (nothing through mean and rstd), and the sums ``(2, C)`` of g and of g (x - mean)."""
+    """dx (nothing through the moments), and the sums ``(2, C)`` of g and of g (x - mean)."""
+    mean, rstd, _ = moments
     g, stored = dy.to(x.dtype), x
     if swish:
         x = x.to(_wide(x))
@@ -88,11 +78,28 @@ def bn_backward(
     return dx, torch.stack([total, moment / rstd]).double()
 
 
-def bn_gradients(sums: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dgamma, dbeta) in gamma's type and (dmean, drstd) in float64, each ``(2, C)``."""
+def bn_gradients(
+    sums: Tensor, gamma: Tensor, moments: Tensor, elements: Tensor | None, n: float
+) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) in gamma's type and (dS1, dS2) in float64, each ``(2, C)``.
+
+    Args:
+        sums: of g and of g (x - mean), ``(2, C)``.
+        gamma: ``(C,)``.
+        moments: of the forward pass, ``(3, C)``.
+        elements: number of elements that they are of, 0-d; or None.
+        n: the same otherwise; 0: the moments are constants, and the second result is empty.
+    """
     first, second = sums
+    mean, rstd, var = moments
     params = torch.stack([rstd * second, first]).to(gamma.dtype)
-    return params, torch.stack([-gamma * rstd * first, gamma * second]).double()
+    if elements is None and not n:
+        return params, moments.new_empty(0)
+    dmean, drstd = -gamma * rstd * first, gamma * second
+    # a variance clamped at 0 passes no gradient
+    dvar = torch.where(var > 0, -0.5 * rstd**3 * drstd, 0.0)
+    through = torch.stack([dmean - 2 * mean * dvar, dvar]) / (n if elements is None else elements)
+    return params, through
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:

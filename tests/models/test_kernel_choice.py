@@ -120,7 +120,7 @@ def test_choice_reaches_every_layer_in_training(kernels: str) -> None:
     if kernels == "reference":
         assert counted.ours.total() == 0
     else:
-        assert {"bn_swish_depthwise", "batch_norm", "weight_norms", "track_"} <= {
+        assert {"bn_swish_depthwise_moments", "channel_moments", "batch_norm", "weight_norms"} <= {
             name for name, count in counted.ours.items() if count
         }
 

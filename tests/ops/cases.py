@@ -8,6 +8,10 @@ from torch import Tensor
 
 from nvae.ops.kernels import BatchNormVectors
 
+EPS = 1e-5
+ELEMENTS = 50.0
+"""Of what a case is normalized by, whatever its shape."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,7 +46,7 @@ class Problem:
     dx: Tensor
     dweight: Tensor
     dparams: Tensor  # gamma, beta
-    dmoments: Tensor  # mean, rstd
+    through: Tensor  # x's sums, through the moments
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
@@ -59,27 +63,36 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     x = image(case.b, c, case.h, case.w)
     weight = normal(c, 1, case.k, case.k) / case.k
     mean, rstd = normal(c).double() / 2, 0.5 + normal(c).double().abs()
-    bn = (0.5 + normal(c).abs(), normal(c) / 2, mean, rstd)
+    gamma, beta = 0.5 + normal(c).abs(), normal(c) / 2
+    sums_x = ELEMENTS * torch.stack([mean, rstd**-2 - EPS + mean**2])
     out = -(-case.h // case.s), -(-case.w // case.s)
     dy = image(case.b, c, *out)
     dsums = normal(2, c).double() / 10 * (1.0 if case.fused else 0.0)
 
-    leaves = [t.double().clone().requires_grad_() for t in (x, weight, *bn)]
-    x64, w64, *bn64 = leaves
+    leaves = [t.double().clone().requires_grad_() for t in (x, weight, gamma, beta, sums_x)]
+    x64, w64, gamma64, beta64, sums64 = leaves
+    moments = moments_of(sums64)
     activation = x64
     if case.fused:
-        gamma, beta, mean, rstd = (t.view(1, -1, 1, 1) for t in bn64)
-        activation = F.silu((x64 - mean) * rstd * gamma + beta)
+        scale, shift, mean, rstd, _ = (t.view(1, -1, 1, 1) for t in (gamma64, beta64, *moments))
+        activation = F.silu((x64 - mean) * rstd * scale + shift)
     y = F.conv2d(activation, w64, None, case.s, case.k // 2, 1, c)
     sums = torch.stack([y.sum((0, 2, 3)), y.square().sum((0, 2, 3))])
     loss = (y * dy).sum() + (sums * dsums).sum()
-    dx, dw, *dbn = torch.autograd.grad(loss, leaves, allow_unused=True)
-    zero = torch.zeros(c, dtype=torch.float64)
-    dgamma, dbeta, dmean, drstd = (zero if g is None else g for g in dbn)
+    dx, dw, dgamma, dbeta, through = torch.autograd.grad(
+        loss, leaves, allow_unused=True, materialize_grads=True
+    )
     return Problem(
-        x, weight, bn, dy, dsums, y.detach(), sums.detach(), dx, dw,
-        torch.stack([dgamma, dbeta]), torch.stack([dmean, drstd]),
+        x, weight, (gamma, beta, moments.detach()), dy, dsums, y.detach(), sums.detach(), dx, dw,
+        torch.stack([dgamma, dbeta]), through,
     )  # fmt: skip
+
+
+def moments_of(sums: Tensor, n: float = ELEMENTS, eps: float = EPS) -> Tensor:
+    """Mean, 1 / sqrt(var + eps) and var ``(3, C)`` of sums ``(2, C)``, differentiable."""
+    mean, square = sums / n
+    var = (square - mean * mean).clamp_min(0)
+    return torch.stack([mean, (var + eps).rsqrt(), var])
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

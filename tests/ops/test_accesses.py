@@ -33,8 +33,8 @@ def run(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> LoggingLaun
         return torch.randn(b, h, w, c, generator=gen).to(dtype).permute(0, 3, 1, 2)
 
     x, weight = image(), torch.randn(c, 1, 5, 5, generator=gen)
-    bn = (torch.ones(c), torch.zeros(c), torch.zeros(c).double(), torch.ones(c).double())
-    kernels.depthwise_forward(x, weight, 1, bn, True, launcher)
+    bn = (torch.ones(c), torch.zeros(c), torch.ones(3, c).double())
+    kernels.depthwise_forward(x, weight, 1, bn, True, launcher=launcher)
     through = (image(), torch.zeros(2, c).double())
     kernels.depthwise_backward(image(), x, weight, 1, bn, through, launcher=launcher)
     return launcher

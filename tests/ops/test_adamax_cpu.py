@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nvae.ops.adamax import PACKED, PIECE, adamax_cpu, adamax_formula
+from nvae.ops.library import Impl, ops
 
 from .test_adamax_kernel import SETTINGS, copies, problem
 
@@ -56,6 +57,16 @@ def test_left_out_changes_nothing() -> None:
     assert step == 4
     for index in (0, 2, 3):
         assert all(torch.equal(a, b) for a, b in zip(lists[index], before[index], strict=True))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_without_kernels_the_cpu_goes_its_own_way(impl: Impl) -> None:
+    """The formula would have overwritten the gradients of a step that is left out."""
+    lists = tensors()
+    before, step = copies(lists), torch.zeros((), dtype=torch.float64)
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    ops(impl).adamax_(*lists, step, rate, torch.tensor(1.0), *SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(lists[1], before[1], strict=True))
 
 
 def test_versions_are_counted() -> None:

@@ -16,9 +16,11 @@ from .test_host_kernels import (
     WALKED,
     check_batch_norm,
     check_depthwise,
+    check_gradients_of_the_last_block,
     check_last_block,
     check_moments,
-    check_track,
+    check_moments_of_the_last_block,
+    check_strided_moments,
 )
 from .test_weight_norm import check_weight_norms
 
@@ -60,6 +62,7 @@ BARRIERS = [
     (FORWARD, "every group's sums are there", ODD),
     (COMMON, "the block's partial sums are written", WALKED),
     (COMMON, "every share is there", WALKED),
+    (COMMON, "the column's sums of g are there", WALKED),
     (BACKWARD, "dsums and the zeros are staged", ODD),
     (BACKWARD, "tiles and weights are staged", ODD),
     (BACKWARD, "the tile may be overwritten", TILES),
@@ -73,6 +76,10 @@ FAULTS = [
     Fault(
         "no barrier: bn_swish", "bn_swish", "__syncthreads();  // every group's", "//",
         bn_swish(ODD),
+    ),
+    Fault(
+        "no barrier: moments", COMMON, "__syncthreads();  // the column's sums are there", "",
+        check_moments_of_the_last_block,
     ),
     Fault(
         "divergent barrier", FORWARD, "__syncthreads();  // the tile may",
@@ -194,12 +201,37 @@ FAULTS = [
           "* COLUMNS, a.rows", check_last_block),
     Fault("too few counters", BACKWARD, "COUNTER_SLOTS * CHANNEL_BLOCKS * SLICES", "1",
           depthwise(Case(2, 64, 12, 13, k=7)), True),
-    Fault("negative variance", "vectors", "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
-    Fault("eps left out", "vectors", "sqrt(var + a.eps)", "sqrt(var)", check_moments),
-    Fault("biased running variance", "vectors", "a.var[c] * (n / (n - 1))", "a.var[c]",
-          check_track),
-    Fault("elements of the host", "vectors", "a.repeats * (a.elements ? *a.elements : a.n)",
-          "a.repeats * a.n", check_track),
+    Fault("negative variance", COMMON, "raw > 0 ? raw : 0;  //", "raw;  //", check_moments),
+    Fault("eps left out", COMMON, "sqrt(var + a.eps)", "sqrt(var)", check_moments),
+    Fault("biased running variance", COMMON, "var * (count / (count - 1))", "var",
+          check_moments_of_the_last_block),
+    Fault("repeats forgotten", COMMON, "count = a.repeats * n;", "count = n;",
+          check_moments_of_the_last_block),
+    Fault("running mean replaced", COMMON, "a.running_mean[c] += a.momentum * ",
+          "a.running_mean[c] += ", check_moments_of_the_last_block),
+    Fault("running statistics not asked for", COMMON, "if (!a.running_mean) return;", "",
+          check_moments, True),
+    Fault("every block moves running statistics", COMMON, "blocks - 1) == blocks - 1;",
+          "blocks - 1) >= 0;", check_moments_of_the_last_block),
+    Fault("no guard: channels of the moments", COMMON,
+          "finish_moments(const Args& a, int c0, int all, double n) {",
+          "finish_moments(const Args& a, int c0, int all, double n) {\n    all += CHANNELS;",
+          check_moments_of_the_last_block, True),
+    Fault("elements of x for y", FORWARD, "static_cast<double>(a.B) * (OH * OW)",
+          "static_cast<double>(a.B) * (H * W)", check_strided_moments),
+    Fault("elements of a column", "bn_swish", "static_cast<double>(a.P)",
+          "static_cast<double>(a.run)", check_moments_of_the_last_block),
+    Fault("elements of the host", "vectors", "a.elements ? *a.elements : a.n", "a.n",
+          check_moments),
+    Fault("elements of the host", COMMON, "elements ? *elements : n", "n", bn_swish(ODD)),
+    Fault("gradient through a clamped variance", COMMON, "var > 0 ? -0.5", "true ? -0.5",
+          check_gradients_of_the_last_block),
+    Fault("gradient of constants", COMMON, "if (!through) continue;", "",
+          check_gradients_of_the_last_block, True),
+    Fault("mean's part of the second sum", COMMON, " - 2 * mean * dvar) * share", ") * share",
+          check_gradients_of_the_last_block),
+    Fault("gamma and beta swapped", COMMON, "static_cast<float>(rstd * second)",
+          "static_cast<float>(first)", check_gradients_of_the_last_block),
     Fault("a scale kept from another row", "weight_norm", "expf(g[row])", "expf(g[0])",
           check_weight_norms),
     Fault("norm of a part of the row", "weight_norm", "i < LANES; ++i) sum +=",
@@ -242,7 +274,7 @@ def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
 
 def test_every_barrier_has_its_fault() -> None:
     """A barrier added to a kernel needs its removal on the list."""
-    common = kernel_source("vectors").partition("// Small kernels over vectors")[0]
+    common = kernel_source("vectors").partition("// Moments of a layer whose")[0]
     for kernel in (COMMON, FORWARD, BACKWARD, "bn_swish", "vectors", "weight_norm", "adamax"):
         source = kernel_source(kernel).removeprefix(common) if kernel != COMMON else common
         barriers = source.count("__syncthreads()")

@@ -12,7 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d, library
+from nvae.ops import (
+    Statistics,
+    Tracked,
+    batch_norm,
+    bn_swish,
+    bn_swish_depthwise,
+    depthwise_conv2d,
+    library,
+)
 
 EPS = 1e-5
 Chain = Callable[..., tuple[Tensor, ...]]
@@ -48,20 +56,35 @@ def fused_chain(stride: int, stats: Statistics | None = None, group: object = No
     def chain(
         x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor
     ) -> tuple[Tensor, ...]:
-        h = bn_swish_depthwise(x, g1, b1, w, stride, running=stats, group=group, impl="cuda")
-        z = bn_swish(h.output, g2, b2, running=stats, sums=h.sums, group=group, impl="cuda")
-        return z.output, *h.statistics[:2], *z.statistics[:2]
+        first, second = tracked(x), tracked(x)
+        h = bn_swish_depthwise(
+            x, g1, b1, w, stride, moments=stats, tracked=first, tracked_next=second, group=group,
+            impl="cuda",
+        )  # fmt: skip
+        assert (h.moments is None) == (stats is not None)
+        known = stats if h.moments is None else h.moments
+        z = bn_swish(h.output, g2, b2, moments=known, tracked=second, group=group, impl="cuda")
+        return z, *first[:2], *second[:2]
 
     return chain
+
+
+def tracked(like: Tensor) -> Tracked:
+    """Running statistics from zero."""
+    mean, var = torch.zeros(2, like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32))
+    return Tracked(mean, var, momentum=0.5, repeats=2)
 
 
 def reference_chain(stride: int, stats: Statistics | None = None, group: object = None) -> Chain:
     def chain(
         x: Tensor, g1: Tensor, b1: Tensor, w: Tensor, g2: Tensor, b2: Tensor
     ) -> tuple[Tensor, ...]:
-        h = bn_swish_depthwise(x, g1, b1, w, stride, running=stats, group=group, impl="reference")
-        z = bn_swish(h.output, g2, b2, running=stats, sums=h.sums, group=group, impl="reference")
-        return z.output, *h.statistics[:2], *z.statistics[:2]
+        first, second = tracked(x), tracked(x)
+        given = {"moments": stats, "group": group, "impl": "reference"}
+        h = bn_swish_depthwise(x, g1, b1, w, stride, tracked=first, tracked_next=second, **given)
+        assert h.moments is None
+        z = bn_swish(h.output, g2, b2, tracked=second, **given)
+        return z, *first[:2], *second[:2]
 
     return chain
 
@@ -101,7 +124,7 @@ def test_bn_swish_alone_takes_its_own_sums() -> None:
     """Gradients through the batch statistics arrive without a depthwise op in front."""
     x, gamma, beta, *_ = inputs(c=2, size=(3, 3))
     assert torch.autograd.gradcheck(
-        lambda *a: bn_swish(*a, impl="cuda").output,
+        lambda *a: bn_swish(*a, impl="cuda"),
         (x, gamma, beta),
     )
 
@@ -112,8 +135,9 @@ def test_sums_of_the_output_are_differentiable() -> None:
 
     def sums(*args: Tensor) -> Tensor:
         h = bn_swish_depthwise(*args, impl="cuda")
-        assert h.sums is not None
-        return h.sums
+        assert h.moments is not None
+        assert h.moments.sums is not None
+        return h.moments.sums
 
     assert torch.autograd.gradcheck(sums, args)
 
@@ -158,7 +182,7 @@ def test_public_ops_compile_without_graph_breaks(monkeypatch: pytest.MonkeyPatch
 
     def ops(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor) -> Tensor:
         h = bn_swish_depthwise(x, gamma, beta, w)
-        return depthwise_conv2d(bn_swish(h.output, gamma, beta, sums=h.sums).output, w, 2)
+        return depthwise_conv2d(bn_swish(h.output, gamma, beta, moments=h.moments), w, 2)
 
     torch._dynamo.reset()
     compiled = torch.compile(ops, fullgraph=True, backend="aot_eager")
@@ -195,27 +219,34 @@ def test_autocast_ops_have_their_fakes_types(op: str) -> None:
 
 def opcheck_inputs() -> dict[str, tuple[object, ...]]:
     x, gamma, beta, w, *_ = (t.detach() for t in inputs(torch.float32))
-    mean, rstd = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
-    bn, sums = (gamma, beta, mean, rstd), torch.ops.nvae.channel_sums(x)
+    moments = torch.ones(3, 5, dtype=torch.float64)
+    bn, sums = (gamma, beta, moments), torch.ops.nvae.channel_sums(x)
+    tracking = (EPS, torch.zeros(5), torch.ones(5), 1.0, 0.1)
+    untracked = (EPS, None, None, 1.0, 0.0)
     n = torch.tensor(90.0, dtype=torch.float64)
     return {
         "channel_sums": (x,),
         "fold": (x, x, sums),
-        "moments": (sums, None, 90.0, EPS),
-        "moments_backward": (sums, n, 90.0, EPS, mean, rstd),
+        "moments": (sums, n, 90.0, *tracking),
+        "channel_moments": (x, *tracking),
+        "channel_moments, untracked": (x, *untracked),
         "batch_norm": (x, *bn, True),
-        "batch_norm_backward": (x, x, *bn, False),
+        "batch_norm_backward": (x, x, *bn, False, n, 1.0),
+        "batch_norm_backward, constants": (x, x, *bn, True, None, 0.0),
         "depthwise": (x, w, 2),
         "depthwise_backward": (x, x, w, 1, True, False),
         "bn_swish_depthwise": (x, *bn, w, 1, True),
-        "bn_swish_depthwise_backward": (x, x, sums, x, *bn, w, 1),
+        "bn_swish_depthwise_moments": (x, *bn, w, 2, *tracking),
+        "bn_swish_depthwise_moments, untracked": (x, *bn, w, 1, *untracked),
+        "bn_swish_depthwise_backward": (x, x, sums, x, *bn, w, 1, None, 90.0),
     }
 
 
 @pytest.mark.parametrize("name", opcheck_inputs())
 def test_opcheck(name: str) -> None:
     """Schema, fake against real, tracing with dynamic shapes."""
-    torch.library.opcheck(getattr(torch.ops.nvae, name).default, opcheck_inputs()[name])
+    op = getattr(torch.ops.nvae, name.partition(",")[0])
+    torch.library.opcheck(op.default, opcheck_inputs()[name])
 
 
 @pytest.fixture
@@ -230,7 +261,7 @@ def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [batch_norm, bn_swish])
 def test_ranks_keep_nothing_but_the_raw_input(
-    norm: Callable[..., tuple[Tensor, Statistics]], dtype: torch.dtype, group: dist.ProcessGroup
+    norm: Callable[..., Tensor], dtype: torch.dtype, group: dist.ProcessGroup
 ) -> None:
     """Statistics that ranks share cost 2C + 1 numbers, not tensors of the input's size."""
     x, gamma, beta, *_ = inputs(torch.float32, c=8)
@@ -256,10 +287,10 @@ def test_shared_statistics_pass_gradcheck(
     """In either memory format, that of the gradient being another or not."""
     x, gamma, beta, *_ = inputs(c=2, size=(2, 3))
     x = x.detach()[:batch].contiguous(memory_format=layout).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: batch_norm(*a, group=group).output, (x, gamma, beta))
+    assert torch.autograd.gradcheck(lambda *a: batch_norm(*a, group=group), (x, gamma, beta))
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
     alone, shared = (
-        torch.autograd.grad((batch_norm(x, gamma, beta, group=g).output * dy).sum(), [x, beta])
+        torch.autograd.grad((batch_norm(x, gamma, beta, group=g) * dy).sum(), [x, beta])
         for g in (None, group)
     )
     torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-12)
@@ -270,8 +301,8 @@ def test_shared_statistics_compile_without_graph_breaks(group: dist.ProcessGroup
     own = dist.new_group([0])
 
     def norms(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        y = batch_norm(x, gamma, beta, group=own).output
-        return bn_swish(y, gamma, beta, group=own).output
+        y = batch_norm(x, gamma, beta, group=own)
+        return bn_swish(y, gamma, beta, group=own)
 
     args = inputs()[:3]
     torch._dynamo.reset()

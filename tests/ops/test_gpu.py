@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvae.ops import Statistics, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops import Statistics, Tracked, batch_norm, bn_swish, bn_swish_depthwise, depthwise_conv2d
 from nvae.ops.adamax import adamax_formula
 from nvae.ops.cuda import CudaLauncher
 from nvae.ops.library import check_kernels
@@ -56,7 +56,7 @@ def chain(x: Tensor, *params: Tensor, stride: int = 1, impl: str = "cuda") -> Te
     """BN + Swish -> depthwise -> BN + Swish with batch statistics."""
     gamma1, beta1, weight, gamma2, beta2 = params
     h = bn_swish_depthwise(x, gamma1, beta1, weight, stride, impl=impl)  # type: ignore[arg-type]
-    return bn_swish(h.output, gamma2, beta2, sums=h.sums, impl=impl).output  # type: ignore[arg-type]
+    return bn_swish(h.output, gamma2, beta2, moments=h.moments, impl=impl)  # type: ignore[arg-type]
 
 
 def chain_inputs(case: Case, seed: int = 0) -> list[Tensor]:
@@ -113,10 +113,10 @@ def test_shared_statistics_against_float64(case: Case, tmp_path: Path) -> None:
     wide = [a.detach().double().requires_grad_() for a in args]
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        got = run(lambda *a: batch_norm(*a, group=dist.group.WORLD).output, args)
+        got = run(lambda *a: batch_norm(*a, group=dist.group.WORLD), args)
     finally:
         dist.destroy_process_group()
-    want = run(lambda *a: batch_norm(*a).output, wide)
+    want = run(lambda *a: batch_norm(*a), wide)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 5 * tolerance(case.dtype)
 
@@ -124,9 +124,33 @@ def test_shared_statistics_against_float64(case: Case, tmp_path: Path) -> None:
 def test_evaluation_uses_running_statistics() -> None:
     x, gamma, beta, w, *_ = chain_inputs(Case(4, 90, 9, 9))
     running = Statistics(torch.randn(90, device="cuda"), torch.rand(90, device="cuda") + 0.5)
-    got = bn_swish_depthwise(x, gamma, beta, w, running=running, impl="cuda").output
-    want = bn_swish_depthwise(x, gamma, beta, w, running=running, impl="reference").output
+    got = bn_swish_depthwise(x, gamma, beta, w, moments=running, impl="cuda").output
+    want = bn_swish_depthwise(x, gamma, beta, w, moments=running, impl="reference").output
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_move_as_by_the_formula() -> None:
+    """In two steps, those of the layer in front of the convolution and of the one behind it."""
+    x, gamma, beta, w, *_ = (t.detach() for t in chain_inputs(Case(4, 90, 9, 9, dtype=BFLOAT)))
+    moved = {}
+    for impl in ("cuda", "reference"):
+        first, second = (
+            Tracked(torch.zeros(90, device="cuda"), torch.ones(90, device="cuda"), 0.1, repeats)
+            for repeats in (4, 1)
+        )
+        for _ in range(2):
+            h = bn_swish_depthwise(
+                x,
+                gamma,
+                beta,
+                w,
+                tracked=first,
+                tracked_next=second,
+                impl=impl,  # type: ignore[arg-type]
+            )
+            bn_swish(h.output, gamma, beta, moments=h.moments, tracked=second, impl=impl)  # type: ignore[arg-type]
+        moved[impl] = [*first[:2], *second[:2]]
+    torch.testing.assert_close(moved["cuda"], moved["reference"], rtol=2e-2, atol=1e-2)
 
 
 def test_weight_gradient_is_deterministic() -> None:

@@ -24,7 +24,7 @@ REGISTERS_A_MULTIPROCESSOR = 65536
 def tool() -> Path:
     """cuobjdump of Triton's wheel."""
     try:
-        compile_kernel("vectors", (("ELEM", 32), ("VIO", 1), ("MODE", 1), ("THREADS", 256)), 90)
+        compile_kernel("vectors", (("ELEM", 32), ("VIO", 1), ("THREADS", 256)), 90)
     except CompileError as error:
         pytest.skip(f"NVRTC is not installed: {error}")
     spec = find_spec("triton")
@@ -61,17 +61,24 @@ def recorded(
     recorder = Recorder(arch)
     c = shape[1]
     x, weight = images(shape, dtype), torch.empty(c, 1, k, k, device="meta")
-    wide = torch.empty(c, dtype=torch.float64, device="meta")
-    bn = (torch.empty(c, device="meta"), torch.empty(c, device="meta"), wide, wide)
-    y, sums = kernels.depthwise_forward(x, weight, s, bn if fused else None, fused, recorder)
+    vector = torch.empty(c, device="meta")
+    bn = (vector, vector, torch.empty(3, c, dtype=torch.float64, device="meta"))
+    tracking = (1e-5, vector.clone(), vector.clone(), 1.0, 0.05)
+    y, sums, _ = kernels.depthwise_forward(
+        x, weight, s, bn if fused else None, fused, launcher=recorder
+    )
+    if fused:
+        kernels.depthwise_forward(x, weight, s, bn, True, tracking, recorder)
     kernels.depthwise_backward(
         y, x, weight, s, bn if fused else None, (y, sums) if fused else None, launcher=recorder
     )
     if fused:
         for swish in (False, True):
             kernels.bn_forward(x, bn, swish, recorder)
-            kernels.bn_backward(x, x, bn, swish, recorder)
+            kernels.bn_backward(x, x, bn, swish, launcher=recorder)
         kernels.channel_sums(x, recorder)
+        kernels.channel_moments(x, tracking, recorder)
+        kernels.moments(sums, None, 2.0, tracking, recorder)
         kernels.fold(x, x, sums, recorder)
     return recorder.launches
 

@@ -4,32 +4,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvae.ops import Statistics, bn_swish, bn_swish_depthwise, depthwise_conv2d
+from nvae.ops import Statistics, Tracked, bn_swish, bn_swish_depthwise, depthwise_conv2d
 
 
 def test_batch_statistics_are_those_of_the_batch() -> None:
     x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
     gamma, beta = torch.rand(3).double(), torch.randn(3).double()
-    y, statistics = bn_swish(x, gamma, beta)
+    running = Tracked(torch.zeros(3).double(), torch.zeros(3).double(), momentum=1.0)
+    y = bn_swish(x, gamma, beta, tracked=running)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     v = (x - mean.view(1, 3, 1, 1)) / (var + 1e-5).sqrt().view(1, 3, 1, 1)
     v = v * gamma.view(1, 3, 1, 1) + beta.view(1, 3, 1, 1)
     torch.testing.assert_close(y, v * torch.sigmoid(v), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(statistics.mean, mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(statistics.var, var, rtol=1e-12, atol=1e-12)
-    assert statistics.elements == 120
+    torch.testing.assert_close(running.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(running.var, var * 120 / 119, rtol=1e-12, atol=1e-12)
 
 
-def test_running_statistics_are_used_and_returned() -> None:
+def test_running_statistics_are_used_and_left_alone() -> None:
     x, gamma, beta = torch.randn(2, 3, 4, 4), torch.rand(3), torch.randn(3)
     running = Statistics(torch.randn(3), torch.rand(3) + 0.5)
-    y, statistics = bn_swish(x, gamma, beta, running=running, eps=1e-3)
+    before = [t.clone() for t in running]
+    tracked = Tracked(*running, momentum=1.0)
+    y = bn_swish(x, gamma, beta, moments=running, tracked=tracked, eps=1e-3)
     want = F.silu(F.batch_norm(x, running.mean, running.var, gamma, beta, False, 0.0, 1e-3))
     torch.testing.assert_close(y, want)
-    assert statistics is running
-    h = bn_swish_depthwise(x, gamma, beta, torch.randn(3, 1, 3, 3), running=running)
-    assert h.sums is None
-    assert h.statistics is running
+    h = bn_swish_depthwise(
+        x, gamma, beta, torch.randn(3, 1, 3, 3), moments=running, tracked=tracked
+    )
+    assert h.moments is None
+    assert all(torch.equal(a, b) for a, b in zip(before, running, strict=True))
 
 
 @pytest.mark.parametrize(("stride", "out"), [(1, (7, 6)), (2, (4, 3))])

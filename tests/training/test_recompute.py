@@ -2,20 +2,23 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nvae.models import NVAE, ModelConfig, layers, together
-from nvae.models.cells import Cell
+from nvae.models.cells import Cell, MobileConv, MobileConvSpec
 from nvae.models.layers import DataInitConv2d, WeightNormConv2d
 from nvae.models.together import AT_ONCE
 from nvae.objective import Objective, ObjectiveConfig
+from nvae.ops import library
 from nvae.ops.weight_norm import weight_norms
 from nvae.regularizers import batchnorms
-from nvae.training.recompute import compile_blocks, recompute_segments
+from nvae.training.recompute import _checkpointed, compile_blocks, recompute_segments
 from tests.models.small import small_very_deep
 from tests.training.ranks import run_ranks
 
@@ -130,6 +133,35 @@ def test_copy_recomputes_its_own_weights() -> None:
     x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     assert not copied(x).logits.any()
     assert model(x).logits.any()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_ops_move_running_statistics_once_a_step(
+    backend: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the registered ops write them beside their results, as on a GPU: also when a compiler
+    has made functions of the ops, and when the backward pass calls them again."""
+
+    def step(cell: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        y = cell(x)
+        (y * y.detach().flip(0)).sum().backward()
+        return [*(p.grad for p in cell.parameters() if p.grad is not None), *cell.buffers()]
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = MobileConv(MobileConvSpec(2, 3), 4, 4, 1, False).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    other = copy.deepcopy(plain)
+    if backend != "eager":
+        other.forward = torch.compile(other.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]
+    if recomputed:
+        other.forward = partial(_checkpointed, other.forward, list(other.modules()))  # type: ignore[method-assign]
+    wanted = step(plain, x)
+    monkeypatch.setattr(library, "use_kernel", lambda impl, *_: impl != "reference")
+    found = step(other, x)
+    assert len(wanted) == 11 + 12
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
