@@ -17,7 +17,7 @@ table   the table in Markdown, and the pictures
 minutes=30        of one core, for the training of a run; steps follow from the pace
 trial=4           the same, for a short run
 importance=10     draws of the importance-weighted bound
-only=TEXT         runs whose names contain it
+only=TEXT         runs whose names begin with it
 data_root=FOLDER  of the data set; default: data/fashion_mnist
 folder=FOLDER     of the runs; default: runs/families
 out=FILE          of what was measured; default: benchmarks/results/families.json
@@ -70,6 +70,9 @@ TEMPERATURES = (1.0, 0.7)
 COLUMNS = 12
 PACE_STEPS, PACE_ROUNDS = 6, 3
 TRIAL_IMAGES, BOUND_IMAGES = 1000, 1000
+DRY_DATA = (
+    "data.format=random", "data.train_size=64", "data.valid_size=8", "data.test_size=8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,19 @@ class Comparison:
         """Time steps of all runs in turn; the fastest is the least disturbed one."""
         torch.set_num_threads(1)
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-        wanted = [case for case in self.cases if case[0] not in self.found("pace")]
+        done = self.found("pace")
+        wanted = [c for c in self.cases if c[0].startswith(self.options.only) and c[0] not in done]
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in wanted}
         parameters = {}
         for _ in range(1 if self.options.dry else PACE_ROUNDS):
             for name, family, kind in wanted:
-                config = compose_steps([_experiment(family, kind), *WHERE])
+                dry = ["data.batch_size=4"] if self.options.dry else []
+                config = compose_steps([_experiment(family, kind), *WHERE, *dry])
                 fitted = fit_steps(config, 3 if self.options.dry else PACE_STEPS)
                 seconds[name] += fitted.cpu_seconds[1:]
                 parameters[name] = sum(p.numel() for p in fitted.module.model.parameters())
-        for name, _, _ in wanted:
-            times = sorted(seconds[name])
+        for name, times in seconds.items():
+            times.sort()
             self.add("pace", name, {
                 "parameters": parameters[name], "steps": len(times),
                 "fastest": round(times[0], 4), "median": round(statistics.median(times), 4),
@@ -197,22 +202,22 @@ class Comparison:
         for family, rates in TRIALS.items():
             for rate in rates:
                 name = f"{family}_rate_{rate}"
-                if self.options.only not in name:
+                if not name.startswith(self.options.only):
                     continue
                 steps = self.steps(f"{family}_binarized", self.options.trial)
                 what = {"learning_rate": float(rate), "steps": steps}
                 if _agrees(self.found("trials").get(name), what):
                     continue
                 words = [_experiment(family, "binarized"), f"optimizer.learning_rate={rate}"]
-                seconds = self._train(name, words, steps)
-                elbo = self._evaluate(name, "valid", TRIAL_IMAGES, [])["negative_elbo"]
+                run, seconds = self._train(name, words, steps)
+                elbo = self._evaluate(run, "valid", TRIAL_IMAGES, [])["negative_elbo"]
                 self.add("trials", name, what | {"training_cpu_seconds": seconds, "valid": elbo})
                 print(f"{name}: {elbo['mean']:.2f} nats, {steps} steps", flush=True)
 
     def runs(self) -> None:
         """The runs of the table."""
         for name, family, kind in self.cases:
-            if self.options.only not in name:
+            if not name.startswith(self.options.only):
                 continue
             steps = self.steps(name, self.options.minutes)
             draws = 2 if self.options.dry else self.options.importance
@@ -220,11 +225,12 @@ class Comparison:
                     "images_a_step": 64, "importance_samples": draws}  # fmt: skip
             if _agrees(self.found("runs").get(name), what):
                 continue
-            seconds = self._train(name, [what["experiment"]], steps)
-            result = self._evaluate(name, "test", None, [])
-            bound = self._evaluate(name, "test", BOUND_IMAGES, [draws])
-            self._sample(name)
+            run, seconds = self._train(name, [what["experiment"]], steps)
+            result = self._evaluate(run, "test", None, [])
+            bound = self._evaluate(run, "test", BOUND_IMAGES, [draws])
+            self._sample(run)
             self.add("runs", name, what | {
+                "run": run,
                 "training_cpu_seconds": seconds,
                 "versions": versions(torch.device("cpu")) | {"device": "one thread"},
                 "test": result, "bound": bound,
@@ -232,12 +238,17 @@ class Comparison:
             print(f"{name}: {result['negative_elbo']['mean']:.2f} nats, {steps} steps", flush=True)
 
     def _data(self) -> list[str]:
+        if self.options.dry:
+            return list(DRY_DATA)
         root = self.options.data_root
-        words = [] if root is None else [f"data.root={json.dumps(str(root.resolve()))}"]
-        return words
+        return [] if root is None else [f"data.root={json.dumps(str(root.resolve()))}"]
 
-    def _train(self, name: str, words: list[str], steps: int) -> float:
-        """Train, or go on; seconds of CPU time that all starts took, start-up included."""
+    def _train(self, name: str, words: list[str], steps: int) -> tuple[str, float]:
+        """Train, or go on; the run's name and the CPU time of all starts, start-up included.
+
+        The schedules go by the run's length: one of another length is another run.
+        """
+        name = f"{name}_{steps}"
         folder = self.options.folder
         spent = folder / name / "cpu_seconds.json"
         words = [
@@ -246,9 +257,9 @@ class Comparison:
             "data.batch_size=64",
         ]  # fmt: skip
         if self.options.dry:
-            words += ["data.batch_size=4", "data.train_size=64"]
+            words[-1] = "data.batch_size=4"
         self._call("train.py", words, name, spent)
-        return round(sum(read_json(spent)), 1)
+        return name, round(sum(read_json(spent)), 1)
 
     def _evaluate(
         self, name: str, split: str, images: int | None, draws: list[int]
@@ -340,9 +351,10 @@ class Comparison:
             )
 
     def _picture(self, kind: str) -> None:
-        rows, labels = [], []
+        rows, labels, runs = [], [], self.found("runs")
         for family, title in FAMILIES.items():
-            file = self.options.folder / f"{family}_{kind}" / "samples" / "samples.npz"
+            run = runs.get(f"{family}_{kind}", {}).get("run", "")
+            file = self.options.folder / run / "samples" / "samples.npz"
             if not file.exists():
                 return
             images = torch.from_numpy(np.load(file)["images"])
