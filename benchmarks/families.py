@@ -1,7 +1,6 @@
 """Three families on Fashion-MNIST at one budget: `python -m benchmarks.families [PART ...]`.
 
     python -m benchmarks.families data_root=data/fashion_mnist
-    python -m benchmarks.families tune only=vdvae
     python -m benchmarks.families table
 
 NVAE, VDVAE and Efficient-VDVAE, of about 2.1 million parameters each, are trained by `train.py` for
@@ -47,6 +46,7 @@ import torch
 from benchmarks.fit import compose_steps, fit_steps
 from nvae.cli.common import versions
 from nvae.command_line import fail
+from nvae.data.config import SPLITS
 from nvae.files import read_json, write_json
 from nvae.pictures import save_rows
 from nvae.training.checkpointing import newest_checkpoint
@@ -70,9 +70,7 @@ TEMPERATURES = (1.0, 0.7)
 COLUMNS = 12
 PACE_STEPS, PACE_ROUNDS = 6, 3
 TRIAL_IMAGES, BOUND_IMAGES = 1000, 1000
-DRY_DATA = (
-    "data.format=random", "data.train_size=64", "data.valid_size=8", "data.test_size=8",
-)  # fmt: skip
+DRY_DATA = ["data.format=random", *(f"data.{split}_size=8" for split in SPLITS)]
 
 
 @dataclass(frozen=True)
@@ -130,19 +128,15 @@ class Terminated(BaseException):
     """SIGTERM: from a job's time limit, for one."""
 
 
-def _stop(*_: object) -> None:
-    raise Terminated
-
-
 @dataclass
 class Comparison:
-    """All runs of the command.
-
-    Args:
-        options: of the command line.
-    """
+    """All runs of the command, by its options."""
 
     options: Options
+
+    @property
+    def _batch(self) -> int:
+        return 4 if self.options.dry else 64
 
     @property
     def cases(self) -> Iterator[tuple[str, str, str]]:
@@ -163,8 +157,7 @@ class Comparison:
         """Keep a result at once."""
         self.options.out.parent.mkdir(parents=True, exist_ok=True)
         content = read_json(self.options.out) if self.options.out.exists() else {}
-        content.setdefault(part, {})[name] = values
-        write_json(self.options.out, content)
+        write_json(self.options.out, content | {part: self.found(part) | {name: values}})
 
     def pace(self) -> None:
         """Time steps of all runs in turn; the fastest is the least disturbed one."""
@@ -176,8 +169,8 @@ class Comparison:
         parameters = {}
         for _ in range(1 if self.options.dry else PACE_ROUNDS):
             for name, family, kind in wanted:
-                dry = ["data.batch_size=4"] if self.options.dry else []
-                config = compose_steps([_experiment(family, kind), *WHERE, *dry])
+                words = [_experiment(family, kind), *WHERE, f"data.batch_size={self._batch}"]
+                config = compose_steps(words)
                 fitted = fit_steps(config, 3 if self.options.dry else PACE_STEPS)
                 seconds[name] += fitted.cpu_seconds[1:]
                 parameters[name] = sum(p.numel() for p in fitted.module.model.parameters())
@@ -222,7 +215,7 @@ class Comparison:
             steps = self.steps(name, self.options.minutes)
             draws = 2 if self.options.dry else self.options.importance
             what = {"experiment": _experiment(family, kind), "steps": steps, "seed": 0,
-                    "images_a_step": 64, "importance_samples": draws}  # fmt: skip
+                    "images_a_step": self._batch, "importance_samples": draws}  # fmt: skip
             if _agrees(self.found("runs").get(name), what):
                 continue
             run, seconds = self._train(name, [what["experiment"]], steps)
@@ -239,7 +232,7 @@ class Comparison:
 
     def _data(self) -> list[str]:
         if self.options.dry:
-            return list(DRY_DATA)
+            return DRY_DATA
         root = self.options.data_root
         return [] if root is None else [f"data.root={json.dumps(str(root.resolve()))}"]
 
@@ -254,10 +247,8 @@ class Comparison:
         words = [
             *words, *WHERE, *QUIET, *self._data(), f"name={name}", f"runs_dir={folder}",
             f"trainer.max_steps={steps}", f"optimizer.warmup_steps={steps // 20}",
-            "data.batch_size=64",
+            f"data.batch_size={self._batch}",
         ]  # fmt: skip
-        if self.options.dry:
-            words[-1] = "data.batch_size=4"
         self._call("train.py", words, name, spent)
         return name, round(sum(read_json(spent)), 1)
 
@@ -290,20 +281,18 @@ class Comparison:
         self.options.folder.mkdir(parents=True, exist_ok=True)
         log = self.options.folder / f"{name}.log"
         with log.open("a") as file:
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / program), *words], stdout=file, stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            command = [sys.executable, str(ROOT / program), *words]
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=one_thread)
             stopped: BaseException | None = None
             while True:
                 try:
                     _, status, usage = os.wait4(process.pid, 0)
                     break
-                except KeyboardInterrupt as signaled:  # which the terminal sends to both
+                except (KeyboardInterrupt, Terminated) as signaled:
                     stopped = signaled
-                except Terminated as signaled:
-                    stopped = signaled
-                    process.send_signal(signal.SIGTERM)
+                    if isinstance(signaled, Terminated):  # the terminal sends Ctrl-C to both
+                        process.terminate()
         process.returncode = os.waitstatus_to_exitcode(status)
         if spent is not None and spent.parent.is_dir():
             earlier = read_json(spent) if spent.exists() else []
@@ -377,6 +366,10 @@ def _agrees(kept: dict[str, Any] | None, what: dict[str, Any]) -> bool:
 
 def _nats(estimate: dict[str, float]) -> str:
     return f"{estimate['mean']:.2f} ± {estimate['standard_error']:.2f}"
+
+
+def _stop(*_: object) -> None:
+    raise Terminated
 
 
 def main(words: Sequence[str]) -> int:
