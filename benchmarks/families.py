@@ -214,8 +214,10 @@ class Comparison:
                 continue
             steps = self.steps(name, self.options.minutes)
             draws = 2 if self.options.dry else self.options.importance
-            what = {"experiment": _experiment(family, kind), "steps": steps, "seed": 0,
-                    "images_a_step": self._batch, "importance_samples": draws}  # fmt: skip
+            what: dict[str, Any] = {
+                "experiment": _experiment(family, kind), "steps": steps, "seed": 0,
+                "images_a_step": self._batch, "importance_samples": draws,
+            }  # fmt: skip
             if _agrees(self.found("runs").get(name), what):
                 continue
             run, seconds = self._train(name, [what["experiment"]], steps)
