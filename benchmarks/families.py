@@ -116,9 +116,8 @@ def options_of(words: Sequence[str]) -> Options:
         else:
             names = ", ".join(f"{each.name}=" for each in fields(options)[1:])
             raise fail(f"{word!r} is unknown; parts: {', '.join(PARTS)}; settings: {names}")
-    for name in ("minutes", "trial", "importance"):
-        if not 0 < getattr(options, name) < 1e6:
-            raise fail(f"{name}={getattr(options, name)}; it must be above 0")
+    if not min(options.minutes, options.trial, options.importance) > 0:
+        raise fail("minutes, trial and importance must be above 0")
     if options.dry:
         options = replace(options, out=options.folder / "families.json", pictures=options.folder)
     return replace(options, parts=options.parts or PARTS)
@@ -202,7 +201,7 @@ class Comparison:
                 if _agrees(self.found("trials").get(name), what):
                     continue
                 words = [f"optimizer.learning_rate={rate}", f"optimizer.beta2={beta2}"]
-                words = [_experiment(family, "binarized"), *words]
+                words.append(_experiment(family, "binarized"))
                 run, seconds = self._train(name, words, steps)
                 elbo = self._evaluate(run, "valid", TRIAL_IMAGES, [])["negative_elbo"]
                 self.add("trials", name, what | {"training_cpu_seconds": seconds, "valid": elbo})
@@ -263,8 +262,7 @@ class Comparison:
         words = [f"split={split}", f"importance_samples={draws}", f"output={output}"]
         words += [f"max_images={images or 'null'}", "overwrite=true"]
         self._call("evaluate.py", [*self._checkpoint(name), *words, *self._data()], name)
-        result: dict[str, Any] = read_json(output)["result"]
-        return result
+        return dict(read_json(output)["result"])
 
     def _sample(self, name: str) -> None:
         words = [
@@ -312,9 +310,7 @@ class Comparison:
             print("\n".join(self._lines(kind)), flush=True)
             self._picture(kind)
         if trials := self.found("trials"):
-            print(
-                "\n| trial | learning rate, beta2 | steps | validation, nats |\n|---|---|---|---|"
-            )
+            print("\n| trial | rate, beta2 | steps | validation, nats |\n|---|---|---|---|")
         for name, each in sorted(trials.items()):
             family, elbo = FAMILIES[name.partition("_")[0]], each["valid"]["mean"]
             settings = f"{each['learning_rate']:g}, {each['beta2']:g}"

@@ -54,7 +54,7 @@ def test_the_likelihood_counts_the_28x28_pixels_of_the_images(family: str, kind:
     [
         ("train", "parts: pace, tune, runs, table"),
         ("minutes=long", "is no value of minutes"),
-        ("minutes=0", "it must be above 0"),
+        ("minutes=0", "must be above 0"),
         ("minute=3", "settings: minutes="),
     ],
 )
