@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Fitted:
 
     Attributes:
         milliseconds: between the ends of two steps, by the device's clock where it has one.
+        cpu_seconds: between them, of this process, however busy the machine is.
         losses: of each step, in nats, ``(steps,)``.
         skipped: steps that the guard has left out.
         replays: micro-batches that were replayed from a CUDA graph.
@@ -50,6 +52,7 @@ class Fitted:
     """
 
     milliseconds: list[float]
+    cpu_seconds: list[float]
     losses: Tensor
     skipped: int
     replays: int
@@ -69,6 +72,7 @@ class Recorder(pl.Callback):
         self.steps, self.bad_step = steps, bad_step
         self.losses: list[Tensor] = []
         self._ends: list[Any] = []
+        self._cpu_ends: list[float] = []
         self.replays = 0
 
     def on_train_batch_start(
@@ -86,6 +90,7 @@ class Recorder(pl.Callback):
         assert isinstance(pl_module, NVAELightning)
         assert pl_module.last is not None
         self.losses.append(pl_module.last.total.detach().clone())
+        self._cpu_ends.append(time.process_time())
         step = pl_module.whole_step
         self.replays = step.replays if isinstance(step, CapturedStep) else 0
         if pl_module.device.type == "cuda":
@@ -96,6 +101,10 @@ class Recorder(pl.Callback):
             self._ends.append(time.perf_counter())
         if len(self.losses) == self.steps:
             trainer.should_stop = True
+
+    def cpu_seconds(self) -> list[float]:
+        """Of this process, between the ends."""
+        return [end - begin for begin, end in pairwise(self._cpu_ends)]
 
     def milliseconds(self) -> list[float]:
         """Between the ends; waits for the device."""
@@ -138,6 +147,7 @@ def fit_steps(config: TrainConfig, steps: int, bad_step: int | None = None) -> F
     guard = guard_of(trainer)
     return Fitted(
         milliseconds,
+        recorder.cpu_seconds(),
         torch.stack(recorder.losses).double().cpu(),
         0 if guard is None else guard.read().skipped,
         recorder.replays,

@@ -159,12 +159,15 @@ def _bound(
     world: int,
 ) -> EvaluationResult:
     device = model.device
-    images = len(range(rank, len(data.split(config.split)), world))
+    wanted = len(data.split(config.split))
+    if config.max_images is not None:
+        wanted = min(wanted, config.max_images)
+    images = len(range(rank, wanted, world))
     draws = config.bounds.draws
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
         result = evaluate(
             model,
-            share_of(data.batches(config.split, device), rank, world),
+            share_of(first_images(data.batches(config.split, device), wanted), rank, world),
             importance_samples=config.importance_samples,
             elbo_samples=config.elbo_samples,
             labels=config.labels,
@@ -174,12 +177,24 @@ def _bound(
             store=store,
             distributed=world > 1,
         )
-    if result.images != len(data.split(config.split)):
+    if result.images != wanted:
         raise ValueError(
             f"{store.folder} holds results of images that are not in split={config.split}; "
             "delete it and evaluate again"
         )
     return result
+
+
+def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBatch]:
+    """The first ``count`` images of a split."""
+    for batch in batches:
+        count -= len(batch.x)
+        if count < 0:
+            yield replace(batch, x=batch.x[:count], index=batch.index[:count])
+        else:
+            yield batch
+        if count <= 0:
+            return
 
 
 def _quality_table(quality: dict[str, Any]) -> str:
@@ -211,11 +226,13 @@ def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData)
         "batch_size": config.bn_batch_size,
         "seed": config.bn_seed,
     }
+    part = {} if config.max_images is None else {"max_images": config.max_images}
     return {
         "checkpoint_sha256": file_sha256(opened.file),
         "weights": opened.weights,
         "data": pixel_protocol(data, config.split),
         "split": config.split,
+        **part,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,
         **({"labels": config.labels} if opened.model.config.num_classes else {}),

@@ -13,6 +13,7 @@ from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 from nvae.settings import Bounds, check_choice, check_fields
 
 _BOUNDS: dict[str, Bounds] = {
+    "max_images": (1, None),
     "recalibrate_bn": (0, 1_000_000),
     "bn_batch_size": (2, 65_536),
     "generated": (2, 10_000_000),
@@ -32,6 +33,7 @@ class EvaluateConfig:
 
     checkpoint: str
     split: str = "test"
+    max_images: int | None = None
     plugins: list[str] = field(default_factory=list)
     settings: str | None = None
     weights: str = "ema"

@@ -90,6 +90,26 @@ def test_numbers_do_not_depend_on_batches_and_chunks(evaluate, checkpoint, tmp_p
     assert nll[0] == pytest.approx(nll[1], rel=1e-5)
 
 
+def test_the_first_images_alone(evaluate, checkpoint, tmp_path, monkeypatch):
+    """In a result that cannot be taken for one of the whole split."""
+    seen = []
+    original = RecordStore.add
+
+    def watch(self, part):
+        seen.extend(part.index.tolist())
+        original(self, part)
+
+    monkeypatch.setattr(RecordStore, "add", watch)
+    for more, images in ("max_images=5", 5), ("max_images=100", 12), ("max_images=null", 12):
+        seen.clear()
+        evaluate(f"checkpoint={checkpoint}", K, more, "output=part.json", "overwrite=true")
+        found = json.loads((tmp_path / "part.json").read_text())
+        assert seen == list(range(images))
+        assert found["result"]["images"] == images
+        assert ("max_images" in found["protocol"]) == (more != "max_images=null")
+    assert "max_images" in evaluate.fails(f"checkpoint={checkpoint}", "max_images=0")
+
+
 def test_default_output_lies_beside_the_checkpoint_and_is_not_computed_twice(
     evaluate, checkpoint, monkeypatch
 ):
