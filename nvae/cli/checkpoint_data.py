@@ -46,6 +46,9 @@ class RecordedData:
     bits: int
     likelihood: str
     counted_size: Size | None
+    floats: bool
+    value_range: list[float] | None
+    labels: bool | str
     binarize: str
     pad: int
     flip: bool
@@ -220,6 +223,7 @@ def check_split(split: str) -> None:
 _CHANGES_NO_PIXEL = (
     *("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit"),
     *("root", "source", "cache", "download", "licence", "citation", "homepage", "urls", "files"),
+    *("labels", "label_key", "image_key", "dataset"),
 )
 
 

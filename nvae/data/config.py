@@ -141,8 +141,8 @@ class DataConfig:
             at most `on_device_limit` MiB).
         on_device_limit: see `on_device`, in MiB.
         download: fetch missing source files where a public address exists.
-        dataset: for `format: dataset`, a torch `Dataset` as Hydra writes objects, `_target_` and
-            arguments, or one for each of `train`, `valid` and `test`.
+        dataset: a torch `Dataset` to take the images from, as Hydra writes objects, `_target_` and
+            arguments; or one for each of `train`, `valid` and `test`.
         image_key: name of the images where a file or an entry holds several things by name.
         label_key: name of the labels there.
         torchvision: class of torchvision.datasets that knows where the source files are.
@@ -218,9 +218,11 @@ class DataConfig:
                 "data.on_device=always needs images of one size, which data.crop=random does not "
                 "make; allowed with it: auto, never"
             )
+        if self.dataset and self.format == "auto":
+            self.format = "dataset"
         if (self.format == "dataset") != bool(self.dataset):
             raise ValueError(
-                f"data.format is {self.format} and data.dataset {self.dataset or 'not given'}; "
+                f"data.format is {self.format} and data.dataset is {self.dataset or 'not given'}; "
                 "data.format=dataset takes a data.dataset with a _target_, and nothing else does"
             )
         self._check_pixels()

@@ -89,14 +89,15 @@ def _png_bytes(data: bytes, end: str) -> Image.Image:
     """The upper bytes of 16-bit color, in big-endian order as in the file; the lower ones if they
     are taken for little-endian."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image: Any = Image.open(io.BytesIO(data), formats=("PNG",))
         check_sides(*image.size)
         if image.tile[0][3] != f"{image.mode};16B":
             raise BadImageError("it has 16 bits of gray and transparency: save it without one")
         tile = (*image.tile[0][:3], f"{image.mode};16{end}")
         image.tile = [getattr(image.tile[0], "_make", tuple)(tile)]
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        return upright
     except BadImageError:
         raise
     except Exception as error:

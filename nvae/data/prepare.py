@@ -105,6 +105,13 @@ def config_from_arguments(arguments: argparse.Namespace) -> DataConfig:
         )
     given_options = {name: getattr(arguments, name) for name in OPTIONS}
     values |= {name: value for name, value in given_options.items() if value is not None}
+    # What is stored does not depend on these, and they would contradict what is given.
+    if values.get("floats"):
+        values["likelihood"] = "normal"
+    if values.get("floats") or values.get("bits", 1) > 1:
+        values["binarize"] = "none"
+    if values.get("image_size") is not None and config.counted_size is not None:
+        values["counted_size"] = None
     if "labels" in values:
         values["labels"] = _LABELS[values["labels"]]
     if "value_range" in values:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from nvae.data.config import DataError, config_names, load_config, prepare_command
+from nvae.data.config import OPTIONS, DataError, config_names, load_config, prepare_command
+from nvae.data.places import prepared_folder
 from nvae.data.prepare import _parser, config_from_arguments
 
 
@@ -36,7 +37,7 @@ from nvae.data.prepare import _parser, config_from_arguments
         ({"labels": "yes"}, "data.labels is 'yes'; allowed: auto, true, false"),
         ({"labels": 1}, "data.labels=1 is not true or false or text"),
         ({"format": "dataset"}, "takes a data.dataset with a _target_"),
-        ({"dataset": {"_target_": "a.b"}}, "takes a data.dataset with a _target_"),
+        ({"format": "idx", "dataset": {"_target_": "a.b"}}, "takes a data.dataset with a _target_"),
         ({"bits": 8, "binarize": "dynamic"}, "data.bits=1 or data.binarize=none"),
         ({"pad": 4}, "less than half of data.image_size=8"),
         ({"pad": -1}, "at least 0"),
@@ -105,6 +106,19 @@ def test_the_command_that_is_printed_prepares_the_same_data_set(name):
     config = replace(
         load_config(name), root="some where", crop_box=[1, 2, 30, 40], image_size=64, channels=3
     )
+    check(config)
+    further = {"bits": 12, "value_range": [-5, 4090.5], "labels": True, "label_key": "fine"}
+    if config.binarize == "none":
+        check(replace(config, image_size=[96, 64], counted_size=None, image_key="x", **further))
+    check(replace(config, bits=8, floats=True, binarize="none", likelihood="normal", labels=False))
+
+
+def check(config):
+    """What `OPTIONS` has comes back; the rest is not for preparing."""
     words = shlex.split(prepare_command(config))
     assert words[:3] == ["python", "-m", "nvae.data.prepare"]
-    assert config_from_arguments(_parser().parse_args(words[3:])) == config
+    parsed = config_from_arguments(_parser().parse_args(words[3:]))
+    assert {name: getattr(parsed, name) for name in OPTIONS} == {
+        name: getattr(config, name) for name in OPTIONS
+    }
+    assert prepared_folder(parsed) == prepared_folder(config)
