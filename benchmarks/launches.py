@@ -76,8 +76,7 @@ def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Oper
             objective.spectral_norm.is_warm = True
         optimizer = build_optimizer(config.optimizer, model.parameters())
         optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-        c = model.config
-        x = torch.rand(batch, c.image_channels, c.image_size, c.image_size)
+        x = torch.rand(batch, *model.config.image_shape)
         x = x.to(memory_format=torch.channels_last)
         for _ in range(2):  # the first makes the optimizer's state
             noise = model.draw_noise(batch)

@@ -84,8 +84,7 @@ def print_largest(config: TrainConfig, sizes: list[float], kernels: bool) -> Non
 def print_held_on_cpu(config: TrainConfig) -> None:
     """What a real pass keeps; the CPU has no kernels."""
     module = build_module(config).train()
-    c = config.model
-    x = torch.rand(config.data.batch_size, c.image_channels, c.image_size, c.image_size)
+    x = torch.rand(config.data.batch_size, *config.model.image_shape)
     half = HALF.get(config.trainer.precision)
     with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
         kept = kept_bytes(module.model, module.loss, x.to(memory_format=torch.channels_last))

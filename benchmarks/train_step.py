@@ -34,9 +34,8 @@ def main() -> None:
         compile_blocks(model)
     objective = Objective(model, config.objective).to(options.device)
     optimizer = build_optimizer(config.optimizer, model.parameters())
-    side, channels = config.model.image_size, config.model.image_channels
     levels = 1 if config.model.likelihood == "bernoulli" else 2**config.model.bits - 1
-    x = torch.randint(levels + 1, (options.batch, channels, side, side), device=options.device)
+    x = torch.randint(levels + 1, (options.batch, *config.model.image_shape), device=options.device)
     x = (x / levels).to(memory_format=torch.channels_last)
     dtype = PRECISIONS[options.precision]
     scaler = torch.amp.GradScaler(options.device, enabled=options.precision == "fp16")

@@ -33,8 +33,7 @@ class LadderConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % 4:
-            raise ValueError(f"model.image_size={self.image_size} is no multiple of 4")
+        self.check_divides(4, "cannot be halved twice")
 
 
 class Ladder(HierarchicalVAE):
@@ -46,8 +45,9 @@ class Ladder(HierarchicalVAE):
     def __init__(self, config: LadderConfig) -> None:
         super().__init__()
         self.config = config
-        latent, width, side = config.latent_channels, config.width, config.image_size
-        self.latent_shapes = ((latent, side // 4, side // 4), (latent, side // 2, side // 2))
+        latent, width = config.latent_channels, config.width
+        _, h, w = config.image_shape
+        self.latent_shapes = ((latent, h // 4, w // 4), (latent, h // 2, w // 2))
         self.down = nn.ModuleList(
             [nn.Conv2d(config.image_channels, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)]
         )

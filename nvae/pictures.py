@@ -107,8 +107,8 @@ def needs_full_depth(image_shape: Sequence[int], bits: int) -> bool:
 def save_full_depth(path: str | Path, image: Tensor, bits: int) -> Path:
     """One ``(C, H, W)`` image with all that it holds.
 
-    Gray becomes a PNG of 16 bits, 65535 for 1; any other a NumPy array ``(H, W, C)`` of levels from
-    0 to 2^bits - 1.
+    Its levels, from 0 to 2^bits - 1: of gray as a PNG of 16 bits, of any other as a NumPy array
+    ``(H, W, C)``. Read as data of so many bits they are what they were.
 
     Args:
         path: without suffix.
@@ -119,9 +119,8 @@ def save_full_depth(path: str | Path, image: Tensor, bits: int) -> Path:
         The file.
     """
     is_gray = image.shape[0] == 1
-    top = 65535 if is_gray else 2**bits - 1
-    levels = image.detach().float().clamp(0, 1).mul(top).round()
-    array = levels.permute(1, 2, 0).to("cpu").numpy().astype(np.uint16 if top > 255 else np.uint8)
+    levels = image.detach().float().clamp(0, 1).mul(2**bits - 1).round()
+    array = levels.permute(1, 2, 0).to("cpu").numpy().astype(np.uint16 if bits > 8 else np.uint8)
     path = Path(path)
     file = path.with_name(path.name + (".png" if is_gray else ".npy"))
     if is_gray:

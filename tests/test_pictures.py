@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from nvae.pictures import (
+    View,
     check_format,
     grid,
     save_animation,
+    save_full_depth,
     save_grids_side_by_side,
     save_image,
     save_rows,
@@ -36,6 +38,11 @@ def test_grid_holds_every_image_in_order_enlarged_by_whole_pixels():
         tile = picture[y : y + 48, x : x + 48]
         assert (tile == round(i / 5 * 255)).all()
     assert (picture[:2] == 128).all()  # a line that neither black nor white melts into
+
+
+def test_rectangles_are_enlarged_as_a_square_of_their_area():
+    assert grid(torch.zeros(1, 1, 4, 16)).size == (16 * 6 + 4, 4 * 6 + 4)
+    assert grid(torch.zeros(1, 1, 96, 64)).size == (68, 100)
 
 
 def test_labels_leave_the_images_untouched(tmp_path):
@@ -72,6 +79,55 @@ def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
         save_rows(path, [torch.ones(1, 1, 8, 8)], ["a"])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("channels", "shown"),
+    [(1, [0]), (2, [0, 1, 0]), (3, [0, 1, 2]), (4, [0, 1, 2]), (5, [0, 1, 2])],
+)
+def test_what_is_seen_of_any_number_of_channels(channels, shown):
+    images = torch.rand(2, channels, 4, 6)
+    assert torch.equal(View()(images), images[:, shown])
+    assert grid(View()(images)).mode == ("L" if channels == 1 else "RGB")
+    last = channels - 1
+    assert torch.equal(View([last])(images[0]), images[0, last:])
+
+
+def test_a_range_of_values_is_stretched():
+    image = torch.tensor([0.0, 0.2, 0.3, 0.4, 1.0]).view(1, 1, 5)
+    seen = View(darkest=0.2, brightest=0.4)(image)
+    torch.testing.assert_close(seen.flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("channels", "limits", "message"),
+    [
+        ([0, 1], None, r"show_channels=\[0, 1\]: one channel is shown as gray"),
+        ([0, 1, 4], None, "the images have channels 0 to 3"),
+        ([-1], None, "the images have channels 0 to 3"),
+        (None, [0.5, 0.5], "first that of black, then that of white"),
+        (None, [0, 2], r"show_range=\[0,2\]: it takes two numbers from 0 to 1"),
+        (None, [0, 0.5, 1], "it takes two numbers, black and white"),
+    ],
+)
+def test_what_cannot_be_seen_is_one_line(channels, limits, message):
+    with pytest.raises(ValueError, match=message):
+        View.of_settings(channels, limits).of(4)
+
+
+def test_full_depth_keeps_every_level(tmp_path):
+    """Gray as a PNG of 16 bits, other images as an array; both hold levels as data readers do."""
+    levels = torch.arange(4096)
+    gray = save_full_depth(tmp_path / "g", (levels / 4095).view(1, 64, 64), 12)
+    assert gray.name == "g.png"
+    assert np.array_equal(_read(gray).flatten(), levels.numpy())
+    five = (torch.arange(65536) / 65535).view(1, 256, 256).expand(5, -1, -1)
+    several = save_full_depth(tmp_path / "s.0", five, 16)
+    assert several.name == "s.0.npy"
+    found = np.load(several)
+    assert (found.shape, found.dtype) == ((256, 256, 5), np.uint16)
+    assert np.array_equal(found[..., 4].flatten(), np.arange(65536))
+    assert np.load(save_full_depth(tmp_path / "two", torch.ones(2, 3, 3), 8)).dtype == np.uint8
 
 
 def test_wrong_input_is_refused():

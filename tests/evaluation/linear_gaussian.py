@@ -28,7 +28,11 @@ class LinearGaussian(HierarchicalVAE):
         self.widening = widening
         # one group whose "image" is LATENT channels of one pixel
         self.latent_shapes = ((LATENT, 1, 1),)
-        self.config = SimpleNamespace(counted_pixels=PIXELS, latent_channels=LATENT)
+        self.config = SimpleNamespace(
+            counted_pixels=PIXELS,
+            latent_channels=LATENT,
+            pixel_distribution=SimpleNamespace(density_of="x"),
+        )
         self.rows: list[int] = []
         self.encoded = 0
 

@@ -80,7 +80,7 @@ def _flat(value):
         return [x for entry in value.values() for x in _flat(entry)]
     if isinstance(value, list | tuple):
         return [x for entry in value for x in _flat(entry)]
-    return [float(value)]
+    return [] if isinstance(value, str) else [float(value)]
 
 
 def test_memory_is_bounded_and_images_are_encoded_once(images):
@@ -278,7 +278,8 @@ def test_active_units_counts_channels_above_the_threshold():
     kl[:, 1] = 0.2
     records = ImageRecords(np.arange(4), np.zeros(4), kl, np.zeros((4, 0)), np.zeros((4, 0)))
     model = SimpleNamespace(
-        config=SimpleNamespace(counted_pixels=4), latent_shapes=((3, 1, 1),) * 2
+        config=SimpleNamespace(counted_pixels=4, pixel_distribution=SimpleNamespace(density_of="")),
+        latent_shapes=((3, 1, 1),) * 2,
     )
     result = summarize(records, model, ())
     assert result.active_units == (1, 3)

@@ -22,6 +22,7 @@ from nvae.training.module import NVAELightning
 from nvae.training.progress import describe_metrics
 from nvae.training.recompute import recompute_segments
 from nvae.training.throughput import Throughput, flops_per_image, peak_tflops
+from tests.models.small import small_model
 from tests.training.runs import run, small_config
 
 
@@ -96,6 +97,14 @@ def test_operations_are_three_forward_passes(model: NVAE) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
+
+
+def test_operations_of_a_rectangle_go_by_its_area() -> None:
+    """Half a square without dense layers takes half of its operations."""
+    square, half = (
+        small_model(image_size=size, squeeze_excitation=False) for size in (16, (8, 16))
+    )
+    assert flops_per_image(half) == flops_per_image(square) / 2
 
 
 def test_a_model_that_looks_at_values_has_no_count(
