@@ -55,7 +55,7 @@ def packed_hdf5(folder, arrays):
 def zarr(folder, arrays, **options):
     root = pytest.importorskip("zarr").open_group(str(folder / "all.zarr"), mode="w", **options)
     for name, array in arrays.items():
-        root.create_array(name, data=array)
+        root.create_array(name, shape=array.shape, dtype=array.dtype)[...] = array
     return folder / "all.zarr"
 
 
