@@ -1,6 +1,7 @@
-"""Orthogonalized momentum: its mathematics, what it moves, and the switch."""
+"""Orthogonalized momentum: its mathematics, what it moves, the switch, resuming."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from nvae.models.config import ModelConfig
 from nvae.models.nvae import NVAE
 from nvae.training.muon import Muon, is_matrix, orthogonalized
 from nvae.training.optimizers import Adamax, HostSwitch, OptimizerConfig, build_optimizer
+from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
+
+NAME = "nvae.training.muon:Muon"
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 40), (2, 40, 8), (1, 16, 16)])
@@ -93,7 +97,7 @@ def test_matrices_are_what_mixes_channels() -> None:
 def test_a_bad_step_is_left_out_and_state_goes_on_after_loading() -> None:
     """By the name that configs/optimizer/muon.yaml gives, with its arguments."""
     config = OptimizerConfig(
-        name="nvae.training.muon:Muon", learning_rate=0.05,
+        name=NAME, learning_rate=0.05,
         arguments={"momentum": 0.9, "others": 0.4},
     )  # fmt: skip
     g = torch.Generator().manual_seed(4)
@@ -126,5 +130,22 @@ def test_a_bad_step_is_left_out_and_state_goes_on_after_loading() -> None:
     ("argument", "value"), [("momentum", 1.0), ("others", -1.0), ("iterations", 0)]
 )
 def test_impossible_arguments_are_named(argument: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{argument} is {value}"):
-        Muon([nn.Parameter(torch.ones(2, 2))], **{argument: value})  # type: ignore[arg-type]
+    """By the configuration, before anything is made."""
+    with pytest.raises(ValueError, match=f"does not take these arguments: {argument} is {value}"):
+        OptimizerConfig(name=NAME, arguments={argument: value})
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Weights and the optimizer's state of both kinds, bit for bit, from the middle of an epoch."""
+    muon = OptimizerConfig(name=NAME, learning_rate=0.05, warmup_epochs=1)
+    weights = []
+    for name, stops in (("whole", ()), ("stopped", (5,))):
+        config = small_config(tmp_path, name=name, optimizer=muon)
+        config.trainer.max_epochs = 1
+        for step in stops:
+            run(config, StopAt(step))
+        folder, trainer = run(config)
+        assert trainer.global_step == 8
+        weights.append(last_checkpoint(folder))
+    for key in ("state_dict", "optimizer_states"):
+        assert assert_identical(weights[0][key], weights[1][key]) > 100
