@@ -97,6 +97,12 @@ class OptimizerConfig:
                     f"optimizer.{name} is {getattr(self, name)}; allowed: 0 up to, not with, 1"
                 )
         check_arguments(optimizer_class(self.name), self.arguments, "optimizer.arguments.")
+        try:  # the class alone knows what its arguments may be
+            build_optimizer(self, [nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"optimizer: {self.name} does not take these arguments: {error}"
+            ) from None
         if self.schedule is not None:
             self.schedule_class()
 
@@ -126,12 +132,7 @@ class OptimizerConfig:
         }
         ours = {"min_learning_rate": rate / 100, **ours}
         check_arguments(kind, given, "optimizer.")
-        config = cls(name=name, learning_rate=float(rate), arguments=defaults | given, **ours)
-        try:  # the class alone knows what its arguments may be
-            build_optimizer(config, [nn.Parameter(torch.zeros(1))])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer: {name} does not take these arguments: {error}") from None
-        return config
+        return cls(name=name, learning_rate=float(rate), arguments=defaults | given, **ours)
 
     def schedule_class(self) -> tuple[type[LRScheduler], dict[str, Any], dict[str, Any]]:
         """Class, arguments and Lightning's entries of ``schedule``.
