@@ -30,6 +30,9 @@ from nvae.ops import Impl
 Temperature = float | Sequence[float]
 Shape = tuple[int, int, int]
 """Of one image's latent in one group, ``(L, h, w)``."""
+Choose = Callable[[int, Normal, Normal | None], Tensor]
+"""Gives a group's z ``(B, L, h, w)`` from its index, its prior, and its posterior before any flow;
+no posterior where nothing was encoded."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class HierarchicalVAE(nn.Module, ABC):
         encoder_maps: Sequence[Tensor] | None = None,
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups, coarsest first.
 
@@ -211,6 +215,8 @@ class HierarchicalVAE(nn.Module, ABC):
             latents: z itself for some or all groups; None entries are drawn.
             temperature: factor on the priors' sigma, one number or one a group; only where z is
                 drawn from a prior.
+            choose: asked for the z of every group instead, before the walk goes on; ``noise`` then
+                says the batch size alone. Who needs no coding may leave this argument out.
 
         Returns:
             The state after the finest group, and what every group drew.

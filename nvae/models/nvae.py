@@ -23,7 +23,7 @@ from nvae.models.config import (
     latent_scales,
     latent_shapes,
 )
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
+from nvae.models.hierarchical import Choose, GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import (
     BatchNorm,
@@ -151,6 +151,7 @@ class NVAE(HierarchicalVAE):
         encoder_maps: Sequence[Tensor] | None = None,
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups (figure 2b of the paper); see the base class."""
         batch = noise[0].shape[0]
@@ -167,6 +168,7 @@ class NVAE(HierarchicalVAE):
                 noise=noise[index],
                 z=None if latents is None else latents[index],
                 temperature=temperatures[index],
+                choose=None if choose is None else partial(choose, index),
             )
             samples.append(sample)
         return state, tuple(samples)

@@ -11,13 +11,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Output, Temperature
+from nvae.models.hierarchical import Choose, GroupSample, HierarchicalVAE, Output, Temperature
 from nvae.models.layers import without_autocast
 from nvae.models.likelihoods import ImageConfig, LogisticMixture, PixelDistribution
 from nvae.models.stable_mixture import DATA_BITS, LogisticForm, StableLogisticMixture
@@ -187,6 +188,7 @@ class TopDownLayer(nn.Module):
         temperature: float = 1.0,
         keep: Tensor | None = None,
         prior_noise: Tensor | None = None,
+        choose: Callable[[Normal, Normal | None], Tensor] | None = None,
     ) -> tuple[Tensor, GroupSample]:
         """Advance the top-down state by one layer.
 
@@ -199,19 +201,25 @@ class TopDownLayer(nn.Module):
             keep: ``(L,)`` booleans: the channels that take the posterior's draw, the others the
                 prior's; None: all.
             prior_noise: like ``noise``, of those others.
+            choose: asked for z, with prior and posterior (None without ``encoder_map``).
 
         Returns:
             The new state ``(B, C, h, w)`` and what was drawn.
         """
         mean, log_sigma, residual = self.read_prior(state)
         prior = LogSigmaNormal.of(mean, log_sigma)
-        if z is not None:
+        posterior = None
+        if encoder_map is not None and z is None:
+            posterior = LogSigmaNormal.of(*self.read_posterior(state, encoder_map, prior))
+        if choose is not None:
+            z = choose(prior, posterior)
+            sample = GroupSample(z, prior, posterior, z)
+        elif z is not None:
             sample = GroupSample(z, prior.at(temperature))
-        elif encoder_map is None:
+        elif posterior is None:
             cooled = prior.at(temperature)
             sample = GroupSample(cooled.sample(noise), cooled)
         else:
-            posterior = LogSigmaNormal.of(*self.read_posterior(state, encoder_map, prior))
             z = drawn = posterior.sample(noise)
             if keep is not None:
                 assert prior_noise is not None
@@ -254,6 +262,7 @@ class VeryDeepVAE(HierarchicalVAE):
         temperature: Temperature = 1.0,
         keep: Sequence[Tensor] | None = None,
         prior_noise: Sequence[Tensor] | None = None,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the layers; see the base class.
 
@@ -265,6 +274,7 @@ class VeryDeepVAE(HierarchicalVAE):
             keep: of a posterior pass, the channels of each layer that are encoded, ``(L,)``
                 booleans each; the others are drawn from the prior. None: all.
             prior_noise: standard normal, like ``noise``, of the others.
+            choose: see there.
 
         Raises:
             ValueError: more latents than layers, or temperatures that are not one or one a layer.
@@ -282,6 +292,7 @@ class VeryDeepVAE(HierarchicalVAE):
                 temperature=temperatures[index],
                 keep=None if keep is None else keep[index],
                 prior_noise=None if prior_noise is None else prior_noise[index],
+                choose=None if choose is None else partial(choose, index),
             )
             states[state.shape[-1]] = state
             samples.append(sample)
