@@ -93,9 +93,7 @@ def encode_block(
     fixed = _FIXED.pack(len(levels), starters, len(png), len(runs), len(kept), _digest(levels))
     packed = b"".join(_RUN.pack(*run) for run in runs)
     block = fixed + packed + kept + stack.compressed()
-    size = BlockSize(
-        len(levels), starters, 8 * len(png), stack.bits - bits, draw_bits, len(block)
-    )
+    size = BlockSize(len(levels), starters, 8 * len(png), stack.bits - bits, draw_bits, len(block))
     return block, size
 
 
@@ -107,9 +105,7 @@ def decode_block(walk: Walk, block: bytes, progress: Progress | None = None) -> 
     """
     images, starters, png_bytes, count, kept, digest = _fixed_part(block, walk)
     start = _FIXED.size
-    runs = [
-        _RUN.unpack_from(block, start + i * _RUN.size) for i in range(count)
-    ]
+    runs = [_RUN.unpack_from(block, start + i * _RUN.size) for i in range(count)]
     start += count * _RUN.size
     passes = [size for size, times in runs for size in [size] * times]
     try:
@@ -232,7 +228,8 @@ def _from_png(content: bytes, length: int, n: int, walk: Walk) -> Tensor:
 
 
 def _pack(lattices: Sequence[Lattice]) -> bytes:
-    return zlib.compress(torch.cat([each.bits for each in lattices]).to(torch.uint8).numpy(), 9)
+    bits = torch.cat([each.bits for each in lattices]).to(torch.uint8)
+    return zlib.compress(bits.numpy().tobytes(), 9)
 
 
 def _unpack(packed: bytes, walk: Walk) -> list[Lattice]:

@@ -7,8 +7,8 @@
     4 bytes   magic number
     4, 4, 8   number of the block, of its first image, length of its body
     4, 4      CRC-32 of the body, and of the 24 bytes before this one
-              the body: length and text of the files' names and modes (JSON, deflated, may be
-              absent), then what :mod:`nvae.codec.chain` makes
+              the body: length and text of the files' names and modes (JSON, LZMA, may be absent),
+              then what :mod:`nvae.codec.chain` makes
 
 Integers are little-endian. A block can be read without the others, and is found again after a
 damaged one by its magic number and the CRC of its head.
@@ -16,6 +16,7 @@ damaged one by its magic number and the CRC of its head.
 
 import io
 import json
+import lzma
 import struct
 import zlib
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ class Body:
             columns = {
                 f.name: [getattr(file, f.name) for file in self.files] for f in fields(ImageFile)
             }
-            text = zlib.compress(json.dumps(columns, separators=(",", ":")).encode(), 9)
+            plain = json.dumps(columns, separators=(",", ":")).encode()
+            text = lzma.compress(plain, lzma.FORMAT_ALONE)
         return _LENGTH.pack(len(text)) + text + self.coded
 
     @classmethod
@@ -162,12 +164,13 @@ class Body:
         if not length:
             return cls(coded)
         try:
-            decompressor = zlib.decompressobj()
+            # what it claims to need is held against a limit, and so is what comes out
+            decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LARGEST_FILES)
             text = decompressor.decompress(body[_LENGTH.size : start], LARGEST_FILES)
             columns = json.loads(text)
             rows = zip(*(columns[f.name] for f in fields(ImageFile)), strict=True)
             files = [ImageFile(*row) for row in rows]
-        except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, EOFError, lzma.LZMAError) as error:
             raise DamagedBlockError(f"the names of its files cannot be read: {error}") from None
         if len(files) != images_of(coded):
             raise DamagedBlockError(f"it has {len(files)} names for {images_of(coded)} images")

@@ -177,8 +177,8 @@ def check_codable(config: ImageConfig) -> None:
     """Raise a ValueError unless the likelihood gives every gray level a mass that is known here."""
     if not issubclass(config.pixel_distribution, Bernoulli | LogisticMixture):
         raise ValueError(
-            f"model.likelihood={config.likelihood} cannot be coded: it gives gray levels no masses; "
-            "compression takes models with likelihood=logistic_mixture or bernoulli"
+            f"model.likelihood={config.likelihood} cannot be coded: it gives gray levels no "
+            "masses; compression takes models with likelihood=logistic_mixture or bernoulli"
         )
 
 

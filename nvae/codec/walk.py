@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvae.codec.latents import Lattice, bits_to_draw, fitting
 from nvae.codec.coder import Stack
+from nvae.codec.latents import Lattice, bits_to_draw, fitting
 from nvae.codec.pixels import bits_a_pixel, check_codable, pop_pixels, push_pixels, window
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
