@@ -63,7 +63,10 @@ class Stack:
             ValueError: it is none.
         """
         words = np.frombuffer(compressed, WORD).astype(np.uint32)
-        return cls(constriction().stream.stack.AnsCoder(words))
+        try:
+            return cls(constriction().stream.stack.AnsCoder(words))
+        except Exception as error:
+            raise ValueError(f"it is no stack: {error}") from None
 
     def content(self) -> bytes:
         """Inverse of :meth:`holding`, up to three zeros at the end.
@@ -71,7 +74,10 @@ class Stack:
         Raises:
             ValueError: the stack is another one.
         """
-        words: NDArray[np.uint32] = self._coder.get_compressed(unseal=True)
+        try:
+            words: NDArray[np.uint32] = self._coder.get_compressed(unseal=True)
+        except Exception as error:  # an AssertionError, for one
+            raise ValueError(f"the stack holds something else: {error}") from None
         return words.astype(WORD).tobytes()
 
     def compressed(self) -> bytes:
