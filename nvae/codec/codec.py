@@ -193,6 +193,8 @@ class Codec:
             write_block(file, number, first, Body(coded, files).to_bytes())
             first += len(images)
             yield size
+        if first != count:
+            raise ValueError(f"{first} images were to be coded, {count} were announced")
 
     def walk_for(self, archive: Archive, *, try_anyway: bool = False) -> Walk:
         """The model as it ran when an archive was made.

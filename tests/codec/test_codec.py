@@ -69,7 +69,7 @@ def test_a_model_that_is_sure_and_wrong():
 
 def test_the_decoder_takes_the_archives_settings():
     model = model_of("nvae", likelihood="logistic_mixture")
-    codec = Codec(model, batch_size=5, threads=2, precision="float64", block_images=20)
+    codec = Codec(model, batch_size=5, precision="float64", block_images=20)
     images = images_for(codec, 45)
     assert torch.equal(Codec(model, batch_size=2).decode(codec.encode(images)), images)
 
@@ -78,12 +78,20 @@ def test_the_model_is_left_alone():
     """Its mode, gradients and threads; and layout and mode do not matter."""
     model = model_of("nvae", likelihood="logistic_mixture").train()
     threads = torch.get_num_threads()
-    codec = Codec(model, threads=threads + 1)
+    codec = Codec(model)
     data = codec.encode(images_for(codec, 20))
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.get_num_threads() == threads
     Codec(model.eval().to(memory_format=torch.channels_last)).decode(data)
+
+
+def test_the_number_of_threads_is_the_settings():
+    threads = torch.get_num_threads()
+    walk = Walk(model_of("vdvae"), PassSettings(threads=threads + 1))
+    with walk.running():
+        assert torch.get_num_threads() == threads + 1
+    assert torch.get_num_threads() == threads
 
 
 def test_bits_do_not_depend_on_what_ran_before():

@@ -114,7 +114,7 @@ def test_names_that_lead_elsewhere(name):
 
 def test_names():
     assert check_names(["a.png", "b/a.PNG", "a.jpg"]) == ["a.png", "b/a.PNG", "a.jpg.png"]
-    with pytest.raises(ValueError, match="both be restored as a.bmp.png"):
+    with pytest.raises(ValueError, match=r"both be restored as a\.bmp\.png"):
         check_names(["a.bmp", "a.bmp.png"])
 
 
