@@ -78,7 +78,7 @@ def test_a_damaged_block_is_told_when_the_others_are_written(
     (tmp_path / "a.nvae").write_bytes(data)
     error = decompress.fails(MODEL, "input=a.nvae", "output=out")
     assert "block 2 (images from 20): its checksum is another" in error
-    assert len([path for path in (tmp_path / "out").rglob("*.png")]) == 20
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 20
 
 
 def test_a_picture_that_does_not_fit_is_named(compress, pictures, tmp_path):

@@ -1,4 +1,4 @@
-"""Archives that are cut, flipped, foreign, or made to do harm: one line each, and no wrong pixels."""
+"""Archives that are cut, flipped, foreign, or made to do harm: one line, and no wrong pixels."""
 
 import io
 import json
