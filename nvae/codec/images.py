@@ -151,10 +151,10 @@ def restored_name(name: str) -> str:
     """
     path = PurePosixPath(name)
     usable = (
-        name and len(name) <= _LONGEST_NAME and name.isprintable() and "\\" not in name
+        path.parts and len(name) <= _LONGEST_NAME and name.isprintable() and "\\" not in name
         and not path.is_absolute() and path.as_posix() == name
         and all(0 < len(part.encode()) <= _LONGEST_PART for part in path.parts)
-        and ".." not in path.parts and ":" not in path.parts[0] and path.name not in ("", ".")
+        and ".." not in path.parts and ":" not in path.parts[0]
     )  # fmt: skip
     if not usable:
         raise ValueError(f"the file name {brief(repr(name), 100)} is refused")

@@ -41,7 +41,7 @@ def test_code_length_is_the_likelihood(family, changes):
     assert stack.content() == bytes(range(200))
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("bits", [1, 5])
 @pytest.mark.parametrize("scale", [-12.0, -3.0, 2.0])
 def test_masses_of_all_levels_sum_to_one(bits, scale):
     """Also where every logistic is far narrower than a level, or far wider than the image."""
