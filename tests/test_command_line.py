@@ -32,7 +32,9 @@ def test_printed_commands_can_be_typed():
     assert shell("python", "x.py", "a=[1,2]", "b c") == "python x.py 'a=[1,2]' 'b c'"
 
 
-@pytest.mark.parametrize("module", ["nvae.report", "nvae.export", "nvae.data.prepare"])
+@pytest.mark.parametrize(
+    "module", ["nvae.report", "nvae.export", "nvae.codec", "nvae.data.prepare"]
+)
 @pytest.mark.parametrize("arguments", [["--unknown"], []])
 def test_wrong_arguments_are_one_line(module, arguments):
     done = subprocess.run(

@@ -22,6 +22,7 @@ COMMAND = ("hydra", "omegaconf")
         ("nvae.data.dataset", ()),
         ("nvae.cli.sample", COMMAND),
         ("nvae.cli.evaluate", COMMAND),
+        *(("nvae.cli.compress", COMMAND), ("nvae.cli.decompress", COMMAND), ("nvae.codec", ())),
         *(("nvae.sampling", ()), ("nvae.evaluation", ()), ("nvae.evaluation.distances", ())),
     ],
 )

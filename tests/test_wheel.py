@@ -27,7 +27,11 @@ def _run(*words: object, cwd: Path, **environment: str) -> str:
 def test_every_console_script_has_a_command() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == {
-        f"nvae-{name}" for name in ("train", "sample", "evaluate", "prepare", "report", "export")
+        f"nvae-{name}"
+        for name in (
+            *("train", "sample", "evaluate", "prepare", "report", "export"),
+            *("compress", "decompress"),
+        )
     }
     for place in scripts.values():
         module, _, name = place.partition(":")
@@ -68,3 +72,7 @@ def test_commands_of_a_wheel(tmp_path: Path) -> None:
     assert "mnist" in command("nvae-prepare", "--help")
     command("nvae-report", "runs/r")
     command("nvae-export", "--help")
+    with_model = f"checkpoint={checkpoint[1]}"
+    command("nvae-compress", with_model, "split=test", "output=a.nvae")
+    command("nvae-decompress", with_model, "input=a.nvae", "output=restored")
+    assert len(list((elsewhere / "restored").iterdir())) == 300

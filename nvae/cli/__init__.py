@@ -20,6 +20,8 @@ def _command(module: str) -> int | None:
 train_command = partial(_command, "nvae.cli.train")
 sample_command = partial(_command, "nvae.cli.sample")
 evaluate_command = partial(_command, "nvae.cli.evaluate")
+compress_command = partial(_command, "nvae.cli.compress")
+decompress_command = partial(_command, "nvae.cli.decompress")
 prepare_command = partial(_command, "nvae.data.prepare")
 report_command = partial(_command, "nvae.report.__main__")
 export_command = partial(_command, "nvae.export.__main__")

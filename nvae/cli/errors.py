@@ -47,7 +47,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-_BOUNDS_MEMORY = {"sample": "batch_size", "evaluate": "chunk or sample_batch_size"}
+_BOUNDS_MEMORY = {
+    "sample": "batch_size",
+    "evaluate": "chunk or sample_batch_size",
+    "compress": "batch_size",
+    "decompress": "batch_size when it is compressed",
+}
 
 
 class JobFailedError(Exception):
@@ -87,7 +92,7 @@ def run(name: str, work: Work, schema: type) -> None:
 
 
 def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> None:
-    """:func:`run` for `sample.py` and `evaluate.py`.
+    """:func:`run` for the commands that take a checkpoint.
 
     Args:
         name: of the root configuration.

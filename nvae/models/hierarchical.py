@@ -31,6 +31,9 @@ from nvae.ops import Impl
 Temperature = float | Sequence[float]
 Shape = tuple[int, int, int]
 """Of one image's latent in one group, ``(L, h, w)``."""
+Choose = Callable[[int, Normal, Normal | None], Tensor]
+"""Gives a group's z ``(B, L, h, w)`` from its index, its prior, and its posterior before any flow;
+no posterior where nothing was encoded."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ class HierarchicalVAE(nn.Module, ABC):
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
         condition: Condition | None = None,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups, coarsest first.
 
@@ -217,6 +221,8 @@ class HierarchicalVAE(nn.Module, ABC):
             temperature: factor on the priors' sigma, one number or one a group; only where z is
                 drawn from a prior.
             condition: classes of the images; only models that know classes are given one.
+            choose: asked for the z of every group instead, before the walk goes on; ``noise`` then
+                says the batch size alone. Who needs no coding may leave this argument out.
 
         Returns:
             The state after the finest group, and what every group drew.

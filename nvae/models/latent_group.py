@@ -4,6 +4,8 @@ Posterior and prior are two heads on the same state, so training, sampling, enco
 all run this one piece of code.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,7 @@ class LatentGroup(nn.Module):
         z: Tensor | None = None,
         temperature: float = 1.0,
         guidance: float = 1.0,
+        choose: Callable[[Normal, Normal | None], Tensor] | None = None,
     ) -> tuple[Tensor, GroupSample]:
         """Advance the top-down state by one group.
 
@@ -96,6 +99,7 @@ class LatentGroup(nn.Module):
             z: use this latent instead of drawing one.
             temperature: factor on the prior's sigma when z comes from the prior.
             guidance: see :func:`~nvae.models.conditioning.guided`.
+            choose: asked for z, with prior and posterior (None without ``encoder_map``).
 
         Returns:
             The new state ``(B, C, h, w)`` and what was drawn.
@@ -103,11 +107,18 @@ class LatentGroup(nn.Module):
         state = self.cells(state)
         prior_parameters = guided(self._prior_parameters(state), guidance)
         prior = Normal.from_parameters(*prior_parameters, temperature=temperature)
-        if z is not None:
+        if choose is not None:
+            posterior = None
+            if encoder_map is not None:
+                posterior = self._posterior(state, encoder_map, prior_parameters)
+            z = choose(prior, posterior)
+            sample = GroupSample(z, prior, posterior, z)
+        elif z is not None:
             sample = GroupSample(z, prior)
         elif encoder_map is not None:
             assert noise is not None
-            sample = self._sample_posterior(state, encoder_map, noise, prior, prior_parameters)
+            posterior = self._posterior(state, encoder_map, prior_parameters)
+            sample = self._sample_posterior(posterior, noise, prior)
         else:
             assert noise is not None
             sample = GroupSample(prior.sample(noise), prior)
@@ -122,21 +133,19 @@ class LatentGroup(nn.Module):
         zero = state.new_zeros(()).expand(batch, self.latent_channels, height, width)
         return zero, zero
 
-    def _sample_posterior(
-        self,
-        state: Tensor,
-        encoder_map: Tensor,
-        noise: Tensor,
-        prior: Normal,
-        prior_parameters: tuple[Tensor, Tensor],
-    ) -> GroupSample:
+    def _posterior(
+        self, state: Tensor, encoder_map: Tensor, prior_parameters: tuple[Tensor, Tensor]
+    ) -> Normal:
+        """Before the flow."""
         if self.merge_encoder is not None:
             encoder_map = encoder_map + self.merge_encoder(state)
         mean, log_sigma = self.posterior(encoder_map)
         if self.residual and self.prior is not None:
             # q = Normal(mu_p + d_mu, log sigma_p + d_log_sigma), section 3.2; both float32
             mean, log_sigma = mean + prior_parameters[0], log_sigma + prior_parameters[1]
-        posterior = Normal.from_parameters(mean, log_sigma)
+        return Normal.from_parameters(mean, log_sigma)
+
+    def _sample_posterior(self, posterior: Normal, noise: Tensor, prior: Normal) -> GroupSample:
         drawn = posterior.sample(noise)
         if self.flow is None:
             return GroupSample(drawn, prior, posterior, drawn)

@@ -24,7 +24,7 @@ from nvae.models.config import (
     latent_scales,
     latent_shapes,
 )
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Temperature
+from nvae.models.hierarchical import Choose, GroupSample, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import (
     BatchNorm,
@@ -159,6 +159,7 @@ class NVAE(HierarchicalVAE):
         latents: Sequence[Tensor | None] | None = None,
         temperature: Temperature = 1.0,
         condition: Condition | None = None,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the groups (figure 2b of the paper); see the base class."""
         batch = noise[0].shape[0]
@@ -178,6 +179,7 @@ class NVAE(HierarchicalVAE):
                 z=given[index],
                 temperature=temperatures[index],
                 guidance=guidance,
+                choose=None if choose is None else partial(choose, index),
             )
             samples.append(sample)
         return state, tuple(samples)

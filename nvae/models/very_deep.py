@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nvae.models.conditioning import Condition, guided
 from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE, Output, Temperature
+from nvae.models.hierarchical import Choose, GroupSample, HierarchicalVAE, Output, Temperature
 from nvae.models.layers import without_autocast
 from nvae.models.likelihoods import DATA_BITS, ImageConfig, LogisticMixture, PixelDistribution
 from nvae.models.stable_mixture import LogisticForm, StableLogisticMixture
@@ -194,6 +195,7 @@ class TopDownLayer(nn.Module):
         guidance: float = 1.0,
         keep: Tensor | None = None,
         prior_noise: Tensor | None = None,
+        choose: Callable[[Normal, Normal | None], Tensor] | None = None,
     ) -> tuple[Tensor, GroupSample]:
         """Advance the top-down state by one layer.
 
@@ -207,19 +209,25 @@ class TopDownLayer(nn.Module):
             keep: ``(L,)`` booleans: the channels that take the posterior's draw, the others the
                 prior's; None: all.
             prior_noise: like ``noise``, of those others.
+            choose: asked for z, with prior and posterior (None without ``encoder_map``).
 
         Returns:
             The new state ``(B, C, h, w)`` and what was drawn.
         """
         mean, log_sigma, residual = self.read_prior(state)
         prior = LogSigmaNormal.of(*guided((mean, log_sigma), guidance))
-        if z is not None:
+        posterior = None
+        if encoder_map is not None and z is None:
+            posterior = LogSigmaNormal.of(*self.read_posterior(state, encoder_map, prior))
+        if choose is not None:
+            z = choose(prior, posterior)
+            sample = GroupSample(z, prior, posterior, z)
+        elif z is not None:
             sample = GroupSample(z, prior.at(temperature))
-        elif encoder_map is None:
+        elif posterior is None:
             cooled = prior.at(temperature)
             sample = GroupSample(cooled.sample(noise), cooled)
         else:
-            posterior = LogSigmaNormal.of(*self.read_posterior(state, encoder_map, prior))
             z = drawn = posterior.sample(noise)
             if keep is not None:
                 assert prior_noise is not None
@@ -263,6 +271,7 @@ class VeryDeepVAE(HierarchicalVAE):
         condition: Condition | None = None,
         keep: Sequence[Tensor] | None = None,
         prior_noise: Sequence[Tensor] | None = None,
+        choose: Choose | None = None,
     ) -> tuple[Tensor, tuple[GroupSample, ...]]:
         """Walk through the layers; see the base class.
 
@@ -275,6 +284,7 @@ class VeryDeepVAE(HierarchicalVAE):
             keep: of a posterior pass, the channels of each layer that are encoded, ``(L,)``
                 booleans each; the others are drawn from the prior. None: all.
             prior_noise: standard normal, like ``noise``, of the others.
+            choose: see there.
 
         Raises:
             ValueError: more latents than layers, or temperatures that are not one or one a layer.
@@ -295,6 +305,7 @@ class VeryDeepVAE(HierarchicalVAE):
                 guidance=guidance,
                 keep=None if keep is None else keep[index],
                 prior_noise=None if prior_noise is None else prior_noise[index],
+                choose=None if choose is None else partial(choose, index),
             )
             states[resolution_of(state.shape)] = state
             samples.append(sample)

@@ -9,6 +9,8 @@ import pytest
 
 from nvae.bn_recalibration import RecalibrationSettings
 from nvae.cli.common import open_device
+from nvae.cli.compress import CompressConfig
+from nvae.cli.decompress import DecompressConfig
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.sample_config import MOST_NUMBERS, SampleConfig, integers
 from nvae.cli.schema import build, schema_of
@@ -22,6 +24,8 @@ from tests.sampling.models import small_nvae
 REQUIRED: dict[type, dict[str, Any]] = {
     SampleConfig: {"checkpoint": "x"},
     EvaluateConfig: {"checkpoint": "x"},
+    CompressConfig: {"checkpoint": "x", "output": "y", "split": "test"},
+    DecompressConfig: {"checkpoint": "x", "input": "y", "output": "z"},
     BoundSettings: {},
     DistanceSettings: {},
     RecalibrationSettings: {"temperature": (1.0,)},

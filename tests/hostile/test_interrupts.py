@@ -24,6 +24,9 @@ COMMANDS = {
     "train": ["train.py"],
     "sample": ["sample.py"],
     "evaluate": ["evaluate.py"],
+    "compress": ["compress.py"],
+    "decompress": ["decompress.py"],
+    "codec": ["-m", "nvae.codec", "info", "x"],
     "report": ["-m", "nvae.report", "x"],
     "export": ["-m", "nvae.export", "x", "--to", "y"],
 }

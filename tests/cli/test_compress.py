@@ -1,0 +1,116 @@
+"""`compress.py` and `decompress.py`: files come back, and nothing else is touched."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvae.cli.compress import main as compress_main
+from nvae.cli.decompress import main as decompress_main
+
+from .checkpoints import write_checkpoint
+from .commands import Commands
+
+MODEL = "checkpoint=model.ckpt"
+
+
+@pytest.fixture
+def compress(tmp_path, monkeypatch, capsys):
+    write_checkpoint(tmp_path / "model.ckpt")
+    return Commands(compress_main, monkeypatch, capsys, tmp_path)
+
+
+@pytest.fixture
+def decompress(tmp_path, monkeypatch, capsys):
+    return Commands(decompress_main, monkeypatch, capsys, tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """30 of 8x8 in 4 bits, two of them in a folder below."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    values = np.random.default_rng(0).integers(0, 16, (30, 8, 8)) * 17
+    for i, pixels in enumerate(values.astype(np.uint8)):
+        where = folder / "more" if i < 2 else folder
+        Image.fromarray(pixels).save(where / f"{i}.{'bmp' if i == 5 else 'png'}")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def test_a_folder_there_and_back(compress, decompress, pictures, tmp_path):
+    said = compress(MODEL, "input=pictures", "output=a.nvae", "verify=true", "block_images=20")
+    assert "30 images" in said
+    assert "1 files are no pictures" in said
+    assert "30 images written to out" in decompress(MODEL, "input=a.nvae", "output=out")
+    restored = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(restored) == 30
+    for path in restored:
+        name = path.relative_to(tmp_path / "out").as_posix().replace(".bmp.png", ".bmp")
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(pictures / name)))
+    # interrupted and started again: what is there stays; other pixels do too, unless they may go
+    decompress(MODEL, "input=a.nvae", "output=out")
+    Image.new("L", (8, 8)).save(tmp_path / "out" / "7.png")
+    assert "7.png is there already" in decompress.fails(MODEL, "input=a.nvae", "output=out")
+    decompress(MODEL, "input=a.nvae", "output=out", "overwrite=true", "images=0-29")
+
+
+def test_a_split_and_some_of_its_images(compress, decompress, tmp_path):
+    compress(MODEL, "split=test", "output=a.nvae")
+    decompress(MODEL, "input=a.nvae", "output=out", "images=[3,5]")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000003.png", "000005.png"
+    ]  # fmt: skip
+
+
+def test_archives_are_not_replaced(compress, tmp_path):
+    (tmp_path / "a.nvae").write_text("mine")
+    assert "is there already" in compress.fails(MODEL, "split=test", "output=a.nvae")
+    assert (tmp_path / "a.nvae").read_text() == "mine"
+    compress(MODEL, "split=test", "output=a.nvae", "overwrite=true")
+
+
+def test_a_damaged_block_is_told_when_the_others_are_written(
+    compress, decompress, pictures, tmp_path
+):
+    compress(MODEL, "input=pictures", "output=a.nvae", "block_images=10")
+    data = bytearray((tmp_path / "a.nvae").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "a.nvae").write_bytes(data)
+    error = decompress.fails(MODEL, "input=a.nvae", "output=out")
+    assert "block 2 (images from 20): its checksum is another" in error
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 20
+
+
+def test_a_picture_that_does_not_fit_is_named(compress, pictures, tmp_path):
+    Image.new("L", (9, 8)).save(pictures / "7.png")
+    error = compress.fails(MODEL, "input=pictures", "output=a.nvae")
+    assert "7.png has 9x8 pixels; the model codes 8x8 gray, 4 bits" in error
+    assert not (tmp_path / "a.nvae").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["output=a.nvae"], "give one of input=FOLDER and split="),
+        (["output=a.nvae", "split=test", "input=pictures"], "give one of"),
+        (["output=a.nvae", "input=nowhere"], "input=nowhere is not there"),
+        (["output=a.nvae", "input=."], "there are no pictures in"),
+        (["output=.", "split=test"], "is a folder"),
+        (["output=a.nvae", "split=all"], "split='all'"),
+        (["output=a.nvae", "split=test", "batch_size=0"], "batch_size is 0"),
+        (["output=a.nvae", "split=test", "precision=half"], "precision='half'"),
+        (["split=test"], "output"),
+    ],
+)
+def test_impossible_settings(compress, settings, line):
+    assert line in compress.fails(MODEL, *settings)
+
+
+def test_what_cannot_be_decompressed(compress, decompress, tmp_path):
+    compress(MODEL, "split=test", "output=a.nvae")
+    assert "no archive" in decompress.fails(MODEL, "input=model.ckpt", "output=out")
+    assert "the archive has 12 images" in decompress.fails(
+        MODEL, "input=a.nvae", "output=out", "images=12"
+    )
+    assert "is no folder" in decompress.fails(MODEL, "input=a.nvae", "output=a.nvae")
+    assert not (tmp_path / "out").exists()
