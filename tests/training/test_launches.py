@@ -23,4 +23,6 @@ def test_a_step_of_cifar10_stays_within_its_budget() -> None:
     assert counted["forward"].counts["bn_swish_depthwise_moments"] > 50
     # sums become moments, move running statistics and pass their gradients on without a launch
     assert counted["forward"].counts["channel_moments"] > 150
-    assert not {"moments", "track_", "lerp_"} & set(counted["forward"].counts)
+    assert counted["forward"].counts["moments"] == 0
+    # but for the one layer in front of an upsampling, whose pixels count four times
+    assert counted["forward"].counts["lerp_"] <= 4
