@@ -30,9 +30,9 @@ Progress = Callable[[int], None]
 LARGEST_BLOCK = 1 << 28
 """Bytes of a block's gray levels, one each."""
 
-_FIXED = struct.Struct("<IIIII8s")
+_FIXED = struct.Struct("<IIIIII8s")
 """Images, those of them that began the block, their PNG's bytes, runs of passes, bytes of the
-lattices, digest of the gray levels."""
+lattices, words that are whitened for an image, digest of the gray levels."""
 _RUN = struct.Struct("<HI")
 _DIGEST = 8
 _SLACK = 1.05
@@ -90,7 +90,9 @@ def encode_block(
         bits = stack.bits
     runs = [(size, len(list(same))) for size, same in groupby(passes)]
     kept = _pack(lattices) if runs else b""
-    fixed = _FIXED.pack(len(levels), starters, len(png), len(runs), len(kept), _digest(levels))
+    fixed = _FIXED.pack(
+        len(levels), starters, len(png), len(runs), len(kept), _words(needed), _digest(levels)
+    )
     packed = b"".join(_RUN.pack(*run) for run in runs)
     block = fixed + packed + kept + stack.compressed()
     size = BlockSize(len(levels), starters, 8 * len(png), stack.bits - bits, draw_bits, len(block))
@@ -103,7 +105,7 @@ def decode_block(walk: Walk, block: bytes, progress: Progress | None = None) -> 
     Raises:
         DamagedBlockError: the block is no block, or its images are not those that went in.
     """
-    images, starters, png_bytes, count, kept, digest = _fixed_part(block, walk)
+    images, starters, png_bytes, count, kept, words, digest = _fixed_part(block, walk)
     start = _FIXED.size
     runs = [_RUN.unpack_from(block, start + i * _RUN.size) for i in range(count)]
     start += count * _RUN.size
@@ -113,8 +115,9 @@ def decode_block(walk: Walk, block: bytes, progress: Progress | None = None) -> 
         lattices = _unpack(block[start : start + kept], walk) if passes else []
         stack = Stack.of(block[start + kept :])
         end = images
-        for size in reversed(passes):
+        for number, size in reversed(list(enumerate(passes))):
             levels[end - size : end] = walk.pop(stack, size, lattices)
+            stack.whiten(number, size * words)
             end -= size
             if progress is not None:
                 progress(size)
@@ -145,11 +148,11 @@ def images_of(block: bytes) -> int:
     return int(_FIXED.unpack_from(block)[0])
 
 
-def _fixed_part(block: bytes, walk: Walk) -> tuple[int, int, int, int, int, bytes]:
+def _fixed_part(block: bytes, walk: Walk) -> tuple[int, int, int, int, int, int, bytes]:
     """Checked: the numbers fit each other and the block."""
     images_of(block)
-    found: tuple[int, int, int, int, int, bytes] = _FIXED.unpack_from(block)
-    images, starters, png_bytes, count, kept, _ = found
+    found: tuple[int, int, int, int, int, int, bytes] = _FIXED.unpack_from(block)
+    images, starters, png_bytes, count, kept, _, _ = found
     rest = len(block) - _FIXED.size - count * _RUN.size - kept
     if rest < 0 or rest % WORD.itemsize or png_bytes > len(block):
         raise DamagedBlockError("it is cut short, or its lengths do not fit")
@@ -178,12 +181,18 @@ def _push_all(
     while done < len(levels):
         affordable = max(1, int(stack.bits / needed))
         size = min(walk.settings.batch_size, affordable, len(levels) - done)
+        stack.whiten(len(passes), size * _words(needed))
         walk.push(stack, levels[done : done + size], lattices)
         passes.append(size)
         done += size
         if progress is not None:
             progress(size)
     return passes
+
+
+def _words(bits: float) -> int:
+    """That the draw of an image takes, in a pass of which the stack affords so many."""
+    return int(bits) // (8 * WORD.itemsize) + 1
 
 
 def _starters(levels: Tensor, needed: float) -> tuple[int, bytes]:

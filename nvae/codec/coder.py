@@ -4,6 +4,7 @@ What was pushed last is popped first. Popping what nobody pushed draws from the 
 the stack's bits as the randomness, and pushing it again gives these bits back.
 """
 
+import hashlib
 from types import ModuleType
 from typing import Any
 
@@ -115,6 +116,25 @@ class Stack:
     def push_bits(self, bits: NDArray[np.int32], probability: NDArray[np.float64]) -> None:
         """Inverse of :meth:`pop_bits`."""
         self._coder.encode_reverse(bits, self._bernoulli, probability)
+
+    def whiten(self, number: int, words: int) -> None:
+        """Exclusive-or of the uppermost words below the state with a key stream; its own inverse.
+
+        Where a model does not fit its images, the bits that it pushed are not random, and what they
+        draw is not from the posterior. As the key stream of a pass they are.
+
+        Args:
+            number: of the key stream.
+            words: how many, or as many as there are.
+        """
+        content: NDArray[np.uint32] = self._coder.get_compressed()
+        end = len(content) - STATE_WORDS
+        start = max(0, end - words)
+        if start < end:
+            key = hashlib.shake_128(number.to_bytes(8, "little"))
+            stream = np.frombuffer(key.digest(WORD.itemsize * (end - start)), WORD)
+            content[start:end] ^= stream
+            self._coder = constriction().stream.stack.AnsCoder(content)
 
     def check_not_empty(self) -> None:
         """Raise an EmptyStackError if pops may have found nothing beneath the coder's state."""

@@ -116,6 +116,7 @@ def test_stacks_that_run_dry_are_filled_again(monkeypatch):
     assert len(tried) > 1
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """A fresh process decodes; a third one that computes otherwise refuses, in one line."""
     model = model_of("nvae", likelihood="logistic_mixture", image_channels=3)

@@ -139,7 +139,7 @@ def test_blocks_that_lie(codec, data):
                 struct.pack_into("<I", changed, 4 * place, value)
                 with pytest.raises(DamagedBlockError):
                     decode_block(codec._walk, bytes(changed))
-        for position in range(20, len(coded), 150):  # what follows: digest, runs, lattices, stack
+        for position in range(24, len(coded), 150):  # what follows: digest, runs, lattices, stack
             with pytest.raises(DamagedBlockError):
                 decode_block(codec._walk, flipped(coded, position))
 
