@@ -140,7 +140,7 @@ class _InterruptIn:
 @pytest.mark.parametrize("where", BEFORE_TRAINING, ids=BEFORE_TRAINING.get)
 def test_interrupt_outside_training_is_one_line(tmp_path: Path, where: str) -> None:
     ended = train(
-        tmp_path, "callbacks.ema.decay=0.9", "trainer.max_epochs=1", before=_InterruptIn(where)
+        tmp_path, "callbacks.ema.decay=0.5", "trainer.max_epochs=1", before=_InterruptIn(where)
     )
     assert ended.code == 130, ended
     assert ended.err == "interrupted; run the same command again\n"
