@@ -45,6 +45,7 @@ import torch
 
 from benchmarks.fit import compose_steps, fit_steps
 from nvae.cli.common import versions
+from nvae.cli.config import compose_train
 from nvae.command_line import fail
 from nvae.data.config import SPLITS
 from nvae.files import read_json, write_json
@@ -54,6 +55,7 @@ from nvae.training.checkpointing import newest_checkpoint
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"nvae": "NVAE", "vdvae": "VDVAE", "evdvae": "Efficient-VDVAE"}
 KINDS = {"binarized": "binarized_fashion_mnist", "gray": "fashion_mnist"}
+CASES = [(f"{family}_{kind}", family, kind) for kind in KINDS for family in FAMILIES]
 WHERE = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.cpu_threads=1"]
 QUIET = [
     "callbacks.pictures=null", "logger.tensorboard=null", "logger.csv=null", "report.when=never",
@@ -141,13 +143,6 @@ class Comparison:
     def _batch(self) -> int:
         return 4 if self.options.dry else 64
 
-    @property
-    def cases(self) -> Iterator[tuple[str, str, str]]:
-        """Name, family and kind of the runs, in their order."""
-        for kind in KINDS:
-            for family in FAMILIES:
-                yield f"{family}_{kind}", family, kind
-
     def found(self, part: str) -> dict[str, Any]:
         """What was measured so far; another process may have added to it."""
         try:
@@ -167,7 +162,7 @@ class Comparison:
         torch.set_num_threads(1)
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
         done = self.found("pace")
-        wanted = [c for c in self.cases if c[0].startswith(self.options.only) and c[0] not in done]
+        wanted = [c for c in CASES if c[0].startswith(self.options.only) and c[0] not in done]
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in wanted}
         parameters = {}
         for _ in range(1 if self.options.dry else PACE_ROUNDS):
@@ -213,7 +208,7 @@ class Comparison:
 
     def runs(self) -> None:
         """The runs of the table."""
-        for name, family, kind in self.cases:
+        for name, family, kind in CASES:
             if not name.startswith(self.options.only):
                 continue
             steps = self.steps(name, self.options.minutes)
@@ -221,6 +216,7 @@ class Comparison:
             what: dict[str, Any] = {
                 "experiment": _experiment(family, kind), "steps": steps, "seed": 0,
                 "images_a_step": self._batch, "importance_samples": draws,
+                **_recipe(family, kind),
             }  # fmt: skip
             if _agrees(self.found("runs").get(name), what):
                 continue
@@ -357,6 +353,12 @@ class Comparison:
 
 def _experiment(family: str, kind: str) -> str:
     return f"experiment={family}_{KINDS[kind]}"
+
+
+def _recipe(family: str, kind: str) -> dict[str, Any]:
+    """What a run's result depends on beside its length."""
+    settings = compose_train([_experiment(family, kind)]).to_dict()
+    return {part: settings[part] for part in ("model", "objective", "optimizer")}
 
 
 def _agrees(kept: dict[str, Any] | None, what: dict[str, Any]) -> bool:
