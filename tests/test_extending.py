@@ -218,7 +218,7 @@ def test_a_model_of_ones_own_through_all_commands(
     words = ["--config-dir=configs", "model=ladder", *tiny]
     for mistake, line in (
         ("model.wdth=3", "unknown key model.wdth (did you mean width?); allowed here: "),
-        ("+model.depth=3", "num_mixtures, width, latent_channels"),
+        ("+model.depth=3", "num_mixtures, num_classes, width"),
         ("model.width=many", "model.width='many' is not an integer"),
         ("model.width=0", "model.width is 0; it must be at least 1"),
         ("architecture=own_model:Vae", "architecture=own_model:Vae cannot be imported"),

@@ -22,8 +22,8 @@ from nvae.cli.checkpoint_data import (
 from nvae.cli.common import keep_freed_memory, progress_bar
 from nvae.cli.errors import run_command
 from nvae.cli.schema import build
-from nvae.codec import Codec
 from nvae.codec.chain import BlockSize
+from nvae.codec.codec import Codec
 from nvae.codec.container import ImageFile
 from nvae.codec.images import Wanted, black_border, check_names, read_image
 from nvae.codec.pixels import window

@@ -13,8 +13,8 @@ from nvae.cli.common import keep_freed_memory, progress_bar
 from nvae.cli.errors import run_command
 from nvae.cli.sample_config import integers
 from nvae.cli.schema import build, schema_of
-from nvae.codec import Codec
 from nvae.codec.chain import DamagedBlockError
+from nvae.codec.codec import Codec
 from nvae.codec.container import Archive, ImageFile
 from nvae.codec.images import check_names, to_picture, write_image
 from nvae.settings import check_choice, check_fields

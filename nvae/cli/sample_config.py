@@ -135,7 +135,7 @@ class SampleConfig:
             )
         if self.classes is None or self.classes == "all":
             return
-        if len(integers("class", self.classes)) > 1 and self.mode != "prior":
+        if len(integers("classes", self.classes)) > 1 and self.mode != "prior":
             raise ValueError(f"mode={self.mode} takes one class")
 
     def class_list(self, model: HierarchicalVAE) -> list[int]:
@@ -153,7 +153,7 @@ class SampleConfig:
             if self.mode != "prior":
                 raise ValueError(f"mode={self.mode} takes one class")
             return list(range(known))
-        chosen = integers("class", self.classes)
+        chosen = integers("classes", self.classes)
         if max(chosen) >= known:
             raise ValueError(f"class names {max(chosen)}; the model knows 0 to {known - 1}")
         return chosen

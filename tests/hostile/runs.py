@@ -118,7 +118,8 @@ def numeric_settings(cls: type, prefix: str = "") -> list[tuple[str, bool]]:
         if dataclasses.is_dataclass(kind):
             found += numeric_settings(typing.cast(type, kind), f"{prefix}{name}.")
         elif takes(kind, float):
-            found.append((prefix + name, typing.get_origin(kind) is list))
+            kinds = kind, *typing.get_args(kind)
+            found.append((prefix + name, any(typing.get_origin(each) is list for each in kinds)))
     return found
 
 

@@ -40,6 +40,7 @@ from nvae.export.folder import export
 from nvae.export.sampler import Sampler, largest_difference
 from nvae.files import read_arrays
 from nvae.models import NVAE
+from nvae.pictures import View
 from tests.cli.checkpoints import write_checkpoint
 from tests.cli.commands import Commands
 from tests.hostile.test_reports import VALUES, confused, places
@@ -297,7 +298,7 @@ def test_a_samples_manifest_of_any_type_is_somebody_elses(folder):
     for text in texts:
         (folder / "out" / "manifest.json").write_text(text, errors="surrogatepass")
         try:
-            SampleFolder(folder / "out", request, overwrite=False)
+            SampleFolder(folder / "out", request, overwrite=False, view=View())
         except ValueError:
             continue
         assert json.loads(text)["request"] == request
