@@ -7,14 +7,16 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-ALL_TESTS := -m "not gpu" --numprocesses 2 --dist worksteal
+TWO := --numprocesses 2 --dist worksteal
+ALL_TESTS := -m "not gpu" $(TWO)
 
-.PHONY: help setup train test test-quick test-oldest test-newest lint format clean
+.PHONY: help setup train test test-quick test-all test-oldest test-newest lint format clean
 
 help:
 	@echo "make train        train on real digits (CPU, five to seven minutes), print the likelihood, draw samples"
 	@echo "make test         run all tests that need no GPU"
 	@echo "make test-quick   leave out the slow ones"
+	@echo "make test-all     with hundreds of further cases of the quick ones"
 	@echo "make test-oldest  run all tests with the lowest versions that pyproject.toml names, on Python 3.12"
 	@echo "make test-newest  run all tests with the newest versions, on Python 3.13"
 	@echo "make lint         linter, formatter, type checker"
@@ -35,6 +37,9 @@ train: setup
 	$(BIN)/python train.py
 
 test: setup
+	$(PYTEST) -m "not gpu and not exhaustive" $(TWO)
+
+test-all: setup
 	$(PYTEST) $(ALL_TESTS)
 
 test-quick: setup

@@ -70,6 +70,7 @@ def _check_step(config: TrainConfig, name: str, images: int, gpus: int) -> None:
 
 
 @pytest.mark.slow  # a second each on a quiet machine
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_builds_on_meta(name: str) -> None:
     config = compose_train([f"experiment={name}"])

@@ -272,7 +272,9 @@ def test_nothing_is_larger_than_the_file(tmp_path: Path) -> None:
 
 FEW = (None, [], "x", 10**30)
 WRONG = (*FEW, {}, -1, 1.5, float("nan"), True, {"a": [1]})
-few_or_all = pytest.mark.parametrize("values", [FEW, pytest.param(WRONG, marks=pytest.mark.slow)])
+few_or_all = pytest.mark.parametrize(
+    "values", [FEW, pytest.param(WRONG, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+)
 
 
 def _content(model: NVAE) -> dict[str, Any]:

@@ -153,7 +153,10 @@ def test_what_explains_an_error_goes_to_a_spawned_process() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"])],
+    [
+        pytest.param(signal.SIGTERM, [], marks=pytest.mark.exhaustive),
+        (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]),
+    ],
 )
 def test_torchrun_hands_signals_on(tmp_path: Path, number: int, options: list[str]) -> None:
     """And the run saves within the time that it leaves."""
@@ -187,7 +190,7 @@ def test_a_rank_that_fails_before_training_ends_the_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["data", "build"])
+@pytest.mark.parametrize("mode", [pytest.param("data", marks=pytest.mark.exhaustive), "build"])
 def test_under_torchrun_too(tmp_path: Path, mode: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     ended = _ended(tmp_path, mode, *launcher)

@@ -101,6 +101,7 @@ def test_exported_program(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("model", ["evdvae"], indirect=True)
 @torch.inference_mode()

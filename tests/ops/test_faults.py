@@ -254,7 +254,14 @@ FAULTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.name}")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[pytest.mark.exhaustive] if number % 3 else [])
+        for number, fault in enumerate(FAULTS)
+    ],
+    ids=[f"{fault.kernel}: {fault.name}" for fault in FAULTS],
+)
 def test_fault_is_caught(fault: Fault, host_folder: Path) -> None:
     """A fault that slips through means that the kernels' tests do not look."""
     applied = 0

@@ -231,7 +231,11 @@ def test_every_kind_of_block_is_compiled() -> None:
 
 @pytest.mark.parametrize(
     ("recompute", "compiled"),
-    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    [
+        (False, False),
+        (True, False),
+        pytest.param(True, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
 def test_weights_normalized_together_change_nothing(
     recompute: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch

@@ -75,7 +75,8 @@ def test_a_checkpoint_is_read_by_the_first_rank_alone(tmp_path: Path) -> None:
     save_model(NVAE(TINY), path)
     assert run_ranks(_loaded, 2, str(path)) == [(1, "loaded"), (0, "loaded")]
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(len(content) // 4, len(content) // 2):  # padding has no checksum
+        content[place] ^= 1
     path.write_bytes(content)
     (first, told), (other, too) = run_ranks(_loaded, 2, str(path))
     assert (first, other) == (1, 0)

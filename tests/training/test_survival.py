@@ -159,7 +159,9 @@ def test_crash_ends_with_what_where_and_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGUSR1]
+)
 def test_command_saves_on_a_signal_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     """`train.py`, told to stop, says so, exits with 128 + the signal, and resumes."""
     command = [
