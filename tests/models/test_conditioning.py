@@ -7,23 +7,22 @@ from nvae.checkpoint import load_model, save_model
 from nvae.data.dataset import ImageBatch
 from nvae.evaluation.likelihood import evaluate
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
-from nvae.models import NVAE
+from nvae.models import MODELS, NVAE
 from nvae.models.conditioning import NO_LABEL, guided
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.sampling import decode, encode, interpolate, prior_latents, resample_finer, sample_images
 from nvae.sampling.compiled import PriorDecoder
 from nvae.training.recompute import recompute_segments
 
+from .small import VERY_DEEP as FAMILIES
 from .small import small_config
-from .test_very_deep import FAMILIES
 
 
 def build(family, classes):
     torch.manual_seed(0)
     if family == "nvae":
         return NVAE(small_config(image_size=8, num_classes=classes))
-    model_class, config = FAMILIES[family]
-    return model_class(config(num_classes=classes))
+    return MODELS[family](FAMILIES[family](num_classes=classes))
 
 
 @pytest.fixture(params=["nvae", *FAMILIES])
