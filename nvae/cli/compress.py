@@ -7,7 +7,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -75,7 +74,6 @@ Block = tuple[Tensor, list[ImageFile]]
 
 def main() -> None:
     """The command."""
-    ConfigStore.instance().store(name="compress_schema", node=SCHEMA)
     run_command("compress", _run, SCHEMA)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -53,7 +52,6 @@ SCHEMA = schema_of(DecompressConfig)
 
 def main() -> None:
     """The command."""
-    ConfigStore.instance().store(name="decompress_schema", node=SCHEMA)
     run_command("decompress", _run, SCHEMA)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 import torch
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -98,7 +99,7 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
         name: of the root configuration.
         work: what to do; its ValueErrors and OSErrors are the input's fault, and running out of
             memory is told with what to lower.
-        schema: of the configuration.
+        schema: of the configuration, which names it ``NAME_schema``.
     """
 
     def checked(config: DictConfig) -> None:
@@ -113,6 +114,7 @@ def run_command(name: str, work: Callable[[DictConfig], None], schema: type) -> 
                 f"the device's memory is not enough; lower {_BOUNDS_MEMORY[name]}"
             ) from error
 
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     run(name, checked, schema)
 
 

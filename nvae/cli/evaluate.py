@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from nvae.cli.checkpoint_data import (
@@ -59,7 +58,6 @@ SCHEMA = with_data(EvaluateConfig)
 
 def main() -> None:
     """The command."""
-    ConfigStore.instance().store(name="evaluate_schema", node=SCHEMA)
     run_command("evaluate", _run, SCHEMA)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -71,7 +70,6 @@ _CHANGES_NO_PICTURE = (
 
 def main() -> None:
     """The command."""
-    ConfigStore.instance().store(name="sample_schema", node=SCHEMA)
     run_command("sample", _run, SCHEMA)
 
 
