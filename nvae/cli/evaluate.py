@@ -188,7 +188,7 @@ def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBat
     for batch in batches:
         count -= len(batch.x)
         if count < 0:
-            yield replace(batch, x=batch.x[:count], index=batch.index[:count])
+            yield batch[:count]
         else:
             yield batch
         if count <= 0:
