@@ -173,7 +173,9 @@ class _Pictures:
 class _Split:
     """The images of a data set's split, without names."""
 
-    def __init__(self, data: ImageData, split: str, codec: Codec, inside: slice) -> None:
+    def __init__(
+        self, data: ImageData, split: str, codec: Codec, inside: tuple[slice, slice]
+    ) -> None:
         self._data, self._split, self._codec, self._inside = data, split, codec, inside
 
     def __len__(self) -> int:
@@ -189,7 +191,7 @@ class _Split:
                     f"images of split={self._split} are not black outside the window that the "
                     "likelihood counts, and that would be lost"
                 )
-            levels = (batch.x[..., self._inside, self._inside] * white).round().to(torch.uint8)
+            levels = (batch.x[..., *self._inside] * white).round().to(torch.uint8)
             waiting.append(levels)
             while sum(map(len, waiting)) >= size:
                 together = torch.cat(waiting)

@@ -200,8 +200,8 @@ def _is_same(path: Path, picture: Image.Image) -> bool:
         return False
 
 
-def black_border(images: Tensor, inside: slice) -> bool:
+def black_border(images: Tensor, inside: tuple[slice, slice]) -> bool:
     """Whether images ``(N, C, H, W)`` are 0 outside the window, which is not coded."""
     around = images.clone()
-    around[..., inside, inside] = 0
+    around[..., *inside] = 0
     return not around.any()

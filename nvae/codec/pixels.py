@@ -23,6 +23,8 @@ from nvae.models.likelihoods import (
     LogisticMixture,
     PixelDistribution,
     build_likelihood,
+    counted_window,
+    log_bin_masses,
 )
 from nvae.models.stable_mixture import StableLogisticMixture
 from nvae.settings import height_width, show_size
@@ -124,15 +126,13 @@ class CodedMixture(PixelCoding):
 
     def know(self, index: int, levels: Tensor) -> None:
         """The component that explains a channel better is likelier in the next."""
-        inverse_scale = torch.exp(-self._log_scales[index])
-        mean = self._mean(index)
-        lower = (self.edge(levels) - mean) * inverse_scale
-        upper = (self.edge(levels + 1) - mean) * inverse_scale
-        inner = torch.log(-torch.expm1(-self.step * inverse_scale))
-        inner = torch.where(lower.isinf() | upper.isinf(), 0.0, inner)
-        mass = F.logsigmoid(upper) + F.logsigmoid(-lower) + inner
+        value = self.start + levels.double() * self.step
+        mass = log_bin_masses(
+            value - self._mean(index), self._log_scales[index], self.step / 2,
+            first=levels == 0, last=levels == 2**self.bits - 1,
+        )  # fmt: skip
         self._log_weights = F.log_softmax(self._log_weights + mass, dim=0)
-        self._known.append(self.start + levels.double() * self.step)
+        self._known.append(value)
 
 
 class _Halving(Decisions):
@@ -197,12 +197,9 @@ def check_codable(config: ImageConfig) -> None:
         raise ValueError("compression takes models without classes (model.num_classes=0)")
 
 
-def window(config: ImageConfig) -> slice:
-    """Rows, and columns, that the likelihood counts."""
-    whole = height_width(config.image_size)[0]  # images are square, see check_codable
-    side = height_width(config.counted_size or config.image_size)[0]
-    border = (whole - side) // 2
-    return slice(border, border + side)
+def window(config: ImageConfig) -> tuple[slice, slice]:
+    """Rows and columns that the likelihood counts."""
+    return counted_window(height_width(config.image_size), config.counted_size)
 
 
 def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
@@ -215,7 +212,7 @@ def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
         raise FloatingPointError("the model's pixel distributions are not finite numbers")
     inside = window(config)
     # on a grid, for the same reason as the latents' parameters
-    logits = (logits[..., inside, inside].double() * _LOGIT_GRID).round() / _LOGIT_GRID
+    logits = (logits[..., *inside].double() * _LOGIT_GRID).round() / _LOGIT_GRID
     distribution: PixelDistribution = build_likelihood(config, logits)
     if isinstance(distribution, LogisticMixture):
         return CodedMixture(distribution, config.bits)
@@ -249,8 +246,8 @@ def push_pixels(stack: Stack, config: ImageConfig, logits: Tensor, levels: Tenso
 def pop_pixels(stack: Stack, config: ImageConfig, logits: Tensor) -> Tensor:
     """Inverse of :func:`push_pixels`."""
     coding = coding_of(config, logits)
-    inside = window(config)
-    side = inside.stop - inside.start
+    rows, _ = window(config)
+    side = rows.stop - rows.start
     channels = []
     for channel in range(config.image_channels):
         decisions = coding.channel(channel)

@@ -88,8 +88,8 @@ class Walk:
         own.choose_kernels("reference")
         self.model = own.to(memory_format=torch.channels_last).eval()
         self.settings, self.config = settings, model.config
-        inside = window(self.config)
-        self.side = inside.stop - inside.start
+        rows, _ = window(self.config)
+        self.side = rows.stop - rows.start
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -115,9 +115,8 @@ class Walk:
         """
         config = self.config
         batch = self.settings.batch_size
-        inside = window(config)
         padded = torch.zeros(batch, *config.image_shape, dtype=self.model.dtype)
-        padded[: len(levels), :, inside, inside] = levels.to(self.model.dtype)
+        padded[: len(levels), :, *window(config)] = levels.to(self.model.dtype)
         white = float(2 ** bits_a_pixel(config) - 1)
         if issubclass(config.pixel_distribution, StableLogisticMixture):
             form = config.logistics  # type: ignore[attr-defined]

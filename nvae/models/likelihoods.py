@@ -211,13 +211,20 @@ class PixelDistribution(ABC):
         """One image per row; temperature (>= 0) narrows the pixel noise, 0 takes the mode."""
 
 
+def counted_window(whole: tuple[int, int], counted_size: Size | None) -> tuple[slice, slice]:
+    """Rows and columns that the likelihood counts, of images of ``whole`` height and width."""
+    part = whole if counted_size is None else height_width(counted_size)
+    rows, columns = (
+        slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(whole, part, strict=True)
+    )
+    return rows, columns
+
+
 def sum_counted(log_prob: Tensor, counted_size: Size | None) -> Tensor:
     """Sum ``(B, C, H, W)`` over the central window of ``counted_size``, to ``(B,)``."""
     if counted_size is not None:
-        rows, columns = (
-            slice((whole - part) // 2, (whole - part) // 2 + part)
-            for whole, part in zip(log_prob.shape[-2:], height_width(counted_size), strict=True)
-        )
+        height, width = log_prob.shape[-2:]
+        rows, columns = counted_window((height, width), counted_size)
         log_prob = log_prob[..., rows, columns]
     return log_prob.flatten(1).sum(1)
 

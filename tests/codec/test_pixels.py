@@ -64,4 +64,4 @@ def test_masses_of_all_levels_sum_to_one(bits, scale):
 
 def test_window():
     config = model_of("nvae", likelihood="bernoulli", counted_size=6).config
-    assert window(config) == slice(1, 7)
+    assert window(config) == (slice(1, 7), slice(1, 7))
