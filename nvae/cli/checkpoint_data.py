@@ -185,8 +185,7 @@ def open_data(chosen: ChosenData, model: ImageConfig) -> ImageData:
         )
     data.setup()
     if model.num_classes and data.classes and config.labels == "auto":
-        data = ImageData(dataclasses.replace(config, labels=True))
-        data.setup()
+        data.config = dataclasses.replace(config, labels=True)  # they were kept with the images
         data.check_classes(model.num_classes)
     return data
 

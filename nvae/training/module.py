@@ -215,13 +215,13 @@ class NVAELightning(pl.LightningModule):
         Raises:
             ValueError: the batch has none.
         """
-        classes = self.model.config.num_classes
-        if classes and batch.labels is None:
+        labels, classes = self.model.labels_of(batch), self.model.config.num_classes
+        if classes and labels is None:
             raise ValueError(
                 f"model.num_classes={classes}, but the images have no labels; give data that has, "
                 "or model.num_classes=0"
             )
-        return batch.labels if classes else None
+        return labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
