@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ import numpy as np
 import torch
 
 from benchmarks.fit import compose_steps, fit_steps
+from benchmarks.measure import SWITCH, read_words
 from nvae.cli.common import versions
 from nvae.cli.config import compose_train
 from nvae.command_line import fail
@@ -99,7 +100,7 @@ PARTS = ("pace", "tune", "runs", "table")
 READ: dict[str, Any] = {
     "minutes": float, "trial": float, "importance": int, "only": str, "data_root": Path,
     "folder": Path, "out": Path, "pictures": Path,
-    "dry": {"true": True, "false": False}.__getitem__,
+    "dry": SWITCH,
 }  # fmt: skip
 
 
@@ -109,19 +110,7 @@ def options_of(words: Sequence[str]) -> Options:
     Raises:
         SystemExit: it has a word that means nothing; the line is printed.
     """
-    options = Options()
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign and word in PARTS:
-            options = replace(options, parts=(*options.parts, word))
-        elif sign and key in READ:
-            try:
-                options = replace(options, **{key: READ[key](value)})
-            except (ValueError, KeyError):
-                raise fail(f"{key}={value!r} is no value of {key}") from None
-        else:
-            names = ", ".join(f"{each.name}=" for each in fields(options)[1:])
-            raise fail(f"{word!r} is unknown; parts: {', '.join(PARTS)}; settings: {names}")
+    options = read_words(Options(), words, PARTS, READ)
     if not min(options.minutes, options.trial, options.importance) > 0:
         raise fail("minutes, trial and importance must be above 0")
     if options.dry:

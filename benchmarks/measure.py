@@ -4,12 +4,14 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from nvae.cli.common import keep_freed_memory
+from nvae.command_line import fail
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +31,39 @@ class Timing:
             f"{what:<28} {self.median:9.1f} ms  ({self.fastest:.1f} to {self.slowest:.1f})  "
             f"{1000 * images / self.median:9.1f} images/s"
         )
+
+
+SWITCH = {"true": True, "false": False}.__getitem__
+
+T = TypeVar("T")
+
+
+def read_words(options: T, words: Sequence[str], parts: Sequence[str], kinds: dict[str, Any]) -> T:
+    """Options as the words ``PART`` and ``KEY=VALUE`` of a command line say.
+
+    Args:
+        options: a dataclass with the defaults, and the parts named so far in ``parts``.
+        words: of the command line.
+        parts: names that a word without ``=`` may be.
+        kinds: how the text of each setting is read.
+
+    Raises:
+        SystemExit: a word means nothing; the line is printed.
+    """
+    changes: dict[str, Any] = {"parts": ()}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign and word in parts:
+            changes["parts"] += (word,)
+        elif sign and key in kinds:
+            try:
+                changes[key] = kinds[key](value)
+            except (ValueError, KeyError):
+                raise fail(f"{key}={value!r} is no value of {key}") from None
+        else:
+            settings = ", ".join(f"{name}=" for name in kinds)
+            raise fail(f"{word!r} is unknown; parts: {', '.join(parts)}; settings: {settings}")
+    return replace(options, **changes)  # type: ignore[type-var]
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.gpu import ops, record, steps, use
 from benchmarks.gpu.running import Case, Part, Setting, run_case
+from benchmarks.measure import SWITCH, read_words
 from nvae.command_line import fail
 
 PARTS = (
@@ -62,10 +63,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-SWITCH = {"true": True, "false": False}
 KINDS: dict[str, Any] = {
-    "only": str, "missing": SWITCH.__getitem__, "limit": _seconds,
-    "out": Path, "data_root": str, "dry": SWITCH.__getitem__,
+    "only": str, "missing": SWITCH, "limit": _seconds,
+    "out": Path, "data_root": str, "dry": SWITCH,
 }  # fmt: skip
 
 
@@ -75,19 +75,7 @@ def options_of(words: Sequence[str], parts: Sequence[Part] = PARTS) -> Options:
     Raises:
         SystemExit: it has a word that means nothing; the line is printed.
     """
-    options, names = Options(), [*(part.name for part in parts), TABLE]
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign and word in names:
-            options = replace(options, parts=(*options.parts, word))
-        elif sign and key in KINDS:
-            try:
-                options = replace(options, **{key: KINDS[key](value)})
-            except (ValueError, KeyError):
-                raise fail(f"{key}={value!r} is no value of {key}") from None
-        else:
-            settings = ", ".join(f"{name}=" for name in KINDS)
-            raise fail(f"{word!r} is unknown; parts: {', '.join(names)}; settings: {settings}")
+    options = read_words(Options(), words, [*(part.name for part in parts), TABLE], KINDS)
     if use.TRAINING.name in options.parts and options.data_root is None:
         raise fail("training needs data_root=FOLDER, the folder of Fashion-MNIST's IDX files")
     if options.data_root is not None:
