@@ -14,18 +14,17 @@ from nvae.sampling import decode, encode, interpolate, prior_latents, resample_f
 from nvae.sampling.compiled import PriorDecoder
 from nvae.training.recompute import recompute_segments
 
-from .small import VERY_DEEP as FAMILIES
-from .small import small_config
+from .small import VERY_DEEP, small_config
 
 
 def build(family, classes):
     torch.manual_seed(0)
     if family == "nvae":
         return NVAE(small_config(image_size=8, num_classes=classes))
-    return MODELS[family](FAMILIES[family](num_classes=classes))
+    return MODELS[family](VERY_DEEP[family](num_classes=classes))
 
 
-@pytest.fixture(params=["nvae", *FAMILIES])
+@pytest.fixture(params=["nvae", *VERY_DEEP])
 def model(request):
     """One that knows three classes, with weights that make all of it matter."""
     model = build(request.param, 3)
@@ -48,7 +47,7 @@ def groups_of(model):
     return [name for name, _ in model.named_parameters() if name.startswith("classes.")]
 
 
-@pytest.mark.parametrize("family", ["nvae", *FAMILIES])
+@pytest.mark.parametrize("family", ["nvae", *VERY_DEEP])
 def test_a_model_without_classes_is_what_it_was(family):
     plain, conditional = build(family, 0), build(family, 3)
     assert not groups_of(plain)
