@@ -27,7 +27,6 @@ def run(case: Case, tmp_path: Path, seconds: float = 60.0) -> tuple[str | None, 
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_case_fails_alone(tmp_path: Path) -> None:
     """An error and a crash leave their reason, and what was measured before."""
     assert run(Case("good", works.measure, {"value": 3.0}), tmp_path) == (None, {"value": 3.0})
@@ -41,7 +40,6 @@ def test_a_case_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_hanging_case_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     reason, values = run(Case("hangs", works.hang), tmp_path, seconds=8.0)
     assert reason == "stopped after 8 s"
@@ -63,7 +61,6 @@ def cases_of(out: Path, part: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_parts_bars_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A failed case does not keep the others from being measured; the exit code tells."""
     assert main(["dry=true", f"out={tmp_path}", "small", "last"], works.PARTS) == 1
@@ -83,7 +80,6 @@ def test_parts_bars_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_measured_survives_a_signal(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
@@ -120,7 +116,6 @@ def check_what_is_left(out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_what_was_measured_survives_a_kill(tmp_path: Path) -> None:
     """The processes of the cases end with the command."""
     command = [
@@ -138,7 +133,6 @@ def test_what_was_measured_survives_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_parts_limit_and_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

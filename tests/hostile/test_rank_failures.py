@@ -100,7 +100,6 @@ def _errors(ended: Ended) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mode", "cause"),
     [
@@ -118,7 +117,6 @@ def test_what_the_user_can_put_right_is_one_line(tmp_path: Path, mode: str, caus
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mode", "cause"), [("stuck", "ZeroDivisionError: of a user's own"), ("exit", "SystemExit: 3")]
 )
@@ -131,7 +129,6 @@ def test_a_crash_of_one_rank_is_told_once(tmp_path: Path, mode: str, cause: str)
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     ended = _ended(tmp_path, "killed")
     (line,) = _errors(ended)
@@ -142,7 +139,6 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_others_end_with_a_first_rank_that_is_killed(tmp_path: Path) -> None:
     ended = _ended(tmp_path, "first killed")  # at once: whoever is left holds the pipe
     assert ended.code == -signal.SIGKILL
@@ -155,7 +151,6 @@ def test_what_explains_an_error_goes_to_a_spawned_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("number", "options"),
     [
@@ -186,7 +181,6 @@ def test_torchrun_hands_signals_on(tmp_path: Path, number: int, options: list[st
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_rank_that_fails_before_training_ends_the_first(tmp_path: Path) -> None:
     """Which waits for it to join the process group."""
     ended = _ended(tmp_path, "build")
@@ -196,7 +190,6 @@ def test_a_rank_that_fails_before_training_ends_the_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", [pytest.param("data", marks=pytest.mark.exhaustive), "build"])
 def test_under_torchrun_too(tmp_path: Path, mode: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]

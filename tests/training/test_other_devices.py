@@ -26,8 +26,6 @@ from tests import PATIENCE
 from tests.training.other_devices_job import config_of, train
 from tests.training.runs import StopAt, last_checkpoint, run
 
-pytestmark = pytest.mark.exhaustive
-
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 7
 """Nine steps an epoch: on one device 2 + 2 + 2 + 1 images, on two (2, 2) and (2, 1)."""

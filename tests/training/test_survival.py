@@ -68,7 +68,6 @@ def _train(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_kill_while_training_loses_at_most_a_step(tmp_path: Path) -> None:
     """Ten kills of a run that saves at every step; each start goes on from where it was."""
     moments, reached = random.Random(1), 0
@@ -160,7 +159,6 @@ def test_crash_ends_with_what_where_and_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGUSR1]
 )
