@@ -124,12 +124,15 @@ class ImageData:
         """What a run's order of images depends on, in plain types.
 
         Returns:
-            `seed` (`data.seed`) and `splits`: for each, its number of `images` and their `sha256`.
+            `seed` (`data.seed`) and `splits`: for each, its number of `images`, their `sha256` and,
+            where `data.labels` is true, that of their `labels`.
         """
-        splits = {
-            name: {"images": len(split), "sha256": split.sha256}
-            for name, split in self._splits.items()
-        }
+        splits = {}
+        for name, split in self._splits.items():
+            splits[name] = {"images": len(split), "sha256": split.sha256}
+            if self.config.labels is True and split.labels is not None:
+                digest = hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()
+                splits[name]["labels"] = digest
         return {"seed": self.config.seed, "splits": splits}
 
     def _options(self, split: Split, device: torch.device) -> dict[str, Any]:

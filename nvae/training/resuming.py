@@ -134,6 +134,8 @@ def _check_fingerprint(fingerprint: Plain) -> None:
         _check_type(f"fingerprint.data.splits.{name}", split, dict)
         _check_count(f"fingerprint.data.splits.{name}.images", split["images"])
         _check_type(f"fingerprint.data.splits.{name}.sha256", split["sha256"], str)
+        if "labels" in split:
+            _check_type(f"fingerprint.data.splits.{name}.labels", split["labels"], str)
 
 
 def _check_callbacks(callbacks: Plain, step: int) -> None:
@@ -348,6 +350,8 @@ def _other_images(before: Plain, now: Plain) -> list[str]:
             lines.append(f"{split} images: {was['images']} -> {has['images']}")
         elif was["sha256"] != has["sha256"]:
             lines.append(f"{split} images: others, as many")
+        elif "labels" in was and was["labels"] != has.get("labels"):
+            lines.append(f"{split} labels: others")
     return lines
 
 

@@ -350,3 +350,16 @@ def test_known_names_keep_their_numbers():
     assert numbers["train"].tolist() == [2, 0]
     with pytest.raises(DataError, match="x has the label 3, and there are 3 classes"):
         table.add("train", 3, "x")
+
+
+def test_a_fingerprint_tells_other_labels_apart(tmp_path):
+    """A run must not go on with other classes of the same pictures."""
+    found = []
+    for name, classes in (("a", "aaabbb"), ("b", "aababb")):
+        write(tmp_path / name, range(6))
+        rows = "".join(f"{i}.png,{label}\n" for i, label in enumerate(classes))
+        (tmp_path / name / "labels.csv").write_text(f"file,label\n{rows}")
+        found.append(opened(folder(tmp_path / name, labels=True)).fingerprint()["splits"]["train"])
+    assert found[0]["sha256"] == found[1]["sha256"]
+    assert found[0]["labels"] != found[1]["labels"]
+    assert "labels" not in opened(folder(tmp_path / "a")).fingerprint()["splits"]["train"]

@@ -237,6 +237,13 @@ def test_checkpoint_that_is_none_is_passed_over(tmp_path: Path, stopped: Path, e
     assert f"its {entry} is no dictionary" in ended.out
 
 
+def test_other_labels_are_refused(tmp_path: Path, stopped: Path) -> None:
+    """The pictures are the same; what the model is told of them is not."""
+    labels = ("fingerprint", "data", "splits", "train", "labels")
+    folder = _edited(stopped, tmp_path, labels, "0" * 64)
+    assert_one_line(train(folder), "train labels: others", "another name=...")
+
+
 def test_checkpoint_without_fingerprint_resumes(tmp_path: Path, stopped: Path) -> None:
     """Of an earlier version."""
     folder = _copy(stopped, tmp_path)
