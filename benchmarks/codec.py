@@ -39,7 +39,7 @@ from nvae.evaluation import evaluate
 from nvae.files import write_json
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
-from nvae.models.hierarchical import GroupSample
+from nvae.models.output import GroupSample
 from nvae.random import latent_noise
 
 Coded = Callable[[NDArray[np.uint8]], bytes]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nvae.models import ImageConfig
 from nvae.models.distributions import Normal
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE
+from nvae.models.hierarchical import HierarchicalVAE
+from nvae.models.output import GroupSample
 
 NAME = "tests.outside:TwoGroups"
 

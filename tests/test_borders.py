@@ -11,7 +11,7 @@ PACKAGE = ROOT / "nvae"
 
 ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
-    *("pictures", "ops", "models", "regularizers", "objective", "published"),
+    *("pictures", "ops", "models", "regularizers", "elbo", "objective", "published"),
     *("published_very_deep", "checkpoint"),
     *("bn_recalibration", "sampling", "evaluation", "codec", "data", "report", "training"),
     *("export", "hub", "cli"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nvae.codec.coder import Stack
 from nvae.models.distributions import Normal
-from nvae.models.hierarchical import GroupSample
+from nvae.models.output import GroupSample
 
 REACH = 16
 """The lattice ends this many of the prior's sigmas from its mean."""

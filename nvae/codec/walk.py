@@ -21,7 +21,7 @@ from nvae.codec.pixels import bits_a_pixel, check_codable, pop_pixels, push_pixe
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
 from nvae.models.folding import forget
-from nvae.models.hierarchical import GroupSample
+from nvae.models.output import GroupSample
 from nvae.models.stable_mixture import DATA_BITS, StableLogisticMixture
 from nvae.random import latent_noise
 from nvae.settings import check_choice, check_fields

@@ -16,9 +16,9 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from nvae.elbo import LN2
 from nvae.files import check_array, read_kept_arrays, write_arrays
 from nvae.models import HierarchicalVAE
-from nvae.objective import LN2
 
 _SAVE_EVERY_SECONDS = 15.0
 

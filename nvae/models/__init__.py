@@ -6,9 +6,10 @@ from nvae.models.cells import CELL_FAMILIES
 from nvae.models.config import ModelConfig
 from nvae.models.evdvae import EVDVAE
 from nvae.models.evdvae_config import EVDVAEConfig
-from nvae.models.hierarchical import HierarchicalVAE, Output, Temperature
+from nvae.models.hierarchical import HierarchicalVAE, Temperature
 from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
 from nvae.models.nvae import NVAE
+from nvae.models.output import Output
 from nvae.models.vdvae import VDVAE
 from nvae.models.vdvae_config import VDVAEConfig
 from nvae.settings import Registry

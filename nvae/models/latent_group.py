@@ -14,8 +14,8 @@ from nvae.models.conditioning import guided
 from nvae.models.config import ModelConfig, Scale
 from nvae.models.distributions import Normal, at_least_float32
 from nvae.models.flows import Flow
-from nvae.models.hierarchical import GroupSample
 from nvae.models.layers import WeightNormConv2d, as_callers_expect, without_autocast
+from nvae.models.output import GroupSample
 
 
 class NormalHead(nn.Module):

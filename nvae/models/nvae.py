@@ -24,7 +24,7 @@ from nvae.models.config import (
     latent_scales,
     latent_shapes,
 )
-from nvae.models.hierarchical import Choose, GroupSample, HierarchicalVAE, Temperature
+from nvae.models.hierarchical import Choose, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
 from nvae.models.layers import (
     BatchNorm,
@@ -34,6 +34,7 @@ from nvae.models.layers import (
     without_autocast,
 )
 from nvae.models.likelihoods import logit_channels
+from nvae.models.output import GroupSample
 from nvae.models.together import weights_together
 
 

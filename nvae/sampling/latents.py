@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nvae.models import HierarchicalVAE, Temperature
-from nvae.models.hierarchical import GroupSample
+from nvae.models.output import GroupSample
 from nvae.random import STREAM_POSTERIOR, STREAM_TRAVERSE, image_keys, latent_noise
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature, render, seed_noise
 

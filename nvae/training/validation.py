@@ -4,9 +4,9 @@ import torch
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
+from nvae.elbo import bits_per_dim
 from nvae.evaluation.result import ACTIVE_UNIT_NATS
 from nvae.models import HierarchicalVAE, Output
-from nvae.objective import bits_per_dim
 from nvae.random import STREAM_POSTERIOR, image_keys, latent_noise
 
 

@@ -7,7 +7,7 @@ import torch
 from nvae.codec.coder import EmptyStackError, Stack
 from nvae.codec.latents import FINEST, REACH, Lattice, fitting
 from nvae.models.distributions import Normal
-from nvae.models.hierarchical import GroupSample
+from nvae.models.output import GroupSample
 
 
 def _pair(n: int = 4000) -> tuple[Normal, Normal]:

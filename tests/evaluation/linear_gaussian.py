@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.distributions import Normal
-from nvae.models.hierarchical import GroupSample, HierarchicalVAE
+from nvae.models.hierarchical import HierarchicalVAE
+from nvae.models.output import GroupSample
 
 LATENT, PIXELS, SIDE = 2, 4, 2
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from nvae.elbo import balancing_alpha, elbo
 from nvae.models import NVAE
 from nvae.models.config import groups_per_scale
 from nvae.models.layers import skip_splits
-from nvae.objective import balancing_alpha, elbo
 from nvae.published import name_pairs
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, batchnorms, spectral_convs
 from tests.reference import NAMES, Reference, load_reference

@@ -10,7 +10,7 @@ from nvae.checkpoint import load_model, save_model
 from nvae.export.folder import export
 from nvae.export.sampler import Sampler, export_sampler, largest_difference
 from nvae.models import MODELS
-from nvae.models.hierarchical import GroupSample, Output
+from nvae.models.output import GroupSample, Output
 from nvae.models.very_deep import LogSigmaNormal
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.sampling import CompiledDecoder, decode, encode, from_noise, sample_images

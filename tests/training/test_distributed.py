@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
+from nvae.elbo import elbo
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import MODELS, NVAE, ModelConfig
-from nvae.objective import ObjectiveConfig, build_objective, elbo
+from nvae.objective import ObjectiveConfig, build_objective
 from nvae.training.module import TrainingNoise
 from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nvae.data.dataset import ImageBatch
-from nvae.objective import ObjectiveConfig, kl_coefficient
+from nvae.elbo import kl_coefficient
+from nvae.objective import ObjectiveConfig
 from nvae.training.logging import JsonLinesLogger
 from nvae.training.module import NVAELightning
 from tests.training.runs import run, small_config

@@ -15,8 +15,8 @@ import torch
 from nvae.checkpoint import load_checkpoint, save_checkpoint
 from nvae.cli.train import build_module
 from nvae.data.module import ImageDataModule
+from nvae.elbo import kl_coefficient
 from nvae.models.layers import MOMENTUM
-from nvae.objective import kl_coefficient
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.optimizers import learning_rate_factor
