@@ -7,80 +7,36 @@
     images = model.eval().sample(16)
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE, Output
-from nvae.models.conditioning import NO_LABEL
 from nvae.models.layers import MOMENTUM
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
-from nvae.settings import check_choice, height_width
-from nvae.training.optimizers import (
-    OptimizerConfig,
-    build_optimizer,
-    learning_rate_factor,
-    planned_warmup,
-    warmup_steps,
-)
+from nvae.settings import check_choice
+from nvae.training.batch import TrainingNoise, images_of
+from nvae.training.optimizers import OptimizerConfig, build_optimizer
 from nvae.training.recompute import compile_blocks, recompute_segments
 from nvae.training.resuming import check_optimizer_shapes
 from nvae.training.run_length import ENTRY, RunLength
+from nvae.training.schedule import build_schedule, take_over
 from nvae.training.shared_statistics import SHARING, SharedStatistics
 from nvae.training.throughput import Throughput
 from nvae.training.validation import ValidationSums, group_metrics
 from nvae.training.whole_step import StepInput, StepPosition, weighted
 
 _LOG = logging.getLogger(__name__)
-
-
-class TrainingNoise:
-    """Posterior noise of training batches, a pure function of (seed, rank, batch).
-
-    No generator state has to be saved: a resumed run draws what the uninterrupted one would have
-    drawn, and ranks never share a draw.
-
-    Args:
-        seed: of the run.
-        rank: of this process.
-    """
-
-    def __init__(self, seed: int, rank: int = 0) -> None:
-        self.seed, self.rank = seed, rank
-        self._generator: torch.Generator | None = None
-
-    def __call__(self, model: HierarchicalVAE, batch_size: int, batch: int) -> Sequence[Tensor]:
-        """Noise of batch number ``batch`` (counted over the whole run), one tensor a group."""
-        device = model.device
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device)
-        key = np.random.SeedSequence((self.seed, self.rank, batch)).generate_state(1, np.uint64)
-        self._generator.manual_seed(int(key[0] >> np.uint64(1)))
-        return model.draw_noise(batch_size, self._generator)
-
-    def further(self, like: Tensor) -> Tensor:
-        """Standard normal numbers of the same batch that nothing else has used."""
-        return torch.randn(
-            like.shape, generator=self._generator, device=like.device, dtype=like.dtype
-        )
-
-    def drop(self, labels: Tensor, share: float) -> Tensor:
-        """``labels`` ``(B,)`` of the same batch, each forgotten with probability ``share``."""
-        chance = torch.rand(labels.shape, generator=self._generator, device=labels.device)
-        return labels.masked_fill(chance < share, NO_LABEL)
 
 
 class NVAELightning(pl.LightningModule):
@@ -164,50 +120,14 @@ class NVAELightning(pl.LightningModule):
         self._speed = Throughput()
 
     def to_input(self, batch: Any, first: int = 0) -> ImageBatch:
-        """What the model takes, of any batch that the class describes.
+        """What the model takes, of any batch that the class describes; see :func:`images_of`.
 
         Args:
             batch: on the model's device.
-            first: position of its first image among those of this rank; images of our data module
-                have indices of their own.
-
-        Raises:
-            ValueError: these are no images in [0, 1], or not of this model's shape.
+            first: position of its first image among those of this rank.
         """
-        if isinstance(batch, ImageBatch):
-            return batch
-        x, *more = batch if isinstance(batch, list | tuple) and batch else [batch]
-        config = self.model.config
-        labels = more[0] if config.num_classes and more else None
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            shown = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            wanted = ", ".join(map(str, config.image_shape))
-            raise ValueError(
-                f"a batch holds {shown}; expected are images (B, {wanted}) or a tuple that begins "
-                "with them"
-            )
-        config.pixel_distribution.check_data(config, config.bits)
-        stored_bits = max(8, config.bits)
-        whole = torch.uint8 if stored_bits == 8 else torch.uint16
-        if x.dtype == whole:
-            levels = x.float()
-        elif x.is_floating_point():  # a NaN stays one: it makes a bad step, which is left out
-            levels = (x.float() * (2**stored_bits - 1)).round()
-        else:
-            name = str(whole).removeprefix("torch.")
-            raise ValueError(f"images are {x.dtype}; expected are {name}, or float in [0, 1]")
-        if config.counted_size is not None and tuple(x.shape[2:]) == height_width(
-            config.counted_size
-        ):
-            height, width = config.image_shape[1] - x.shape[2], config.image_shape[2] - x.shape[3]
-            levels = nn.functional.pad(levels, [width // 2, width // 2, height // 2, height // 2])
-        levels = (levels / 2 ** (stored_bits - config.bits)).floor()
-        # a tensor, not a number: CUDA multiplies by a number's reciprocal, which rounds otherwise
-        x = levels / torch.full((), 2.0**config.bits - 1, device=x.device)
-        index = torch.arange(first, first + len(x), device=x.device)
-        index = index * self.trainer.world_size + self.trainer.global_rank  # as samplers share
-        x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        return ImageBatch(x, index, labels)
+        at = first * self.trainer.world_size + self.trainer.global_rank  # as samplers share
+        return images_of(batch, self.model, at, self.trainer.world_size)
 
     def labels_of(self, batch: ImageBatch) -> Tensor | None:
         """Labels of a batch where the model knows classes.
@@ -387,45 +307,19 @@ class NVAELightning(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer, and its learning rate as a function of the step."""
-        config = self.optimizer_config
         optimizer = build_optimizer(
-            config, self.model.parameters(), fused=self.trainer.precision != "16-mixed",
-            kernels=self.model.kernels,
+            self.optimizer_config, self.model.parameters(),
+            fused=self.trainer.precision != "16-mixed", kernels=self.model.kernels,
         )  # fmt: skip
         # a resumed run takes them from the configuration, not from the checkpoint
         self._hyperparameters = {
             name: value for name, value in optimizer.param_groups[0].items() if name != "params"
         }
-        if config.schedule is not None:
-            kind, arguments, lightning = config.schedule_class()
-            group = optimizer.param_groups[0]
-            group["lr"] *= self.learning_rate_scale
-            group["initial_lr"] = group["lr"]
-            if "total_steps" in inspect.signature(kind).parameters:
-                arguments = {"total_steps": self.length.total_steps, **arguments}
-            scheduler: Any = {"scheduler": kind(optimizer, **arguments), **lightning}
-            return {"optimizer": optimizer, "lr_scheduler": scheduler}
-        wanted = planned_warmup(config, self.length.steps_per_epoch)
-        if wanted > self.length.total_steps:
-            warmup = warmup_steps(config, self.length.steps_per_epoch, self.length.total_steps)
-            if self.trainer.is_global_zero:
-                _LOG.warning(
-                    "the warm-up of %g %s is longer than the run: it takes half, %d steps",
-                    *(
-                        (config.warmup_epochs, "epochs")
-                        if config.warmup_steps is None
-                        else (config.warmup_steps, "steps")
-                    ),
-                    warmup,
-                )
-        factor = learning_rate_factor(config, self.length.steps_per_epoch, self.length.total_steps)
-        scheduler = LambdaLR(
-            optimizer, lambda step: self.learning_rate_scale * factor(self.length.position(step))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        scheduler: Any = build_schedule(
+            self.optimizer_config, optimizer, self.length, lambda: self.learning_rate_scale,
+            is_first_rank=self.trainer.is_global_zero,
+        )  # fmt: skip
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def setup(self, stage: str) -> None:
         """Another Trainer may bring other data."""
@@ -467,24 +361,11 @@ class NVAELightning(pl.LightningModule):
         """A resumed run takes its hyper-parameters from the configuration, not the checkpoint."""
         self._speed.start()
         group = self.trainer.optimizers[0].param_groups[0]
-        rate = self._hyperparameters["lr"]
         for each in self.trainer.lr_scheduler_configs:
-            scheduler = each.scheduler
-            if isinstance(scheduler, LambdaLR) and self.optimizer_config.schedule is None:
-                scheduler.base_lrs = [rate]
-                now = rate * scheduler.lr_lambdas[0](self.global_step)
-                group.update(self._hyperparameters | {"lr": now, "initial_lr": rate})
-            else:
-                ratio = rate * self.learning_rate_scale / group.get("initial_lr", rate)
-                keep = {
-                    key: value * ratio
-                    for key, value in group.items()
-                    if key in ("lr", "initial_lr", "max_lr", "min_lr")
-                }
-                scheduler.base_lrs = [r * ratio for r in getattr(scheduler, "base_lrs", [])]
-                # a schedule may move the momentum too
-                fixed = {"weight_decay", "eps"} & self._hyperparameters.keys()
-                group.update({name: self._hyperparameters[name] for name in fixed} | keep)
+            take_over(
+                self.optimizer_config, each.scheduler, group, self._hyperparameters,
+                self.learning_rate_scale, self.global_step,
+            )  # fmt: skip
         self.has_started = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

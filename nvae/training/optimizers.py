@@ -1,4 +1,4 @@
-"""Optimizers that can leave a bad step out, and the learning rate over time.
+"""Optimizers that can leave a bad step out.
 
 The guard decides on the device whether a step is bad and tells the optimizer by its attribute
 ``found_inf``, a 0-d tensor: 1 leaves parameters and state as they are. Our Adamax and torch's fused
@@ -8,7 +8,6 @@ optimizers look at it on the device; every other one is wrapped in :class:`HostS
 import importlib
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -331,54 +330,3 @@ def build_optimizer(
     if isinstance(optimizer, Adamax):
         optimizer.kernels = kernels
     return optimizer
-
-
-def learning_rate_factor(
-    config: OptimizerConfig, steps_per_epoch: float, total_steps: int
-) -> Callable[[float], float]:
-    """Learning rate of a step, divided by ``config.learning_rate``, as a function of the step.
-
-    Step s (from 0) of W warm-up steps takes (s + 1) / W; after that the cosine runs from 1 to
-    the minimum over the steps that are left. A warm-up that is longer than the run takes half of
-    it.
-
-    With `decay_start`, S of the T steps up to `decay_end`: with t = s + 1, the part above the
-    minimum is 1 before S, then (1 + cos(pi t / T)) / (1 + cos(pi (S - 1) / T)), then 0
-    (Efficient-VDVAE, where s stands in t's place and the rate rises again after T).
-    """
-    warmup = warmup_steps(config, steps_per_epoch, total_steps)
-    least = config.min_learning_rate / config.learning_rate
-    end = config.decay_end * total_steps
-    start = None if config.decay_start is None else config.decay_start * total_steps
-
-    def factor(step: float) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if config.decay_every == "epoch" and math.isfinite(steps_per_epoch):
-            step = max(step - step % int(steps_per_epoch), warmup)
-        if start is not None:
-            t = step + 1
-            share = 1.0 if t < start else _cosine(t / end) / _cosine((start - 1) / end)
-            return least + (1 - least) * min(share, 1.0)
-        progress = (step - warmup) / max(end - warmup, 1)
-        return least + (1 - least) * _cosine(progress)
-
-    return factor
-
-
-def _cosine(progress: float) -> float:
-    """From 1 to 0 as the progress goes from 0 to 1, where it stays."""
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def planned_warmup(config: OptimizerConfig, steps_per_epoch: float) -> float:
-    """Steps of the warm-up that the settings ask for, however long the run is."""
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return config.warmup_epochs * steps_per_epoch if config.warmup_epochs else 0
-
-
-def warmup_steps(config: OptimizerConfig, steps_per_epoch: float, total_steps: int) -> int:
-    """Steps of the warm-up, half of the run where it would be longer than the run."""
-    steps = planned_warmup(config, steps_per_epoch)
-    return round(steps) if steps <= total_steps else total_steps // 2

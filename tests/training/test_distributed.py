@@ -16,7 +16,7 @@ from nvae.elbo import elbo
 from nvae.evaluation import RecordStore, evaluate
 from nvae.models import MODELS, NVAE, ModelConfig
 from nvae.objective import ObjectiveConfig, build_objective
-from nvae.training.module import TrainingNoise
+from nvae.training.batch import TrainingNoise
 from nvae.training.shared_statistics import SharedStatistics
 from tests.training.ranks import run_ranks
 from tests.training.runs import RECIPES

@@ -19,9 +19,9 @@ from nvae.elbo import kl_coefficient
 from nvae.models.layers import MOMENTUM
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
-from nvae.training.optimizers import learning_rate_factor
 from nvae.training.run_folder import open_run
 from nvae.training.run_length import steps_ahead
+from nvae.training.schedule import learning_rate_factor
 from tests import PATIENCE
 from tests.training.other_devices_job import config_of, train
 from tests.training.runs import StopAt, last_checkpoint, run

@@ -15,7 +15,8 @@ from nvae.objective import GammaBalanced, Objective, ObjectiveConfig, gamma_weig
 from nvae.training.ema import MovingAverage
 from nvae.training.guard import BadSteps
 from nvae.training.module import NVAELightning
-from nvae.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
+from nvae.training.optimizers import OptimizerConfig, build_optimizer
+from nvae.training.schedule import learning_rate_factor
 from nvae.training.whole_step import StepInput, StepPosition, WholeStep
 from tests.reference import FOLDER
 from tests.reference.very_deep import Numbers, channels_first
