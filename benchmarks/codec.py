@@ -7,7 +7,7 @@ Prints Markdown: bits/dim and speed of every codec on the counted pixels of the 
 restored and compared; the code length beside the negative ELBO; what one image alone costs; what
 the latents' lattice costs against the closed-form KL; and the network's share of the time. The
 other codecs are given one picture an image, as files would be, and all images below each other in
-one, which no folder does. Speeds and shares are of CPU time, so that a busy machine does not matter.
+one, which no folder does. Speeds and shares are of CPU time, which a busy machine moves less.
 
 Every part is written to the file of --json as soon as it is measured. Stopped? The same command
 goes on; what the file holds of the same settings is not measured again.

@@ -237,7 +237,7 @@ def to_picture(levels: Tensor, file: ImageFile, bits: int) -> Image.Image | NDAr
     if file.values != "low" if depth is None else depth < bits:
         raise ValueError(f"{bits} bits as {file.values!r} do not fit in mode {mode}")
     values = _table(file.values, bits, depth or 0)[levels.movedim(0, -1).numpy()]
-    if int(values.max()) > np.iinfo(dtype).max:
+    if int(values.max()) > np.iinfo(dtype.name).max:
         raise ValueError(f"the value {values.max()} does not fit in mode {mode}")
     own_channels = 1 if axes == "HW" else PICTURES.get(mode, values.shape[2])
     pixels = _with_channels(values.astype(dtype), own_channels)
