@@ -16,23 +16,19 @@ goes on; what the file holds of the same settings is not measured again.
 import argparse
 import cProfile
 import io
-import lzma
 import pstats
 import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.picture_codecs import installed, measured
 from nvae.cli.checkpoint_data import choose_data, open_checkpoint, open_data
 from nvae.cli.common import keep_freed_memory, versions
 from nvae.codec import latents
@@ -49,9 +45,6 @@ from nvae.models.distributions import Normal
 from nvae.models.hierarchical import GroupSample
 from nvae.random import latent_noise
 
-Coded = Callable[[NDArray[Any]], bytes]
-Restored = Callable[[bytes, NDArray[Any]], NDArray[Any]]
-"""Given the picture too, for its shape and type."""
 _AT_ONCE = 64
 _CODING = ("pop_gaussian", "push_gaussian", "pop_bits", "push_bits")
 _PIXELS = ("push_pixels", "pop_pixels")
@@ -72,20 +65,23 @@ def main() -> None:
     parts = _Parts(options.json, {
         "checkpoint": opened.file.name, "weights": model_sha256(opened.model),
         "data": data.config.name, "split": options.split, "images": count, "batch": options.batch,
-        "threads": options.threads, "draws": options.draws, "processor": processor(),
+        "threads": options.threads, "draws": options.draws, "archive": options.archive or count,
+        "processor": processor(),
         "versions": versions(torch.device("cpu")) | {"pillow": version("pillow")},
     })  # fmt: skip
     torch.set_num_threads(options.threads)
     parts.measure("negative_elbo", lambda: _negative_elbo(opened.model, x, options.draws))
-    parts.measure("codec", lambda: _ours(codec, levels))
+    for start in range(0, count, options.archive or count):
+        some = levels[start : start + (options.archive or count)]
+        parts.measure(f"archive {start}", lambda some=some: _ours(codec, some))  # type: ignore[misc]
     parts.measure("share", lambda: _profile(codec, levels[: options.profiled]))
     parts.measure(
         "lattice", lambda: lattice_costs(opened.model, x[: options.lattice], options.steps)
     )
     images = levels.movedim(1, -1).contiguous().numpy()
     images = images if images.dtype == np.uint8 else images.astype(np.uint16)
-    for name, encode, decode in () if options.alone else _codecs(images):
-        parts.measure(name, lambda e=encode, d=decode: _other(images, e, d))  # type: ignore[misc]
+    for name, encode, decode in () if options.alone else installed(images):
+        parts.measure(name, lambda e=encode, d=decode: measured(images, e, d))  # type: ignore[misc]
     print(_markdown(parts.settings, parts.found))
 
 
@@ -99,6 +95,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--images", type=int, help="the first so many; default: all")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--archive", type=int, help="images of an archive, each a part; default: all in one"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draws", type=int, default=1, help="of the negative ELBO")
     parser.add_argument("--profiled", type=int, default=256, help="images profiled")
@@ -149,11 +148,10 @@ def _negative_elbo(model: HierarchicalVAE, x: Tensor, draws: int) -> dict[str, f
     return {"bits_per_dim": bits.mean, "sem": bits.standard_error, "dims": found.dimensions}
 
 
-def _ours(codec: Codec, levels: Tensor) -> dict[str, Any]:
-    """Sizes and speeds of one archive, all of whose images come back."""
-    dims = levels[0].numel()
-    buffer = io.BytesIO()
+def _ours(codec: Codec, levels: Tensor) -> dict[str, float]:
+    """Sizes and CPU time of one archive, all of whose images come back."""
     start = time.process_time()
+    buffer = io.BytesIO()
     sizes: list[BlockSize] = list(
         codec.write(buffer, len(levels), iter(levels.split(codec.block_images)))
     )
@@ -161,19 +159,33 @@ def _ours(codec: Codec, levels: Tensor) -> dict[str, Any]:
     restored = codec.decode(buffer.getvalue())
     end = time.process_time()
     assert torch.equal(restored, levels)
-    chained = sum(size.images - size.starters for size in sizes)
-    net = sum(size.chain_bits for size in sizes)
-    first = max(size.first_draw_bits for size in sizes)
     return {
-        "file_bits_per_dim": 8 * len(buffer.getvalue()) / (len(levels) * dims),
-        "net_bits_per_dim": net / max(1, chained) / dims,
-        "chained_images": chained,
-        "starters": sum(size.starters for size in sizes),
+        "images": len(levels),
+        "bytes": len(buffer.getvalue()),
+        "chained_images": sum(size.images - size.starters for size in sizes),
+        "chain_bits": sum(size.chain_bits for size in sizes),
         "starter_bits": sum(size.starter_bits for size in sizes),
+        "first_draw_bits": max(size.first_draw_bits for size in sizes),
+        "encode_s": middle - start,
+        "decode_s": end - middle,
+    }
+
+
+def _together(archives: Sequence[dict[str, float]], dims: int) -> dict[str, float]:
+    """What the table says of all archives; ``dims`` of an image."""
+    images, chained, net, coded, encode, decode = (
+        sum(archive[key] for archive in archives)
+        for key in ("images", "chained_images", "chain_bits", "bytes", "encode_s", "decode_s")
+    )
+    first = max(archive["first_draw_bits"] for archive in archives)
+    return {
+        "chained_images": chained,
         "first_draw_bits": first,
+        "net_bits_per_dim": net / max(1, chained) / dims,
+        "file_bits_per_dim": 8 * coded / images / dims,
         "alone_bits_per_dim": (first + net / max(1, chained)) / dims,
-        "encode_images_per_s": len(levels) / (middle - start),
-        "decode_images_per_s": len(levels) / (end - middle),
+        "encode_dims_per_s": images * dims / encode,
+        "decode_dims_per_s": images * dims / decode,
     }
 
 
@@ -282,77 +294,10 @@ def _log_mass(k: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return mass.clamp(min=2.0**-24).log()
 
 
-def _other(images: NDArray[Any], encode: Coded, decode: Restored) -> dict[str, Any]:
-    """Sizes and speeds of a codec; None where it takes no picture as large as all in one."""
-    try:
-        together = _measured([images.reshape(-1, *images.shape[2:])], encode, decode)
-    except (ValueError, OSError):  # WebP ends at 16,383 pixels a side
-        together = None
-    return {"one_an_image": _measured(list(images), encode, decode), "all_in_one": together}
-
-
-def _measured(
-    pictures: Sequence[NDArray[Any]], encode: Coded, decode: Restored
-) -> dict[str, float]:
-    start = time.process_time()
-    coded = [encode(picture) for picture in pictures]
-    middle = time.process_time()
-    restored = [decode(c, p) for c, p in zip(coded, pictures, strict=True)]
-    end = time.process_time()
-    for picture, back in zip(pictures, restored, strict=True):
-        assert (back == picture).all()
-    dims = sum(picture.size for picture in pictures)
-    return {
-        "bits_per_dim": 8 * sum(map(len, coded)) / dims,
-        "encode_dims_per_s": dims / (middle - start),
-        "decode_dims_per_s": dims / (end - middle),
-    }
-
-
-def _codecs(images: NDArray[Any]) -> list[tuple[str, Coded, Restored]]:
-    """Those that are installed and take such images ``(N, H, W, C)``."""
-
-    def pillow(kind: str, **options: Any) -> tuple[Coded, Restored]:
-        def encode(pixels: NDArray[Any]) -> bytes:
-            buffer = io.BytesIO()
-            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            picture.save(buffer, kind, **options)
-            return buffer.getvalue()
-
-        def decode(data: bytes, like: NDArray[Any]) -> NDArray[Any]:
-            found = np.asarray(Image.open(io.BytesIO(data)))
-            return found.reshape(*found.shape[:2], -1)[:, :, : like.shape[2]]
-
-        return encode, decode
-
-    def plain(compress: Callable[[bytes], bytes], inflate: Callable[[bytes], bytes]) -> Any:
-        return (
-            lambda pixels: compress(pixels.tobytes()),
-            lambda data, like: np.frombuffer(inflate(data), like.dtype).reshape(like.shape),
-        )
-
-    def xz(data: bytes) -> bytes:
-        # a dictionary of 64 MiB, the preset's, would take longer to make than a picture to pack
-        size = max(4096, len(data))
-        preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size}
-        return lzma.compress(data, filters=[preset])
-
-    found: list[Any] = []
-    depth, channels = 8 * images.itemsize, images.shape[-1]
-    if channels == 1 or (channels, depth) == (3, 8):
-        found.append(("PNG, optimized", *pillow("PNG", optimize=True)))
-    if channels in (1, 3) and depth == 8:
-        found.append(("WebP, lossless", *pillow("WEBP", lossless=True, quality=100, method=6)))
-        if find_spec("pillow_jxl"):  # pip install pillow-jxl-plugin
-            __import__("pillow_jxl")
-            found.append(("JPEG XL, effort 9", *pillow("JXL", lossless=True, effort=9)))
-    found.append(("zlib, level 9", *plain(lambda data: zlib.compress(data, 9), zlib.decompress)))
-    found.append(("xz, preset 9e", *plain(xz, lzma.decompress)))
-    return found
-
-
 def _markdown(settings: dict[str, Any], found: dict[str, Any]) -> str:
-    ours, elbo = found["codec"], found["negative_elbo"]["bits_per_dim"]
+    elbo, dims = found["negative_elbo"]["bits_per_dim"], found["negative_elbo"]["dims"]
+    archives = [part for name, part in found.items() if name.startswith("archive ")]
+    ours = _together(archives, dims)
     lines = [
         f"{settings['images']} images of {settings['data']}, split={settings['split']}, "
         f"batch {settings['batch']}, {settings['threads']} threads",
@@ -360,7 +305,7 @@ def _markdown(settings: dict[str, Any], found: dict[str, Any]) -> str:
         "| | bits/dim | |",
         "|---|---|---|",
         f"| negative ELBO | {elbo:.4f} | |",
-        f"| net, {ours['chained_images']} images in chains | {ours['net_bits_per_dim']:.4f} | "
+        f"| net, {ours['chained_images']:.0f} images in chains | {ours['net_bits_per_dim']:.4f} | "
         f"{100 * (ours['net_bits_per_dim'] / elbo - 1):+.2f} % |",
         f"| the whole file | {ours['file_bits_per_dim']:.4f} | "
         f"{100 * (ours['file_bits_per_dim'] / elbo - 1):+.2f} % |",
@@ -370,8 +315,7 @@ def _markdown(settings: dict[str, Any], found: dict[str, Any]) -> str:
         "| | bits/dim, one an image | all in one | encode, decode, M dim/CPU s |",
         "|---|---|---|---|",
     ]
-    dims = found["negative_elbo"]["dims"]
-    speed = [ours[f"{way}_images_per_s"] * dims / 1e6 for way in ("encode", "decode")]
+    speed = [ours[f"{way}_dims_per_s"] / 1e6 for way in ("encode", "decode")]
     lines.append(f"| nvae | | {ours['file_bits_per_dim']:.4f} | {speed[0]:.4f}, {speed[1]:.4f} |")
     for name, other in found.items():
         if "one_an_image" not in other:

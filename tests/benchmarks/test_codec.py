@@ -8,7 +8,8 @@ from benchmarks import codec
 from nvae.files import read_json
 from tests.cli.checkpoints import write_checkpoint
 
-OPTIONS = ["--images", "12", "--batch", "4", "--profiled", "6", "--lattice", "6", "--steps", "2"]
+OPTIONS = ["--images", "12", "--batch", "4", "--profiled", "6", "--lattice", "6", "--steps", "2",
+           "--archive", "8"]  # fmt: skip
 
 
 @pytest.fixture
@@ -29,8 +30,10 @@ def run(tmp_path, monkeypatch, capsys):
 def test_parts_are_kept(run, tmp_path):
     write_checkpoint(tmp_path / "model.ckpt", bits=8)
     table, parts = run()
-    assert parts[:5] == ["negative_elbo", "codec", "share", "lattice", "PNG, optimized"]
-    for name in parts[4:]:
+    assert parts[:6] == [
+        "negative_elbo", "archive 0", "archive 8", "share", "lattice", "PNG, optimized"
+    ]  # fmt: skip
+    for name in parts[5:]:
         assert f"| {name} | " in table
     assert sum(read_json(tmp_path / "out" / "a.json")["parts"]["share"]["encode"].values()) == (
         pytest.approx(1)
@@ -42,4 +45,4 @@ def test_parts_are_kept(run, tmp_path):
 
 def test_codecs_of_images_that_pictures_cannot_hold(run, tmp_path):
     write_checkpoint(tmp_path / "model.ckpt", bits=12, channels=2, image_size=(16, 8))
-    assert run()[1][4:] == ["zlib, level 9", "xz, preset 9e"]
+    assert run()[1][5:] == ["zlib, level 9", "xz, preset 9e"]
