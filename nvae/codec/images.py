@@ -172,7 +172,7 @@ def _read_array(path: Path, wanted: Wanted) -> tuple[Pixels, str]:
         raise UnfitImageError(f"has shape {array.shape}, and (H, W) or (H, W, C) is an image's")
     wanted.check_size(*array.shape[:2])
     mode = _mode_of_array(array, "HWC"[: array.ndim])
-    return array.reshape(*array.shape[:2], -1), mode
+    return array if array.ndim == 3 else array[:, :, None], mode
 
 
 def _mode_of_array(array: Pixels, axes: str) -> str:
@@ -234,7 +234,8 @@ def to_picture(levels: Tensor, file: ImageFile, bits: int) -> Image.Image | NDAr
     own = np.dtype(np.uint16 if mode == "I;16" else np.uint8)
     dtype, axes = ARRAYS.get(mode, (own, "HW" if PICTURES.get(mode) == 1 else "HWC"))
     depth = _DEPTHS.get(dtype.name)
-    if file.values != "low" if depth is None else depth < bits:
+    fits = file.values == "low" if depth is None else bits <= depth
+    if not fits:
         raise ValueError(f"{bits} bits as {file.values!r} do not fit in mode {mode}")
     values = _table(file.values, bits, depth or 0)[levels.movedim(0, -1).numpy()]
     if int(values.max()) > np.iinfo(dtype.name).max:

@@ -29,7 +29,8 @@ from nvae.models.likelihoods import (
 from nvae.models.stable_mixture import StableLogisticMixture, gray_level
 from nvae.settings import height_width
 
-_LOGIT_GRID = 2.0**14
+_LOGIT_GRID_BITS = 14
+"""For 8 bits or fewer; finer by as much as levels are nearer each other."""
 _PROBABILITY_GRID = 2.0**22
 _SMALLEST = 1e-300
 _SAME = 1e-6
@@ -212,7 +213,8 @@ def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
         raise FloatingPointError("the model's pixel distributions are not finite numbers")
     inside = window(config)
     # on a grid, for the same reason as the latents' parameters
-    logits = (logits[..., *inside].double() * _LOGIT_GRID).round() / _LOGIT_GRID
+    grid = 2.0 ** (_LOGIT_GRID_BITS + max(0, config.bits - DATA_BITS))
+    logits = (logits[..., *inside].double() * grid).round() / grid
     distribution: PixelDistribution = build_likelihood(config, logits)
     if isinstance(distribution, LogisticMixture):
         return CodedMixture(distribution, config.bits)

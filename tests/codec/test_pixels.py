@@ -53,6 +53,22 @@ def test_code_length_is_the_likelihood(family, changes):
     assert stack.content() == bytes(range(200))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_logistics_as_narrow_as_levels(bits):
+    """The grid that parameters are rounded to is finer than levels are apart, however many."""
+    config = model_of("nvae", bits=bits, likelihood="logistic_mixture").config
+    logits = _logits(config)
+    white, mixtures = 2**bits - 1, config.num_mixtures
+    logits[:, mixtures : 2 * mixtures] = torch.linspace(-0.5, 0.5, 128).view(2, 1, 8, 8)
+    logits[:, 2 * mixtures :] = math.log(1 / white)  # half of a level's width
+    levels = ((logits[:, mixtures : mixtures + 1] + 1) / 2 * white).round()
+    stack = Stack.holding(bytes(100))
+    before = stack.bits
+    push_pixels(stack, config, logits, levels.to(level_type(bits)))
+    nats = -build_likelihood(config, logits.double()).log_prob(levels.double() / white).sum()
+    assert stack.bits - before == pytest.approx(float(nats) / math.log(2), abs=3)
+
+
 @pytest.mark.parametrize("bits", [1, 5, 9])
 @pytest.mark.parametrize("scale", [-12.0, -3.0, 2.0])
 def test_masses_of_all_levels_sum_to_one(bits, scale):
