@@ -7,43 +7,45 @@ Prints Markdown: bits/dim and speed of every codec on the counted pixels of the 
 restored and compared; the code length beside the negative ELBO; what one image alone costs; what
 the latents' lattice costs against the closed-form KL; and the network's share of the time. The
 other codecs are given one picture an image, as files would be, and all images below each other in
-one, which no folder does.
+one, which no folder does. Speeds and shares are of CPU time, which a busy machine moves less.
+
+Every part is written to the file of --json as soon as it is measured. Stopped? The same command
+goes on; what the file holds of the same settings is not measured again.
 """
 
 import argparse
 import cProfile
 import io
-import lzma
 import pstats
+import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.picture_codecs import installed, measured
 from nvae.cli.checkpoint_data import choose_data, open_checkpoint, open_data
 from nvae.cli.common import keep_freed_memory, versions
-from nvae.codec import Codec, latents
+from nvae.codec import latents
 from nvae.codec.chain import BlockSize
-from nvae.codec.fingerprint import processor
+from nvae.codec.codec import Codec
+from nvae.codec.fingerprint import model_sha256, processor
 from nvae.codec.latents import Lattice, fitting
-from nvae.codec.pixels import bits_a_pixel, window
+from nvae.codec.pixels import levels_of
 from nvae.data.dataset import ImageBatch
 from nvae.evaluation import evaluate
-from nvae.files import write_json
+from nvae.files import read_json, write_json
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
 from nvae.models.output import GroupSample
 from nvae.random import latent_noise
 
-Coded = Callable[[NDArray[np.uint8]], bytes]
-Restored = Callable[[bytes, tuple[int, ...]], NDArray[np.uint8]]
+_AT_ONCE = 64
 _CODING = ("pop_gaussian", "push_gaussian", "pop_bits", "push_bits")
 _PIXELS = ("push_pixels", "pop_pixels")
 _LATENTS = ("pop_posterior", "push_posterior", "push_prior", "pop_prior")
@@ -54,26 +56,33 @@ def main() -> None:
     options = _arguments()
     keep_freed_memory()
     opened = open_checkpoint(options.checkpoint, options.weights)
-    data = open_data(choose_data({}, opened.run_config), opened.model.config)
+    given = {} if options.data_root is None else {"root": options.data_root}
+    data = open_data(choose_data(given, opened.run_config), opened.model.config)
     count = min(options.images or len(data.split(options.split)), len(data.split(options.split)))
     x = torch.cat([batch.x for batch in data.batches(options.split)])[:count]
-    levels = _levels(opened.model, x)
+    levels = levels_of(opened.model.config, x)
     codec = Codec(opened.model, batch_size=options.batch, threads=options.threads)
-    facts: dict[str, Any] = {
-        "checkpoint": options.checkpoint, "split": options.split, "images": count,
-        "batch": options.batch, "threads": options.threads, "processor": processor(),
-        "versions": versions(torch.device("cpu")),
-    }  # fmt: skip
+    parts = _Parts(options.json, {
+        "checkpoint": opened.file.name, "weights": model_sha256(opened.model),
+        "data": data.config.name, "split": options.split, "images": count, "batch": options.batch,
+        "threads": options.threads, "draws": options.draws, "archive": options.archive or count,
+        "processor": processor(),
+        "versions": versions(torch.device("cpu")) | {"pillow": version("pillow")},
+    })  # fmt: skip
     torch.set_num_threads(options.threads)
-    facts["negative_elbo"] = _negative_elbo(opened.model, x, options.draws)
-    facts["codec"], restored = _ours(codec, levels)
-    assert torch.equal(restored, levels)
-    facts["share"] = _profile(codec, levels[: options.profiled])
-    facts["lattice"] = lattice_costs(opened.model, x[: options.lattice], options.steps)
-    facts["others"] = [] if options.alone else list(_others(levels))
-    print(_markdown(facts))
-    if options.json:
-        write_json(options.json, facts)
+    parts.measure("negative_elbo", lambda: _negative_elbo(opened.model, x, options.draws))
+    for start in range(0, count, options.archive or count):
+        some = levels[start : start + (options.archive or count)]
+        parts.measure(f"archive {start}", lambda some=some: _ours(codec, some))  # type: ignore[misc]
+    parts.measure("share", lambda: _profile(codec, levels[: options.profiled]))
+    parts.measure(
+        "lattice", lambda: lattice_costs(opened.model, x[: options.lattice], options.steps)
+    )
+    images = levels.movedim(1, -1).contiguous().numpy()
+    images = images if images.dtype == np.uint8 else images.astype(np.uint16)
+    for name, encode, decode in () if options.alone else installed(images):
+        parts.measure(name, lambda e=encode, d=decode: measured(images, e, d))  # type: ignore[misc]
+    print(_markdown(parts.settings, parts.found))
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,10 +90,14 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint")
+    parser.add_argument("--data-root", help="folder of the data set, if not the configured one")
     parser.add_argument("--split", default="test")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--images", type=int, help="the first so many; default: all")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--archive", type=int, help="images of an archive, each a part; default: all in one"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draws", type=int, default=1, help="of the negative ELBO")
     parser.add_argument("--profiled", type=int, default=256, help="images profiled")
@@ -94,47 +107,86 @@ def _arguments() -> argparse.Namespace:
         help="least lattice steps in a sigma of the posterior, to compare",
     )  # fmt: skip
     parser.add_argument("--alone", action="store_true", help="leave the other codecs out")
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     return parser.parse_args()
 
 
-def _levels(model: HierarchicalVAE, x: Tensor) -> Tensor:
-    inside = window(model.config)
-    white = 2 ** bits_a_pixel(model.config) - 1
-    return (x[..., inside, inside] * white).round().to(torch.uint8).contiguous()
+class _Parts:
+    """What was measured, kept at once.
+
+    Args:
+        path: of the file, or None.
+        settings: that all of it belongs to; a file of others is begun anew.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.settings, self._path = settings, path
+        self.found: dict[str, Any] = {}
+        if path is not None and path.exists():
+            kept = read_json(path)
+            if kept.get("settings") == settings:
+                self.found = kept["parts"]
+
+    def measure(self, name: str, work: Callable[[], Any]) -> None:
+        """Unless it is there."""
+        if name in self.found:
+            return
+        start = time.process_time()
+        self.found[name] = work()
+        spent = time.process_time() - start
+        print(f"{name}: {spent:.0f} s of CPU time", file=sys.stderr, flush=True)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, {"settings": self.settings, "parts": self.found})
 
 
 def _negative_elbo(model: HierarchicalVAE, x: Tensor, draws: int) -> dict[str, float]:
-    found = evaluate(model, [ImageBatch(x, torch.arange(len(x)))], elbo_samples=draws)
+    index = torch.arange(len(x))
+    batches = [ImageBatch(x[rows], rows) for rows in index.split(_AT_ONCE)]
+    found = evaluate(model, batches, elbo_samples=draws)
     bits = found.negative_elbo_bits_per_dim
     return {"bits_per_dim": bits.mean, "sem": bits.standard_error, "dims": found.dimensions}
 
 
-def _ours(codec: Codec, levels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Sizes and speeds of one archive, and the images that came back."""
-    dims = levels[0].numel()
+def _ours(codec: Codec, levels: Tensor) -> dict[str, float]:
+    """Sizes and CPU time of one archive, all of whose images come back."""
+    start = time.process_time()
     buffer = io.BytesIO()
-    start = time.perf_counter()
     sizes: list[BlockSize] = list(
         codec.write(buffer, len(levels), iter(levels.split(codec.block_images)))
     )
-    middle = time.perf_counter()
+    middle = time.process_time()
     restored = codec.decode(buffer.getvalue())
-    end = time.perf_counter()
-    chained = sum(size.images - size.starters for size in sizes)
-    net = sum(size.chain_bits for size in sizes)
-    first = max(size.first_draw_bits for size in sizes)
+    end = time.process_time()
+    assert torch.equal(restored, levels)
     return {
-        "file_bits_per_dim": 8 * len(buffer.getvalue()) / (len(levels) * dims),
-        "net_bits_per_dim": net / max(1, chained) / dims,
-        "chained_images": chained,
-        "starters": sum(size.starters for size in sizes),
+        "images": len(levels),
+        "bytes": len(buffer.getvalue()),
+        "chained_images": sum(size.images - size.starters for size in sizes),
+        "chain_bits": sum(size.chain_bits for size in sizes),
         "starter_bits": sum(size.starter_bits for size in sizes),
+        "first_draw_bits": max(size.first_draw_bits for size in sizes),
+        "encode_s": middle - start,
+        "decode_s": end - middle,
+    }
+
+
+def _together(archives: Sequence[dict[str, float]], dims: int) -> dict[str, float]:
+    """What the table says of all archives; ``dims`` of an image."""
+    images, chained, net, coded, encode, decode = (
+        sum(archive[key] for archive in archives)
+        for key in ("images", "chained_images", "chain_bits", "bytes", "encode_s", "decode_s")
+    )
+    first = max(archive["first_draw_bits"] for archive in archives)
+    return {
+        "chained_images": chained,
         "first_draw_bits": first,
+        "net_bits_per_dim": net / max(1, chained) / dims,
+        "file_bits_per_dim": 8 * coded / images / dims,
         "alone_bits_per_dim": (first + net / max(1, chained)) / dims,
-        "encode_images_per_s": len(levels) / (middle - start),
-        "decode_images_per_s": len(levels) / (end - middle),
-    }, restored
+        "encode_dims_per_s": images * dims / encode,
+        "decode_dims_per_s": images * dims / decode,
+    }
 
 
 def _profile(codec: Codec, levels: Tensor) -> dict[str, dict[str, float]]:
@@ -146,7 +198,7 @@ def _profile(codec: Codec, levels: Tensor) -> dict[str, dict[str, float]]:
         "decode": lambda: codec.decode(data),
     }
     for name, work in works.items():
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(time.process_time)
         profile.runcall(work)
         spent: dict[str, float] = {}
         stats: Any = pstats.Stats(profile)
@@ -187,7 +239,7 @@ def lattice_costs(
     found = {}
     for number in steps:
         differences, exact, bits = [], [], 0.0
-        for batch in x.split(64):
+        for batch in x.split(_AT_ONCE):
             noise = latent_noise(torch.arange(len(batch)), model.latent_shapes, model.dtype)
             maps = model.encode(batch)
             state, groups = model.top_down(noise, encoder_maps=maps)
@@ -242,116 +294,45 @@ def _log_mass(k: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return mass.clamp(min=2.0**-24).log()
 
 
-def _others(levels: Tensor) -> list[dict[str, Any]]:
-    """Sizes and speeds of the codecs that are installed."""
-    images = levels.movedim(1, -1).numpy()
-    if images.shape[-1] not in (1, 3):
-        return []
-    return [
-        {
-            "name": name,
-            "one_an_image": _measured(list(images), encode, decode),
-            "all_in_one": _measured(
-                [images.reshape(-1, *images.shape[2:])], encode, decode
-            ) if fits(images) else None,
-        }
-        for name, encode, decode, fits in _codecs()
-    ]  # fmt: skip
-
-
-def _measured(
-    pictures: Sequence[NDArray[np.uint8]], encode: Coded, decode: Restored
-) -> dict[str, float]:
-    start = time.perf_counter()
-    coded = [encode(picture) for picture in pictures]
-    middle = time.perf_counter()
-    restored = [decode(c, p.shape) for c, p in zip(coded, pictures, strict=True)]
-    end = time.perf_counter()
-    for picture, back in zip(pictures, restored, strict=True):
-        assert (back == picture).all()
-    dims = sum(picture.size for picture in pictures)
-    return {
-        "bits_per_dim": 8 * sum(map(len, coded)) / dims,
-        "encode_dims_per_s": dims / (middle - start),
-        "decode_dims_per_s": dims / (end - middle),
-    }
-
-
-def _codecs() -> list[tuple[str, Coded, Restored, Callable[[NDArray[np.uint8]], bool]]]:
-    def pillow(kind: str, **options: Any) -> tuple[Coded, Restored]:
-        def encode(pixels: NDArray[np.uint8]) -> bytes:
-            buffer = io.BytesIO()
-            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            picture.save(buffer, kind, **options)
-            return buffer.getvalue()
-
-        def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-            found = np.asarray(Image.open(io.BytesIO(data)))
-            return found.reshape(*found.shape[:2], -1)[:, :, : shape[2]]
-
-        return encode, decode
-
-    def plain(compress: Callable[[bytes], bytes], inflate: Callable[[bytes], bytes]) -> Any:
-        return (
-            lambda pixels: compress(pixels.tobytes()),
-            lambda data, shape: np.frombuffer(inflate(data), np.uint8).reshape(shape),
-        )
-
-    def always(images: NDArray[np.uint8]) -> bool:
-        return True
-
-    def below_16384(images: NDArray[np.uint8]) -> bool:
-        return images.shape[0] * images.shape[1] < 16384
-
-    found: list[Any] = [
-        ("PNG, optimized", *pillow("PNG", optimize=True), always),
-        ("WebP, lossless", *pillow("WEBP", lossless=True, quality=100, method=6), below_16384),
-        ("zlib, level 9", *plain(lambda b: zlib.compress(b, 9), zlib.decompress), always),
-        ("xz, preset 9e", *plain(
-            lambda b: lzma.compress(b, preset=9 | lzma.PRESET_EXTREME), lzma.decompress), always),
-    ]  # fmt: skip
-    if find_spec("pillow_jxl"):  # pip install pillow-jxl-plugin
-        __import__("pillow_jxl")
-        found.insert(2, ("JPEG XL, effort 9", *pillow("JXL", lossless=True, effort=9), always))
-    return found
-
-
-def _markdown(facts: dict[str, Any]) -> str:
-    ours, elbo = facts["codec"], facts["negative_elbo"]["bits_per_dim"]
+def _markdown(settings: dict[str, Any], found: dict[str, Any]) -> str:
+    elbo, dims = found["negative_elbo"]["bits_per_dim"], found["negative_elbo"]["dims"]
+    archives = [part for name, part in found.items() if name.startswith("archive ")]
+    ours = _together(archives, dims)
     lines = [
-        f"{facts['images']} images of split={facts['split']}, {facts['checkpoint']}, batch "
-        f"{facts['batch']}, {facts['threads']} threads, torch {facts['versions']['torch']}",
+        f"{settings['images']} images of {settings['data']}, split={settings['split']}, "
+        f"batch {settings['batch']}, {settings['threads']} threads",
         "",
         "| | bits/dim | |",
         "|---|---|---|",
         f"| negative ELBO | {elbo:.4f} | |",
-        f"| net, {ours['chained_images']} images in chains | {ours['net_bits_per_dim']:.4f} | "
+        f"| net, {ours['chained_images']:.0f} images in chains | {ours['net_bits_per_dim']:.4f} | "
         f"{100 * (ours['net_bits_per_dim'] / elbo - 1):+.2f} % |",
         f"| the whole file | {ours['file_bits_per_dim']:.4f} | "
         f"{100 * (ours['file_bits_per_dim'] / elbo - 1):+.2f} % |",
         f"| one image alone, by bits-back | {ours['alone_bits_per_dim']:.4f} | "
         f"{ours['first_draw_bits']:,.0f} bits for its first draw |",
         "",
-        "| | bits/dim, one an image | all in one | encode, decode, M dim/s |",
+        "| | bits/dim, one an image | all in one | encode, decode, M dim/CPU s |",
         "|---|---|---|---|",
     ]
-    dims = facts["negative_elbo"]["dims"]
-    speed = [ours[f"{way}_images_per_s"] * dims / 1e6 for way in ("encode", "decode")]
+    speed = [ours[f"{way}_dims_per_s"] / 1e6 for way in ("encode", "decode")]
     lines.append(f"| nvae | | {ours['file_bits_per_dim']:.4f} | {speed[0]:.4f}, {speed[1]:.4f} |")
-    for other in facts["others"]:
+    for name, other in found.items():
+        if "one_an_image" not in other:
+            continue
         one, whole = other["one_an_image"], other["all_in_one"]
         together = f"{whole['bits_per_dim']:.4f}" if whole else ""
         lines.append(
-            f"| {other['name']} | {one['bits_per_dim']:.4f} | {together} | "
+            f"| {name} | {one['bits_per_dim']:.4f} | {together} | "
             f"{one['encode_dims_per_s'] / 1e6:.3g}, {one['decode_dims_per_s'] / 1e6:.3g} |"
         )
     lines += ["", "| share of the time | network | distributions | entropy coder | rest |"]
     lines += ["|---|---|---|---|---|"]
-    for way, share in facts["share"].items():
+    for way, share in found["share"].items():
         lines.append(f"| {way} | " + " | ".join(f"{100 * v:.0f} %" for v in share.values()) + " |")
     lines += ["", "| lattice steps a sigma | adds to the negative ELBO | bits of one draw |"]
     lines += ["|---|---|---|"]
-    for steps, cost in facts["lattice"].items():
+    for steps, cost in found["lattice"].items():
         lines.append(
             f"| {steps} | {cost['percent']:+.4f} +- {cost['sem']:.4f} % | "
             f"{cost['draw_bits']:,.0f} |"

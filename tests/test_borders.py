@@ -13,7 +13,7 @@ ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
     *("pictures", "ops", "models", "regularizers", "elbo", "objective", "published"),
     *("published_very_deep", "checkpoint"),
-    *("bn_recalibration", "sampling", "evaluation", "codec", "data", "report", "training"),
+    *("bn_recalibration", "sampling", "evaluation", "data", "codec", "report", "training"),
     *("export", "hub", "cli"),
 ]
 """Each may import those before it."""

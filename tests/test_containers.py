@@ -29,3 +29,17 @@ def test_compose_keeps_the_caches() -> None:
     assert set(compose["volumes"]) == {"cache"}
     for service in compose["services"].values():
         assert "cache:/workspace/cache" in service["volumes"]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_every_command_is_in_the_image(name: str) -> None:
+    """Also in what its build may read, and with the package that compression needs."""
+    commands = {path.name for path in DOCKER.parent.glob("*.py")} - {"setup.py"}
+    assert {"train.py", "compress.py"} <= commands
+    text = (DOCKER / name).read_text()
+    copied = re.search(r"^COPY --chown=nvae:nvae (train\.py.*) \S+$", text, re.MULTILINE)
+    assert copied is not None
+    assert set(copied[1].split()) == commands
+    allowed = (DOCKER / f"{name}.dockerignore").read_text().split()
+    assert {f"!{command}" for command in commands} <= set(allowed)
+    assert "pip install '.[codec]'" in text

@@ -22,7 +22,8 @@ COMMAND = ("hydra", "omegaconf")
         ("nvae.data.dataset", ()),
         ("nvae.cli.sample", COMMAND),
         ("nvae.cli.evaluate", COMMAND),
-        *(("nvae.cli.compress", COMMAND), ("nvae.cli.decompress", COMMAND), ("nvae.codec", ())),
+        *(("nvae.cli.compress", COMMAND), ("nvae.cli.decompress", COMMAND)),
+        ("nvae.codec.codec", ()),
         *(("nvae.sampling", ()), ("nvae.evaluation", ()), ("nvae.evaluation.distances", ())),
     ],
 )

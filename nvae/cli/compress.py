@@ -1,5 +1,6 @@
-"""`compress.py`: pictures, or a data set's split, to one archive."""
+"""`compress.py`: files of images, or a data set's split, to one archive."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +22,18 @@ from nvae.cli.checkpoint_data import (
 from nvae.cli.common import keep_freed_memory, progress_bar
 from nvae.cli.errors import run_command
 from nvae.cli.schema import build
-from nvae.codec.chain import BlockSize
+from nvae.codec.chain import LARGEST_BLOCK, BlockSize
 from nvae.codec.codec import Codec
 from nvae.codec.container import ImageFile
-from nvae.codec.images import Wanted, black_border, check_names, read_image
-from nvae.codec.pixels import window
+from nvae.codec.images import Wanted, check_names, is_image_file, read_image
+from nvae.codec.pixels import levels_of
 from nvae.codec.walk import PassSettings
 from nvae.data.dataset import ImageData
-from nvae.data.readers.pictures import is_picture
 from nvae.files import replacing
+from nvae.models import ImageConfig
 from nvae.settings import Bounds, check_choice, check_fields
 
-_BOUNDS: dict[str, Bounds] = {"block_images": (1, 1 << 28)}
+_BOUNDS: dict[str, Bounds] = {"block_images": (1, LARGEST_BLOCK)}
 _NEW = "give another output or overwrite=true"
 
 
@@ -91,13 +92,13 @@ def _compress(config: CompressConfig, given: dict[str, Any]) -> None:
         opened.model, batch_size=config.batch_size, threads=config.threads,
         precision=config.precision, block_images=config.block_images, checkpoint=opened.file.name,
     )  # fmt: skip
-    source: _Split | _Pictures
+    source: _Split | _Files
     if config.split is None:
         assert config.input is not None
-        source = _Pictures(Path(config.input), codec)
+        source = _Files(Path(config.input), codec)
     else:
         data = open_data(choose_data(given, opened.run_config), opened.model.config)
-        source = _Split(data, config.split, codec, window(opened.model.config))
+        source = _Split(data, config.split, codec, opened.model.config)
     started = monotonic()
     with replacing(output) as temporary:
         with (
@@ -111,8 +112,7 @@ def _compress(config: CompressConfig, given: dict[str, Any]) -> None:
             )
         written = temporary.stat().st_size
         _check_output(output, overwrite=config.overwrite)  # hours later
-    channels, side, _ = codec.image_shape
-    print(_summary(sizes, written, channels * side * side, monotonic() - started))
+    print(_summary(sizes, written, math.prod(codec.image_shape), monotonic() - started))
     print(f"written to {output}")
 
 
@@ -136,28 +136,25 @@ def _summary(sizes: list[BlockSize], written: int, pixels: int, seconds: float) 
     return "\n".join(lines)
 
 
-class _Pictures:
-    """The pictures of a folder; all are read once before anything is written."""
+class _Files:
+    """The pictures and arrays of a folder; all are read once before anything is written."""
 
     def __init__(self, place: Path, codec: Codec) -> None:
         self._codec = codec
-        channels, side, _ = codec.image_shape
-        self._wanted = Wanted(channels, side, codec.bits)
+        self._wanted = Wanted(*codec.image_shape, codec.bits)
         if place.is_dir():
             files = sorted(path for path in place.rglob("*") if path.is_file())
-            pictures = [path for path in files if is_picture(path.name)]
-            if not pictures:
-                raise ValueError(f"there are no pictures in {place}")
-            if len(pictures) < len(files):
-                print(f"note: {len(files) - len(pictures)} files are no pictures and are left out")
-            self._files = [(path, path.relative_to(place).as_posix()) for path in pictures]
+            images = [path for path in files if is_image_file(path.name)]
+            if not images:
+                raise ValueError(f"there are no images in {place}")
+            if len(images) < len(files):
+                print(f"note: {len(files) - len(images)} files are no images and are left out")
+            self._files = [(path, path.relative_to(place).as_posix()) for path in images]
         elif place.exists():
             self._files = [(place, place.name)]
         else:
             raise ValueError(f"input={place} is not there")
-        check_names(name for _, name in self._files)
-        for path, name in self._files:
-            read_image(path, name, self._wanted)
+        check_names(read_image(path, name, self._wanted)[1] for path, name in self._files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -173,26 +170,21 @@ class _Pictures:
 class _Split:
     """The images of a data set's split, without names."""
 
-    def __init__(
-        self, data: ImageData, split: str, codec: Codec, inside: tuple[slice, slice]
-    ) -> None:
-        self._data, self._split, self._codec, self._inside = data, split, codec, inside
+    def __init__(self, data: ImageData, split: str, codec: Codec, model: ImageConfig) -> None:
+        self._data, self._split, self._codec, self._model = data, split, codec, model
 
     def __len__(self) -> int:
         return len(self._data.split(self._split))
 
     def blocks(self) -> Iterator[Block]:
         """As :meth:`Codec.write` takes them."""
-        size, white = self._codec.block_images, 2**self._codec.bits - 1
+        size = self._codec.block_images
         waiting: list[Tensor] = []
         for batch in self._data.batches(self._split):
-            if not black_border(batch.x, self._inside):
-                raise ValueError(
-                    f"images of split={self._split} are not black outside the window that the "
-                    "likelihood counts, and that would be lost"
-                )
-            levels = (batch.x[..., *self._inside] * white).round().to(torch.uint8)
-            waiting.append(levels)
+            try:
+                waiting.append(levels_of(self._model, batch.x))
+            except ValueError as error:
+                raise ValueError(f"images of split={self._split}: {error}") from None
             while sum(map(len, waiting)) >= size:
                 together = torch.cat(waiting)
                 yield together[:size].contiguous(), []

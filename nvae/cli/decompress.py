@@ -1,11 +1,10 @@
-"""`decompress.py`: an archive's pictures as PNG files."""
+"""`decompress.py`: an archive's images as files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor
 
 from nvae.cli.checkpoint_data import open_checkpoint
 from nvae.cli.common import keep_freed_memory, progress_bar
@@ -85,9 +84,11 @@ def _decompress(config: DecompressConfig) -> None:
                     )
                     continue
                 numbers = range(place.first_image, place.first_image + len(found))
-                named = files or [_unnamed(number, found) for number in numbers]
+                named = files or [
+                    _unnamed(number, found.shape[1], codec.bits) for number in numbers
+                ]
                 for name, number, levels, file in zip(
-                    check_names(file.name for file in named), numbers, found, named, strict=True
+                    check_names(named), numbers, found, named, strict=True
                 ):
                     if wanted is None or number in wanted:
                         picture = to_picture(levels, file, codec.bits)
@@ -101,6 +102,11 @@ def _decompress(config: DecompressConfig) -> None:
         )
 
 
-def _unnamed(number: int, images: Tensor) -> ImageFile:
-    """Of an image that came from no file."""
-    return ImageFile(f"{number:06d}.png", "RGB" if images.shape[1] == 3 else "L", "full")
+def _unnamed(number: int, channels: int, bits: int) -> ImageFile:
+    """Of an image that came from no file: a picture where that can be, else an array."""
+    name = f"{number:06d}"
+    if bits > 8:
+        return ImageFile(name, "I;16" if channels == 1 else "uint16 HWC", "low")
+    if channels not in (1, 3):
+        return ImageFile(name, "uint8 HWC", "low")
+    return ImageFile(name, "RGB" if channels == 3 else "L", "full")

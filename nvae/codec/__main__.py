@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvae.command_line import Parser, fail, interruptible
+from nvae.command_line import Parser, brief, fail, interruptible
 
 with interruptible():  # the imports below take seconds
     from nvae.codec.chain import DamagedBlockError
@@ -45,11 +45,11 @@ def _describe(archive: Archive) -> list[str]:
         else:
             coded += len(body.coded)
             names += len(body.to_bytes()) - len(body.coded)
-    channels, side, _ = header.image_shape
+    channels, height, width = header.image_shape
     passes = header.passes
     other = [f"{what} {now}" for what, _, now in differences(header)]
     rows = {
-        "images": f"{header.images} of {side}x{side}, {channels} channels, {header.bits} bits",
+        "images": f"{header.images} of {height}x{width}, {channels} channels, {header.bits} bits",
         "bytes": f"{archive.size:,}: images {coded:,}, names {names:,}",
         "bits/dim": f"{8 * coded / header.pixels:.4f} without names",
         "blocks": f"{header.blocks}",
@@ -61,12 +61,8 @@ def _describe(archive: Archive) -> list[str]:
         "here": f"cannot be decoded here for sure: {', '.join(other)}" if other else "the same",
     }
     for name, text in rows.items():
-        print(f"{name:10} {_printable(text)}")
+        print(f"{name:10} {brief(text)}")
     return faults
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 if __name__ == "__main__":

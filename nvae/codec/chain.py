@@ -1,7 +1,7 @@
 """Blocks: many images on one stack.
 
 The first draw from a posterior takes bits that must be there already. They are the first images of
-the block itself, as PNG: the least number of them that fills the stack enough for one draw. Then
+the block itself, as one PNG: as few of them as fill the stack enough for one draw. Then
 passes grow with the stack, one image at first, until they fill a batch, so that the batch costs no
 more of such bits than one image. Decoding goes backwards, and what remains on the stack at the end
 is that PNG again.
@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +24,52 @@ from torch import Tensor
 
 from nvae.codec.coder import WORD, EmptyStackError, Stack
 from nvae.codec.latents import FINEST, Lattice
+from nvae.codec.pixels import level_type
 from nvae.codec.walk import Walk
 
 Progress = Callable[[int], None]
 """Called with the number of images just done."""
 
-LARGEST_BLOCK = 1 << 28
-"""Bytes of a block's gray levels, one each."""
+LARGEST_BLOCK = 1 << 26
+"""Gray levels of a block, all of which may be in its PNG: of more pixels Pillow warns."""
 
 _FIXED = struct.Struct("<IIIIII8s")
-"""Images, those of them that began the block, their PNG's bytes, runs of passes, bytes of the
-lattices, words that are whitened for an image, digest of the gray levels."""
 _RUN = struct.Struct("<HI")
 _DIGEST = 8
 _SLACK = 1.05
 _TRIES = 6
+
+
+_OF_DECODING = (
+    *(ValueError, FloatingPointError, OSError, SyntaxError, zlib.error),
+    Image.DecompressionBombError,
+)
+_WRONG = (
+    "it was not decoded to what was encoded, and nothing of it is given out: the file is damaged, "
+    "or this processor or software computes other numbers"
+)
+
+
+class _Fixed(NamedTuple):
+    """The part of a block that has one length.
+
+    Attributes:
+        images: of the block.
+        starters: those of them that began it.
+        png_bytes: of their PNG.
+        runs: of passes of one size.
+        lattice_bytes: of the lattices, packed.
+        words: that are whitened for an image.
+        digest: of the gray levels.
+    """
+
+    images: int
+    starters: int
+    png_bytes: int
+    runs: int
+    lattice_bytes: int
+    words: int
+    digest: bytes
 
 
 class DamagedBlockError(ValueError):
@@ -67,7 +100,7 @@ class BlockSize:
 def encode_block(
     walk: Walk, levels: Tensor, progress: Progress | None = None
 ) -> tuple[bytes, BlockSize]:
-    """Images ``(N, C, S, S)`` uint8, gray levels, as one block; inside ``walk.running()``.
+    """Images ``(N, C, h, w)``, gray levels, as one block; inside ``walk.running()``.
 
     Where N images are too few for a chain, all of them begin it, and that is all.
     """
@@ -90,11 +123,11 @@ def encode_block(
         bits = stack.bits
     runs = [(size, len(list(same))) for size, same in groupby(passes)]
     kept = _pack(lattices) if runs else b""
-    fixed = _FIXED.pack(
+    fixed = _Fixed(
         len(levels), starters, len(png), len(runs), len(kept), _words(needed), _digest(levels)
     )
     packed = b"".join(_RUN.pack(*run) for run in runs)
-    block = fixed + packed + kept + stack.compressed()
+    block = _FIXED.pack(*fixed) + packed + kept + stack.compressed()
     size = BlockSize(len(levels), starters, 8 * len(png), stack.bits - bits, draw_bits, len(block))
     return block, size
 
@@ -105,36 +138,29 @@ def decode_block(walk: Walk, block: bytes, progress: Progress | None = None) -> 
     Raises:
         DamagedBlockError: the block is no block, or its images are not those that went in.
     """
-    images, starters, png_bytes, count, kept, words, digest = _fixed_part(block, walk)
-    start = _FIXED.size
-    runs = [_RUN.unpack_from(block, start + i * _RUN.size) for i in range(count)]
-    start += count * _RUN.size
+    fixed, runs = _read_lengths(block, walk)
+    start = _FIXED.size + len(runs) * _RUN.size
+    lattices_end = start + fixed.lattice_bytes
     passes = [size for size, times in runs for size in [size] * times]
     try:
-        levels = torch.empty(images, *walk.image_shape, dtype=torch.uint8)
-        lattices = _unpack(block[start : start + kept], walk) if passes else []
-        stack = Stack.of(block[start + kept :])
-        end = images
+        levels = torch.empty(fixed.images, *walk.image_shape, dtype=level_type(walk.bits))
+        lattices = _unpack(block[start:lattices_end], walk) if passes else []
+        stack = Stack.of(block[lattices_end:])
+        end = fixed.images
         for number, size in reversed(list(enumerate(passes))):
             levels[end - size : end] = walk.pop(stack, size, lattices)
-            stack.whiten(number, size * words)
+            stack.whiten(number, size * fixed.words)
             end -= size
             if progress is not None:
                 progress(size)
-        levels[:starters] = _from_png(stack.content(), png_bytes, starters, walk)
+        levels[:end] = _from_png(stack.content(), fixed.png_bytes, end, walk)
         if progress is not None:
-            progress(starters)
-    except (ValueError, FloatingPointError, OSError, SyntaxError, zlib.error) as error:
+            progress(end)
+    except _OF_DECODING as error:
         raise DamagedBlockError(_WRONG) from error
-    if _digest(levels) != digest:
+    if _digest(levels) != fixed.digest:
         raise DamagedBlockError(_WRONG)
     return levels
-
-
-_WRONG = (
-    "it was not decoded to what was encoded, and nothing of it is given out: the file is damaged, "
-    "or this processor or software computes other numbers"
-)
 
 
 def images_of(block: bytes) -> int:
@@ -145,26 +171,25 @@ def images_of(block: bytes) -> int:
     """
     if len(block) < _FIXED.size:
         raise DamagedBlockError("it is cut short")
-    return int(_FIXED.unpack_from(block)[0])
+    return _Fixed(*_FIXED.unpack_from(block)).images
 
 
-def _fixed_part(block: bytes, walk: Walk) -> tuple[int, int, int, int, int, int, bytes]:
-    """Checked: the numbers fit each other and the block."""
+def _read_lengths(block: bytes, walk: Walk) -> tuple[_Fixed, list[tuple[int, int]]]:
+    """The fixed part, and every run's size and number of passes; they fit the block's length."""
     images_of(block)
-    found: tuple[int, int, int, int, int, int, bytes] = _FIXED.unpack_from(block)
-    images, starters, png_bytes, count, kept, _, _ = found
-    rest = len(block) - _FIXED.size - count * _RUN.size - kept
-    if rest < 0 or rest % WORD.itemsize or png_bytes > len(block):
+    fixed = _Fixed(*_FIXED.unpack_from(block))
+    rest = len(block) - _FIXED.size - fixed.runs * _RUN.size - fixed.lattice_bytes
+    if rest < 0 or rest % WORD.itemsize or fixed.png_bytes > len(block):
         raise DamagedBlockError("it is cut short, or its lengths do not fit")
-    if not images or images * int(np.prod(walk.image_shape)) > LARGEST_BLOCK:
-        raise DamagedBlockError(f"it claims {images} images, which no block has")
-    runs = (_RUN.unpack_from(block, _FIXED.size + i * _RUN.size) for i in range(count))
-    sizes = list(runs)
-    if any(not 1 <= size <= walk.settings.batch_size for size, _ in sizes) or (
-        starters + sum(size * times for size, times in sizes) != images
+    if not fixed.images or fixed.images * prod(walk.image_shape) > LARGEST_BLOCK:
+        raise DamagedBlockError(f"it claims {fixed.images} images, which no block has")
+    end = _FIXED.size + fixed.runs * _RUN.size
+    runs = list(_RUN.iter_unpack(block[_FIXED.size : end]))
+    if any(not 1 <= size <= walk.settings.batch_size for size, _ in runs) or (
+        fixed.starters + sum(size * times for size, times in runs) != fixed.images
     ):
         raise DamagedBlockError("its numbers of images do not fit each other")
-    return found
+    return fixed, runs
 
 
 def _push_all(
@@ -211,29 +236,41 @@ def _starters(levels: Tensor, needed: float) -> tuple[int, bytes]:
 
 
 def _as_png(levels: Tensor) -> bytes:
-    """``(n, C, S, S)`` as one PNG, images below each other."""
-    n, channels, side, _ = levels.shape
-    if channels == 3:
-        picture = Image.fromarray(levels.movedim(1, -1).reshape(n * side, side, 3).numpy())
+    """``(n, C, h, w)`` as one PNG, images below each other.
+
+    8-bit color is one picture of color; all else is gray, with the channels below each other too.
+    """
+    if _is_color(levels.shape[1], levels.dtype):
+        levels = levels.movedim(1, -1).flatten(0, 1)
     else:
-        picture = Image.fromarray(levels.reshape(n * channels * side, side).numpy())
+        levels = levels.flatten(0, 2)
+    pixels = levels.contiguous().numpy()
     buffer = io.BytesIO()
+    picture = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16))
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
+def _is_color(channels: int, dtype: torch.dtype) -> bool:
+    return channels == 3 and dtype == torch.uint8
+
+
 def _from_png(content: bytes, length: int, n: int, walk: Walk) -> Tensor:
-    channels, side, _ = walk.image_shape
+    channels, height, width = walk.image_shape
+    dtype = level_type(walk.bits)
+    is_color = _is_color(channels, dtype)
     if not length <= len(content) < length + WORD.itemsize:
         raise ValueError("the stack holds something else")
     picture = Image.open(io.BytesIO(content[:length]), formats=["PNG"])
-    rows = n * side * (1 if channels == 3 else channels)
-    if picture.size != (side, rows) or picture.mode != ("RGB" if channels == 3 else "L"):
+    # Pillow before 11 opens 16 bits of gray as I
+    modes = ("RGB",) if is_color else ("L",) if dtype == torch.uint8 else ("I;16", "I")
+    rows = n * height * (1 if is_color else channels)
+    if picture.size != (width, rows) or picture.mode not in modes:
         raise ValueError("the stack holds something else")
-    found = torch.from_numpy(np.array(picture))
-    if channels == 3:
-        return found.view(n, side, side, 3).movedim(-1, 1)
-    return found.view(n, channels, side, side)
+    found = torch.from_numpy(np.array(picture).astype(np.int32)).to(dtype)
+    if is_color:
+        return found.view(n, height, width, 3).movedim(-1, 1)
+    return found.view(n, channels, height, width)
 
 
 def _pack(lattices: Sequence[Lattice]) -> bytes:

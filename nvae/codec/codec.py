@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -29,12 +30,12 @@ from nvae.codec.container import (
     write_header,
 )
 from nvae.codec.fingerprint import model_sha256, processor, software
-from nvae.codec.pixels import bits_a_pixel
+from nvae.codec.pixels import level_type
 from nvae.codec.walk import PassSettings, Walk
 from nvae.models import MODELS, HierarchicalVAE
 from nvae.settings import check_value
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_LEVELS = 1 << 24
 _MOST_IN_BLOCK = 16_384
 
 
@@ -46,13 +47,19 @@ class Codec:
     never returned. The model runs on the CPU, as a copy.
 
     Args:
-        model: in any mode, on any device; it is left as it is. No flows.
+        model: in any mode, on any device; it is left as it is. No flows. One that knows classes
+            is run without labels.
         batch_size: images in one pass, of encoding; an archive knows its own.
         threads: of the processor, likewise.
         precision: ``float32`` or ``float64``, likewise.
         block_images: images that lie on one stack: a longer chain is smaller and takes longer to
-            read an image from. None: as many as have 16 MiB of pixels, at most 16,384.
+            read an image from. None: as many as have 2^24 gray levels, at most 16,384.
         checkpoint: name of the model's file, to be told by archives.
+
+    Attributes:
+        image_shape: ``(C, h, w)``: the window that the model's likelihood counts.
+        bits: of a gray level.
+        block_images: see above.
 
     Raises:
         ValueError: the model's images cannot be coded, or a setting is impossible.
@@ -74,28 +81,24 @@ class Codec:
         self._walk = Walk(model, self._settings)
         self._sha256 = model_sha256(model)
         self._checkpoint = checkpoint
-        channels, side, _ = self._walk.image_shape
-        pixels = channels * side * side
+        self.image_shape, self.bits = self._walk.image_shape, self._walk.bits
+        levels = math.prod(self.image_shape)
+        if levels > LARGEST_BLOCK:
+            raise ValueError(
+                f"images of shape {self.image_shape} have more than the {LARGEST_BLOCK} values "
+                "that can be coded"
+            )
         if block_images is None:
-            block_images = max(1, min(_MOST_IN_BLOCK, _BLOCK_BYTES // pixels))
-        check_value("block_images", block_images, int, (1, LARGEST_BLOCK // pixels))
+            block_images = max(1, min(_MOST_IN_BLOCK, _BLOCK_LEVELS // levels))
+        check_value("block_images", block_images, int, (1, LARGEST_BLOCK // levels))
         self.block_images = block_images
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, S, S)``: the window that the model's likelihood counts."""
-        return self._walk.image_shape
-
-    @property
-    def bits(self) -> int:
-        """Of a gray level."""
-        return bits_a_pixel(self._model.config)
 
     def encode(self, images: Tensor) -> bytes:
         """An archive of images.
 
         Args:
-            images: ``(N, C, S, S)`` uint8, gray levels from 0 to ``2**bits - 1``.
+            images: ``(N, C, h, w)``, gray levels from 0 to ``2**bits - 1``, as uint8, or as int32
+                where they have more than 8 bits.
 
         Raises:
             ValueError: they are of another shape, type or range than the model's.
@@ -107,7 +110,7 @@ class Codec:
         return buffer.getvalue()
 
     def decode(self, data: bytes, *, try_anyway: bool = False) -> Tensor:
-        """The images of an archive, ``(N, C, S, S)`` uint8.
+        """The images of an archive, as :meth:`encode` takes them.
 
         Args:
             data: the archive.
@@ -133,18 +136,20 @@ class Codec:
 
     def check(self, images: Tensor) -> None:
         """Raise a ValueError unless images are what :meth:`encode` takes."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+        dtype = level_type(self.bits)
+        if images.dtype != dtype or images.ndim != 4 or not len(images):
             raise ValueError(
-                f"images are {tuple(images.shape)} of {images.dtype}; (N, C, S, S) of uint8 is "
+                f"images are {tuple(images.shape)} of {images.dtype}; (N, C, h, w) of {dtype} is "
                 "needed, N at least 1"
             )
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images have shape {tuple(images.shape[1:])}, the model codes {self.image_shape}"
             )
-        if int(images.max()) >= 2**self.bits:
+        low, high = (int(bound) for bound in images.aminmax())
+        if low < 0 or high >= 2**self.bits:
             raise ValueError(
-                f"images have the gray level {int(images.max())}; the model codes 0 to "
+                f"images have the gray level {low if low < 0 else high}; the model codes 0 to "
                 f"{2**self.bits - 1}"
             )
 
@@ -171,14 +176,14 @@ class Codec:
             ValueError: images that do not fit.
             ArchiveError: a block did not come back as it went in.
         """
-        channels, side, _ = self.image_shape
+        channels, height, width = self.image_shape
         config = self._model.config
         write_header(
             file,
             Header(
                 model=self._sha256, family=MODELS.name_of(type(self._model)), channels=channels,
-                side=side, bits=self.bits, likelihood=config.likelihood, images=count,
-                blocks=-(-count // self.block_images), passes=self._settings,
+                height=height, width=width, bits=self.bits, likelihood=config.likelihood,
+                images=count, blocks=-(-count // self.block_images), passes=self._settings,
                 software=software(), processor=processor(), checkpoint=self._checkpoint,
             ),
         )  # fmt: skip

@@ -17,6 +17,7 @@ damaged one by its magic number and the CRC of its head.
 import io
 import json
 import lzma
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ class Header:
     Attributes:
         model: SHA-256 of the model; see :func:`nvae.codec.fingerprint.model_sha256`.
         family: name of the model's class.
-        channels, side: of an image's coded window.
+        channels, height, width: of what is coded of an image.
         bits: of a gray level.
         likelihood: the model's.
         images: in all blocks.
@@ -76,7 +77,8 @@ class Header:
     model: str
     family: str
     channels: int
-    side: int
+    height: int
+    width: int
     bits: int
     likelihood: str
     images: int
@@ -89,21 +91,21 @@ class Header:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, "", channels=(1, 1024), side=(1, 4096), bits=(1, 8), images=(1, MOST_IMAGES),
-            blocks=(1, MOST_IMAGES),
+            self, "", channels=(1, 1024), height=(1, 4096), width=(1, 4096), bits=(1, 16),
+            images=(1, MOST_IMAGES), blocks=(1, MOST_IMAGES),
         )  # fmt: skip
         if not all(isinstance(v, str) for pair in self.software.items() for v in pair):
             raise ValueError("software holds something else than versions")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """``(C, S, S)``."""
-        return self.channels, self.side, self.side
+        """``(C, h, w)``."""
+        return self.channels, self.height, self.width
 
     @property
     def pixels(self) -> int:
         """Dimensions of all images."""
-        return self.images * self.channels * self.side * self.side
+        return self.images * math.prod(self.image_shape)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class ImageFile:
 
     Attributes:
         name: path below the folder, with ``/``.
-        mode: Pillow's: ``1``, ``L`` or ``RGB``.
+        mode: Pillow's of a picture, such as ``RGB``, or the type and axes of an array; see
+            :data:`nvae.codec.images.PICTURES` and :data:`nvae.codec.images.ARRAYS`.
         values: how gray levels stand in the file; see :data:`nvae.codec.images.VALUES`.
     """
 

@@ -26,12 +26,15 @@ from nvae.models.likelihoods import (
     counted_window,
     log_bin_masses,
 )
-from nvae.models.stable_mixture import StableLogisticMixture
-from nvae.settings import height_width, show_size
+from nvae.models.stable_mixture import StableLogisticMixture, gray_level
+from nvae.settings import height_width
 
-_LOGIT_GRID = 2.0**14
+_LOGIT_GRID_BITS = 14
+"""For 8 bits or fewer; finer by as much as levels are nearer each other."""
 _PROBABILITY_GRID = 2.0**22
 _SMALLEST = 1e-300
+_SAME = 1e-6
+"""Values in [0, 1] this near are one; levels of 16 bits are 15 times as far apart."""
 
 
 class Decisions(ABC):
@@ -92,7 +95,7 @@ class CodedMixture(PixelCoding):
         d = distribution
         self.bits = bits
         levels = 2**bits
-        if isinstance(d, StableLogisticMixture):
+        if isinstance(d, StableLogisticMixture) and bits <= DATA_BITS:
             step = 2 ** (DATA_BITS - bits)
             self.start, self.step = -1.0, 2 * step / 255
         else:
@@ -187,19 +190,17 @@ def check_codable(config: ImageConfig) -> None:
             f"model.likelihood={config.likelihood} cannot be coded: it gives gray levels no "
             "masses; compression takes models with likelihood=logistic_mixture or bernoulli"
         )
-    sizes = {config.image_size, config.counted_size or config.image_size}
-    if config.bits > DATA_BITS or not all(isinstance(size, int) for size in sizes):
-        raise ValueError(
-            f"images of {show_size(config.image_size)} with {config.bits} bits cannot be coded; "
-            f"compression takes square images of at most {DATA_BITS} bits"
-        )
-    if config.num_classes:
-        raise ValueError("compression takes models without classes (model.num_classes=0)")
 
 
 def window(config: ImageConfig) -> tuple[slice, slice]:
     """Rows and columns that the likelihood counts."""
     return counted_window(height_width(config.image_size), config.counted_size)
+
+
+def coded_shape(config: ImageConfig) -> tuple[int, int, int]:
+    """``(C, h, w)`` of what is coded of an image: the window that the likelihood counts."""
+    rows, columns = window(config)
+    return config.image_channels, rows.stop - rows.start, columns.stop - columns.start
 
 
 def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
@@ -212,7 +213,8 @@ def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
         raise FloatingPointError("the model's pixel distributions are not finite numbers")
     inside = window(config)
     # on a grid, for the same reason as the latents' parameters
-    logits = (logits[..., *inside].double() * _LOGIT_GRID).round() / _LOGIT_GRID
+    grid = 2.0 ** (_LOGIT_GRID_BITS + max(0, config.bits - DATA_BITS))
+    logits = (logits[..., *inside].double() * grid).round() / grid
     distribution: PixelDistribution = build_likelihood(config, logits)
     if isinstance(distribution, LogisticMixture):
         return CodedMixture(distribution, config.bits)
@@ -225,8 +227,43 @@ def bits_a_pixel(config: ImageConfig) -> int:
     return 1 if issubclass(config.pixel_distribution, Bernoulli) else config.bits
 
 
+def level_type(bits: int) -> torch.dtype:
+    """Of gray levels of so many bits: uint8, or int32, with which torch can compute, for more
+    than 8."""
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
+def levels_of(config: ImageConfig, x: Tensor) -> Tensor:
+    """Gray levels ``(N, C, h, w)`` of images ``(N, C, H, W)`` in [0, 1], of the coded window.
+
+    Raises:
+        ValueError: the images hold more than that, which would be lost.
+    """
+    bits, inside = bits_a_pixel(config), window(config)
+    around = x.clone()
+    around[..., *inside] = 0
+    if around.any():
+        raise ValueError(
+            "they are not black outside the window that the likelihood counts, and that would be "
+            "lost"
+        )
+    coded = x[..., *inside].double()
+    forms = [1 / (2**bits - 1)]
+    if issubclass(config.pixel_distribution, StableLogisticMixture) and bits <= DATA_BITS:
+        levels = gray_level(coded, bits)
+        forms.append(2 ** (DATA_BITS - bits) / 255)  # 8-bit values whose low bits are zero
+    else:
+        levels = (coded * (2**bits - 1)).round()
+    if not any(bool(((levels * form - coded).abs() < _SAME).all()) for form in forms):
+        raise ValueError(
+            f"they have other values than the model's {2**bits} gray levels, and those would be "
+            f"lost; data.bits={bits} keeps the upper bits alone"
+        )
+    return levels.to(level_type(bits)).contiguous()
+
+
 def push_pixels(stack: Stack, config: ImageConfig, logits: Tensor, levels: Tensor) -> None:
-    """Code the gray levels ``(B, C, S, S)`` uint8 of the counted window."""
+    """Code the gray levels ``(B, C, h, w)`` of the coded window."""
     coding = coding_of(config, logits)
     depth = bits_a_pixel(config)
     bits: list[NDArray[np.int32]] = []
@@ -239,26 +276,27 @@ def push_pixels(stack: Stack, config: ImageConfig, logits: Tensor, levels: Tenso
             bit = (own >> place) & 1
             bits.append(bit.to(torch.int32).numpy())
             decisions.take(bit)
-        coding.know(channel, own)
+        if channel + 1 < levels.shape[1]:
+            coding.know(channel, own)
     stack.push_bits(np.concatenate(bits), np.concatenate(probabilities))
 
 
 def pop_pixels(stack: Stack, config: ImageConfig, logits: Tensor) -> Tensor:
     """Inverse of :func:`push_pixels`."""
-    coding = coding_of(config, logits)
-    rows, _ = window(config)
-    side = rows.stop - rows.start
+    coding, bits = coding_of(config, logits), bits_a_pixel(config)
+    count, height, width = coded_shape(config)
     channels = []
-    for channel in range(config.image_channels):
+    for channel in range(count):
         decisions = coding.channel(channel)
-        own = torch.zeros(len(logits) * side * side, dtype=torch.int64)
-        for _ in range(bits_a_pixel(config)):
+        own = torch.zeros(len(logits) * height * width, dtype=torch.int64)
+        for _ in range(bits):
             popped = stack.pop_bits(_on_grid(decisions.probability()))
             bit = torch.from_numpy(popped).to(torch.int64)
             own = 2 * own + bit
             decisions.take(bit)
-        coding.know(channel, own)
-        channels.append(own.view(-1, side, side).to(torch.uint8))
+        if channel + 1 < count:
+            coding.know(channel, own)
+        channels.append(own.view(-1, height, width).to(level_type(bits)))
     return torch.stack(channels, dim=1)
 
 

@@ -4,6 +4,8 @@ Encoding walks down once, from the coarsest group to the finest: every z is popp
 posterior, then the pixels are pushed, then all z under their priors, the finest first. Decoding
 walks down once without the image, popping each z under its prior, pops the pixels, and walks down
 once more with the image, to give back the bits that the posteriors took.
+
+Models that know classes are run without labels: what they code is p(x), and no label is stored.
 """
 
 import copy
@@ -17,7 +19,14 @@ from torch import Tensor
 
 from nvae.codec.coder import Stack
 from nvae.codec.latents import Lattice, bits_to_draw, fitting
-from nvae.codec.pixels import bits_a_pixel, check_codable, pop_pixels, push_pixels, window
+from nvae.codec.pixels import (
+    bits_a_pixel,
+    check_codable,
+    coded_shape,
+    pop_pixels,
+    push_pixels,
+    window,
+)
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
 from nvae.models.folding import forget
@@ -77,6 +86,10 @@ class Walk:
         model: whose images are coded.
         settings: see there.
 
+    Attributes:
+        image_shape: ``(C, h, w)`` of what is coded of an image.
+        bits: of a gray level.
+
     Raises:
         ValueError: its images cannot be coded.
     """
@@ -88,13 +101,8 @@ class Walk:
         own.choose_kernels("reference")
         self.model = own.to(memory_format=torch.channels_last).eval()
         self.settings, self.config = settings, model.config
-        rows, _ = window(self.config)
-        self.side = rows.stop - rows.start
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, S, S)`` of an image's counted window."""
-        return self.config.image_channels, self.side, self.side
+        self.image_shape = coded_shape(self.config)
+        self.bits = bits_a_pixel(self.config)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -109,7 +117,7 @@ class Walk:
             torch.set_num_threads(threads)
 
     def input(self, levels: Tensor) -> Tensor:
-        """Gray levels ``(n, C, S, S)`` uint8 to what the model reads, a whole batch.
+        """Gray levels ``(n, C, h, w)`` to what the model reads, a whole batch.
 
         The border around the counted window is black, as data sets are padded.
         """
@@ -117,7 +125,7 @@ class Walk:
         batch = self.settings.batch_size
         padded = torch.zeros(batch, *config.image_shape, dtype=self.model.dtype)
         padded[: len(levels), :, *window(config)] = levels.to(self.model.dtype)
-        white = float(2 ** bits_a_pixel(config) - 1)
+        white = float(2**self.bits - 1)
         if issubclass(config.pixel_distribution, StableLogisticMixture):
             form = config.logistics  # type: ignore[attr-defined]
             if form.published:  # 8-bit values whose low bits are zero
@@ -135,7 +143,7 @@ class Walk:
         return lattices, float(bits_to_draw(some, lattices).max())
 
     def push(self, stack: Stack, levels: Tensor, lattices: Sequence[Lattice]) -> None:
-        """Code images ``(n, C, S, S)`` uint8, n at most a batch.
+        """Code images ``(n, C, h, w)``, n at most a batch.
 
         Raises:
             EmptyStackError: the stack has too few bits for n draws.

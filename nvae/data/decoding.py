@@ -21,7 +21,7 @@ from nvae.data.pixels import BadImageError, Pixels, check_sides, to_channels
 LARGEST_PICTURE = 1 << 28
 """Bytes of one picture, encoded or not."""
 
-_KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """What a picture may be, whatever its name says; PIL would start a PostScript interpreter."""
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 _PNG, _PNG_DEPTH, _PNG_COLOR = b"\x89PNG\r\n\x1a\n", 24, 25
@@ -64,7 +64,7 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise BadImageError("it is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=_KINDS)
+        image = Image.open(io.BytesIO(data), formats=KINDS)
         check_sides(*image.size)
         image.load()
         return ImageOps.exif_transpose(image)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.codec import Codec
+from nvae.codec.codec import Codec
+from nvae.codec.pixels import level_type
 from nvae.models import EVDVAE, VDVAE, HierarchicalVAE
 from tests.models import test_evdvae, test_vdvae
 from tests.models.small import small_model
@@ -16,7 +17,7 @@ def model_of(family: str, **changes: Any) -> HierarchicalVAE:
     """With weights that make posteriors differ from priors, in every group."""
     torch.manual_seed(0)
     if family == "nvae":
-        model: HierarchicalVAE = small_model(image_size=8, **changes)
+        model: HierarchicalVAE = small_model(**{"image_size": 8, **changes})
     elif family == "vdvae":
         model = VDVAE(test_vdvae.config(**changes))
     else:
@@ -30,13 +31,13 @@ def model_of(family: str, **changes: Any) -> HierarchicalVAE:
 def images_for(codec: Codec, count: int) -> Tensor:
     """Smooth gray levels with some noise, over the whole range."""
     generator = torch.Generator().manual_seed(count)
-    channels, side, _ = codec.image_shape
+    channels, height, width = codec.image_shape
     white = 2**codec.bits - 1
     start = torch.rand(count, channels, 1, 1, generator=generator)
-    slope = torch.rand(count, 1, 1, 1, generator=generator) * torch.linspace(-1, 1, side)
-    noise = 0.1 * torch.randn(count, channels, side, side, generator=generator)
+    slope = torch.rand(count, 1, 1, 1, generator=generator) * torch.linspace(-1, 1, width)
+    noise = 0.1 * torch.randn(count, channels, height, width, generator=generator)
     x = (start + slope + noise).clamp(0, 1)
-    return (white * x).round().to(torch.uint8)
+    return (white * x).round().to(level_type(codec.bits))
 
 
 def flipped(data: bytes, position: int) -> bytes:

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from nvae.checkpoint import save_model
-from nvae.codec import ArchiveError, Codec, chain
+from nvae.codec import chain
 from nvae.codec.chain import decode_block, encode_block
+from nvae.codec.codec import Codec
+from nvae.codec.container import ArchiveError
+from nvae.codec.pixels import level_type
 from nvae.codec.walk import PassSettings, Walk
 from tests.outside import TwoGroups, TwoGroupsConfig
 
@@ -25,10 +28,28 @@ CASES = [
     ("vdvae", {"bits": 5, "normalized": False}),
     ("evdvae", {"bits": 8}),
     ("evdvae", {"likelihood": "bernoulli"}),
-]
+    ("nvae", {"bits": 12, "likelihood": "logistic_mixture", "image_size": [16, 8]}),
+    ("nvae", {"bits": 16, "likelihood": "logistic_mixture", "image_channels": 5}),
+    ("nvae", {"bits": 16, "likelihood": "logistic_mixture", "image_channels": 3,
+              "image_size": [8, 16], "counted_size": [6, 16]}),
+    ("nvae", {"bits": 8, "likelihood": "logistic_mixture", "num_classes": 3}),
+    ("vdvae", {"bits": 10, "image_size": [8, 24]}),
+    ("evdvae", {"bits": 16, "image_channels": 2}),
+]  # fmt: skip
+MORE = [
+    pytest.param(
+        family,
+        {"likelihood": likelihood, "bits": bits, "image_channels": channels,
+         "image_size": size, "num_classes": 2 * (bits % 2)},
+        marks=pytest.mark.exhaustive,
+    )
+    for family in ("nvae", "vdvae", "evdvae")
+    for likelihood, bits in (("bernoulli", 1), *(("logistic_mixture", b) for b in range(1, 17)))
+    for channels, size in ((1, 8), (2, [8, 16]), (3, [16, 8]), (4, 8))
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize(("family", "changes"), CASES + MORE)
 def test_round_trip(family, changes):
     """Images are many enough for a chain, and not a multiple of the batch."""
     codec = Codec(model_of(family, **changes), batch_size=3)
@@ -40,6 +61,36 @@ def test_round_trip(family, changes):
     assert torch.equal(codec.decode(codec.encode(images)), images)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "block_images"),
+    [
+        *((1, 50), (7, 9), (64, 9)),
+        *(pytest.param(b, n, marks=pytest.mark.exhaustive) for b in range(1, 7) for n in (20, 45)),
+    ],
+)
+def test_batches_and_blocks(batch_size, block_images):
+    """Also batches larger than a block, and a last block that is not full."""
+    model = model_of("nvae", bits=12, likelihood="logistic_mixture", image_channels=2)
+    codec = Codec(model, batch_size=batch_size, block_images=block_images)
+    images = images_for(codec, 50)
+    assert torch.equal(codec.decode(codec.encode(images)), images)
+
+
+def test_labels_are_left_out():
+    """An archive of a model that knows classes is that of the same model without them."""
+    changes = {"bits": 4, "likelihood": "logistic_mixture"}
+    knows = model_of("nvae", num_classes=3, **changes)
+    other = model_of("nvae", **changes)
+    other.load_state_dict({k: v for k, v in knows.state_dict().items() if "classes" not in k})
+    codecs = [Codec(model, batch_size=4) for model in (knows, other)]
+    images = images_for(codecs[0], 40)
+    blocks = []
+    for codec in codecs:
+        with codec._walk.running():
+            blocks.append(encode_block(codec._walk, images)[0])
+    assert blocks[0] == blocks[1]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_few_images(count, batch_size):
@@ -48,10 +99,11 @@ def test_few_images(count, batch_size):
     assert torch.equal(codec.decode(codec.encode(images)), images)
 
 
-def test_values_at_random():
+@pytest.mark.parametrize("bits", [8, 16])
+def test_values_at_random(bits):
     """No level is impossible, however unlikely; nothing here is like what a model could learn."""
-    codec = Codec(model_of("nvae", likelihood="logistic_mixture", image_channels=3))
-    images = torch.randint(0, 256, (40, *codec.image_shape), dtype=torch.uint8)
+    codec = Codec(model_of("nvae", likelihood="logistic_mixture", image_channels=3, bits=bits))
+    images = torch.randint(0, 2**bits, (40, *codec.image_shape), dtype=level_type(bits))
     assert torch.equal(codec.decode(codec.encode(images)), images)
 
 
@@ -117,12 +169,21 @@ def test_stacks_that_run_dry_are_filled_again(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("nvae", {"likelihood": "logistic_mixture", "image_channels": 3}),
+        pytest.param("vdvae", {"bits": 12, "image_size": [8, 16]}, marks=pytest.mark.exhaustive),
+        pytest.param("evdvae", {"likelihood": "bernoulli"}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_two_processes(tmp_path, family, changes):
     """A fresh process decodes; a third one that computes otherwise refuses, in one line."""
-    model = model_of("nvae", likelihood="logistic_mixture", image_channels=3)
+    model = model_of(family, **changes)
     save_model(model, tmp_path / "model.ckpt")
     encode = (
-        "import sys, torch\nfrom nvae.checkpoint import load_model\nfrom nvae.codec import Codec\n"
+        "import sys, torch\nfrom nvae.checkpoint import load_model\n"
+        "from nvae.codec.codec import Codec\n"
         "codec = Codec(load_model(sys.argv[1] + '/model.ckpt'), batch_size=4)\n"
     )
     decode = encode + (
@@ -219,6 +280,29 @@ def test_images_that_do_not_fit(images, line):
     codec = Codec(model_of("nvae", likelihood="logistic_mixture", bits=4))
     with pytest.raises(ValueError, match=line):
         codec.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "line"),
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "of torch.int32 is needed"),
+        (
+            torch.full((2, 1, 8, 8), 4096, dtype=torch.int32),
+            "level 4096; the model codes 0 to 4095",
+        ),
+        (torch.full((2, 1, 8, 8), -1, dtype=torch.int32), "level -1"),
+    ],
+)
+def test_deep_images_that_do_not_fit(images, line):
+    codec = Codec(model_of("nvae", likelihood="logistic_mixture", bits=12))
+    with pytest.raises(ValueError, match=line):
+        codec.encode(images)
+
+
+def test_images_that_are_too_large(monkeypatch):
+    monkeypatch.setattr("nvae.codec.codec.LARGEST_BLOCK", 63)
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\) have more than the 63 values"):
+        Codec(model_of("nvae", likelihood="logistic_mixture"))
 
 
 @pytest.mark.parametrize(

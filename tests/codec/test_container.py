@@ -9,10 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvae.codec import ArchiveError, Codec
 from nvae.codec.__main__ import main as info
 from nvae.codec.chain import DamagedBlockError, decode_block
-from nvae.codec.container import MAGIC, Archive, Body, ImageFile, from_bytes, write_block
+from nvae.codec.codec import Codec
+from nvae.codec.container import (
+    MAGIC,
+    Archive,
+    ArchiveError,
+    Body,
+    ImageFile,
+    from_bytes,
+    write_block,
+)
 
 from .models import flipped, images_for, model_of
 
@@ -96,14 +104,16 @@ def test_blocks_are_read_alone(codec, images, data):
         ({"version": 2}, "version 2"),
         ({"images": -1}, "images is -1"),
         ({"images": 10**30}, "images is"),
-        ({"side": "8"}, "side='8'"),
-        ({"side": 5000}, "side is 5000"),
+        ({"width": "8"}, "width='8'"),
+        ({"height": 5000}, "height is 5000"),
+        ({"bits": 17}, "bits is 17"),
+        ({"bits": 12}, "not of the model's shape"),
         ({"passes": {"batch_size": 10**9}}, "batch_size is"),
         ({"passes": {"threads": 10**6}}, "threads is"),
         ({"passes": []}, "lacks passes"),
         ({"more": 1}, "more"),
         ({"software": {"torch": 1}}, "software"),
-        ({"side": 16}, "not of the model's shape"),
+        ({"width": 16}, "not of the model's shape"),
         ({"images": 61}, "60 images, not 61"),
         ({"images": 59}, "more images than the header says"),
         ({"blocks": 4}, "1 of 4 blocks are not there"),
