@@ -77,7 +77,7 @@ def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Oper
             objective.spectral_norm.is_warm = True
         optimizer = build_optimizer(config.optimizer, model.parameters())
         optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-        if isinstance(optimizer, Adamax):
+        if type(optimizer) is Adamax:
             averages: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in model.parameters()}
             optimizer.moving = WeightAverages(averages, torch.zeros((), dtype=torch.float64))
         x = torch.rand(batch, *model.config.image_shape)

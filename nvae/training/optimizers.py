@@ -258,9 +258,10 @@ class Adamax(Optimizer):
 
     @property
     def moves_averages(self) -> bool:
-        """Whether moving averages cost no pass of their own: the kernel makes the steps."""
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        return self.kernels != "reference" and all(map(has_kernels, devices))
+        """Whether the kernel makes every step, and so can take moving averages along."""
+        if type(self) is not Adamax or self.kernels == "reference":  # Muon has steps of its own
+            return False
+        return all(has_kernels(p.device) for group in self.param_groups for p in group["params"])
 
     def _state_of(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         for p in parameters:

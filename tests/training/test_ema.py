@@ -17,6 +17,7 @@ from nvae.training import ema, optimizers
 from nvae.training.captured import CapturedSteps
 from nvae.training.ema import HostCopy, MovingAverage, move_by
 from nvae.training.module import NVAELightning
+from nvae.training.muon import Muon
 from nvae.training.optimizers import Adamax, WeightAverages
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
 from tests.training.tape import TapeGraphs
@@ -221,14 +222,15 @@ def test_a_resumed_run_has_the_same_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("case", ["reference", "apart", "another layout", "adamw"])
+@pytest.mark.parametrize("case", ["reference", "apart", "another layout", "adamw", "muon"])
 def test_what_keeps_the_average_out_of_the_optimizers_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """It is moved all the same."""
     steps = Steps(build_module(small_config(tmp_path)))
     parameters = list(steps.module.parameters())
-    optimizer: Any = torch.optim.AdamW(parameters) if case == "adamw" else Adamax(parameters)
+    kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "muon": Muon}
+    optimizer = kinds.get(case, Adamax)(parameters)
     if case == "reference":
         optimizer.kernels = "reference"
     elif case == "apart":
