@@ -202,7 +202,9 @@ def _networks(value_of: Callable[[str], Any]) -> str:
             found.append(name)
     if found:
         return f"a network for such images: model={' or model='.join(found)}"
-    return f"model={family} with settings for such images, since no network of configs/model is"
+    return (
+        f"model={family} with settings of your own (configs/model has no network for such images)"
+    )
 
 
 def register() -> None:

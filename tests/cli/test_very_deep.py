@@ -69,7 +69,7 @@ def test_images_of_another_shape_are_told_their_networks(given, expected):
 
 
 def test_images_that_no_network_is_for():
-    with pytest.raises(ValueError, match="model=evdvae with settings for such images"):
+    with pytest.raises(ValueError, match="model=evdvae with settings of your own"):
         compose_train(["experiment=evdvae", "data=folder", "data.image_size=48"])
 
 
