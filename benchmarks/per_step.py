@@ -64,7 +64,7 @@ def averages(device: str, runs: int) -> None:
     theirs = AveragedModel(module, multi_avg_fn=floats_averaged, use_buffers=True)
     theirs.n_averaged = torch.zeros((), dtype=torch.long)
     trainer: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=module.device), global_step=0
+        strategy=SimpleNamespace(root_device=module.device), global_step=0, optimizers=[]
     )
     ours = MovingAverage(DECAY)
     ours.setup(trainer, module, "fit")

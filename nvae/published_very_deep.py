@@ -279,16 +279,16 @@ def _values(config: Config, family: str) -> dict[str, Any]:
             f"{config} is no preset of {family}{did_you_mean(name, names)} and no "
             f"JSON or cfg file; presets: {', '.join(names)}"
         )
-    return _preset(name)
+    return preset_settings(name)
 
 
-def _preset(name: str) -> dict[str, Any]:
+def preset_settings(name: str) -> dict[str, Any]:
     """The model's settings in a file of `configs/model` and in those that it builds on."""
     content = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     values: dict[str, Any] = {}
     for base in content.get("defaults", []):
         if isinstance(base, str) and "@" not in base and base != "_self_":
-            values |= _preset(base)
+            values |= preset_settings(base)
     own = content.get("model", {})
     # what follows the data set has no value here, and the likelihood is the file's
     follows = {key for key, value in own.items() if isinstance(value, str) and "${" in value}

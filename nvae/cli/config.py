@@ -29,6 +29,7 @@ from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.objective import ObjectiveConfig
 from nvae.ops.library import IMPLS
+from nvae.published_very_deep import FAMILIES, preset_settings, presets
 from nvae.settings import (
     CONFIGS,
     check_arguments,
@@ -172,15 +173,38 @@ def check_sizes(value_of: Callable[[str], Any]) -> None:
         ("model.image_size", "data.image_size"),
         ("model.image_channels", "data.channels"),
     ):
-        wanted, given = (
-            plain_size(list(value) if OmegaConf.is_list(value) else value)
-            for value in map(value_of, (of_model, of_data))
-        )
+        wanted, given = (_plain(value_of(name)) for name in (of_model, of_data))
         if wanted != given and all(isinstance(size, int | tuple) for size in (wanted, given)):
             raise ValueError(
-                f"{of_model}={show_size(wanted)} does not fit {of_data}={show_size(given)}; take a "
-                f"network for such images (model=...), or {of_data}={show_size(wanted)}"
+                f"{of_model}={show_size(wanted)} does not fit {of_data}={show_size(given)}; take "
+                f"{_networks(value_of)}, or {of_data}={show_size(wanted)}"
             )
+
+
+def _plain(value: Any) -> Any:
+    return plain_size(list(value) if OmegaConf.is_list(value) else value)
+
+
+def _networks(value_of: Callable[[str], Any]) -> str:
+    """Which networks of the architecture are for images like the data's."""
+    family = value_of("architecture")
+    if family not in FAMILIES:
+        return "a network for such images (model=...)"
+    wanted = {
+        "image_size": _plain(value_of("data.image_size")),
+        "image_channels": value_of("data.channels"),
+        "likelihood": value_of("data.likelihood"),
+    }
+    found = []
+    for name in presets(family):
+        settings = preset_settings(name)  # without those that follow the data
+        if all(settings.get(key, value) == value for key, value in wanted.items()):
+            found.append(name)
+    if found:
+        return f"a network for such images: model={' or model='.join(found)}"
+    return (
+        f"model={family} with settings of your own (configs/model has no network for such images)"
+    )
 
 
 def register() -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import lookup, takes_group
-from nvae.command_line import FAILURE, brief, fail, interruptible
+from nvae.command_line import FAILURE, brief, fail, interruptible, shell
 from nvae.settings import CONFIGS, describe_type, did_you_mean, unknown_key
 
 LONGEST_JOB_NAME = 120
@@ -226,7 +226,17 @@ def one_line(error: BaseException, schema: type) -> str:
     for link in reversed(chain):
         if isinstance(link, OmegaConfBaseException) and link.full_key:
             return _bad_key(link, schema, [str(each) for each in chain])
-    return " ".join(str(error).split()) or type(error).__name__
+    return _commas(str(error)) or " ".join(str(error).split()) or type(error).__name__
+
+
+def _commas(message: str) -> str | None:
+    """What to write where Hydra takes a value with commas for the values of several jobs."""
+    found = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", message)
+    if found is None:
+        return None
+    key, value = found.groups()
+    text, values = shell(f'{key}="{value}"'), shell(f"{key}=[{value}]")
+    return f"{key}={value} has commas: write {text}, for a list {values}; -m makes a run of each"
 
 
 def _missing_config(error: MissingConfigException) -> str:

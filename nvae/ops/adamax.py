@@ -1,9 +1,10 @@
 """One step of Adamax over all parameters: a kernel of one pass, a way for the CPU, and the formula.
 
 The kernel reads weight, gradient, moment and norm once and writes three of them once, for all
-tensors in one launch; it finds them by a table of their addresses on the device. Learning rate,
-step count and the switch that leaves a bad step out are read from the device, so the host waits for
-nothing and a captured step holds no constant.
+tensors in one launch; it finds them by a table of their addresses on the device. A moving average
+of the weights goes along in the same pass. Learning rate, step count, the average's share and the
+switch that leaves a bad step out are read from the device, so the host waits for nothing and a
+captured step holds no constant.
 
 On the CPU the formula's dozen passes would read every tensor from memory each time, and most
 tensors are so small that the calls cost more than the work: :func:`adamax_cpu` goes piece by piece.
@@ -17,10 +18,13 @@ All functions take the arguments of ``torch.ops.nvae.adamax_`` and work in place
 - switched_off, 0-d, 1 to leave everything as it is, or None;
 - beta1 and beta2, decay of the first moment and of the infinity norm;
 - eps, added to |gradient| before the maximum is taken;
-- weight_decay, added to the gradient, times the weight.
+- weight_decay, added to the gradient, times the weight;
+- moving, the weights' moving averages, tensors like them; or empty;
+- share, 0-d float64, 1 - the moving averages' decay; None where there are none.
 """
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,21 +56,26 @@ def adamax_kernel(
     beta2: float,
     eps: float,
     weight_decay: float,
+    moving: Sequence[Tensor] = (),
+    share: Tensor | None = None,
     launcher: Launcher = CUDA,
 ) -> None:
     """Two launches: one thread works out the coefficients, then every tensor is updated.
 
     Tensors that are not float32, or not laid out in memory as their weights are, take the formula.
     """
-    tensors = [*zip(weights, gradients, averages, norms, strict=True)]
+    tensors = [*zip(weights, gradients, averages, norms, *[moving] * bool(moving), strict=True)]
     if not all(_is_taken(*row) for row in tensors):
         adamax_formula(
             weights, gradients, averages, norms, step, learning_rate, switched_off, beta1, beta2,
-            eps, weight_decay,
+            eps, weight_decay, moving, share,
         )  # fmt: skip
         return
     device = step.device
-    rows = tuple((*(t.data_ptr() for t in row), row[0].numel()) for row in tensors)
+    rows = tuple(
+        (*(t.data_ptr() for t in row[:4]), row[0].numel(), *(t.data_ptr() for t in row[4:]))
+        for row in tensors
+    )
     table, chunks = block_table(device, rows, tuple(w.numel() for w in weights), CHUNK)
     coefficients = torch.empty(2, device=device)
     switch = None if switched_off is None else switched_off.float()
@@ -75,15 +84,16 @@ def adamax_kernel(
         (
             1,
             len(chunks),
-            (table, chunks, coefficients),
+            (table, chunks, coefficients, share),
             struct.pack("4f", 1 - beta1, beta2, eps, weight_decay),
         ),
     ):
         macros = (
-            ("ELEM", 32), ("VIO", 4), ("MODE", mode), ("THREADS", THREADS), ("CHUNK", CHUNK),
+            ("ELEM", 32), ("VIO", 4), ("MODE", mode), ("MOVING", int(bool(mode and moving))),
+            ("THREADS", THREADS), ("CHUNK", CHUNK),
         )  # fmt: skip
         launcher.launch(device, Launch("adamax", macros, blocks, THREADS, 0, arguments, scalars))
-    increment_version([*weights, *averages, *norms, step])
+    increment_version([*weights, *averages, *norms, *moving, step])
 
 
 def _is_taken(weight: Tensor, *others: Tensor) -> bool:
@@ -104,6 +114,8 @@ def adamax_formula(
     beta2: float,
     eps: float,
     weight_decay: float,
+    moving: Sequence[Tensor] = (),
+    share: Tensor | None = None,
 ) -> None:
     """The same in torch's foreach calls; the arithmetic is that of ``torch.optim.Adamax``."""
     dtype = averages[0].dtype
@@ -132,6 +144,18 @@ def adamax_formula(
     update = torch._foreach_div(averages, torch._foreach_clamp_min(norms, TINY))
     torch._foreach_mul_(update, size.to(dtype))
     torch._foreach_add_(weights, list(update))
+    if share is not None:
+        move(moving, weights, share * taken)
+
+
+def move(averages: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
+    """Move averages by a share of the way that only the device knows, 0-d; 0 changes nothing.
+
+    ``torch._foreach_lerp_`` takes such a share too, but by an operation for each tensor on a GPU.
+    """
+    change = torch._foreach_sub(list(weights), list(averages))
+    torch._foreach_mul_(change, share.to(averages[0].dtype))
+    torch._foreach_add_(list(averages), change)
 
 
 def adamax_cpu(
@@ -146,6 +170,8 @@ def adamax_cpu(
     beta2: float,
     eps: float,
     weight_decay: float,
+    moving: Sequence[Tensor] = (),
+    share: Tensor | None = None,
 ) -> None:
     """What :func:`adamax_formula` computes, bit for bit; the switch is read, since nothing waits.
 
@@ -175,6 +201,8 @@ def adamax_cpu(
         sizes = [len(weight) for weight in columns[0]]
         for index in (0, 2, 3):
             torch._foreach_copy_(columns[index], packed[index].split(sizes))
+    if share is not None:
+        move(moving, weights, share)
 
 
 def _in_memory_order(row: tuple[Tensor, ...]) -> list[Tensor] | None:

@@ -442,7 +442,7 @@ _define(
 _define(
     "adamax_(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] averages, "
     "Tensor(d!)[] norms, Tensor(e!) step, Tensor learning_rate, Tensor? switched_off, float beta1, "
-    "float beta2, float eps, float weight_decay) -> ()",
+    "float beta2, float eps, float weight_decay, Tensor(f!)[] moving, Tensor? share) -> ()",
     adamax_kernel,
     adamax_formula,
     lambda *_: None,

@@ -1,12 +1,13 @@
 """Exponential moving average of the weights, by Lightning's weight averaging.
 
-An average in the host's memory, of a model on a GPU, is updated by a thread from a copy of the
-weights that nobody waits for.
+Where Adamax's kernel trains a model on a GPU, it moves the average too, in the same pass. An
+average in the host's memory, of a model on a GPU, is updated by a thread from a copy of the weights
+that nobody waits for. Otherwise it is a few operations after the step.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nvae.models.folding import forget
+from nvae.ops.adamax import move
 from nvae.training.guard import BadSteps, guard_of
+from nvae.training.optimizers import Adamax, WeightAverages
 
 _LOG = logging.getLogger(__name__)
 
@@ -162,15 +166,9 @@ class _Averaged:
 
 
 def move_by(averages: Sequence[Tensor], current: Sequence[Tensor], weight: Tensor) -> None:
-    """Move averages by a share of the way that only the device knows, a 0-d tensor.
-
-    ``torch._foreach_lerp_`` takes such a share too, but by an operation for each tensor on a GPU.
-    """
+    """Move averages by a share of the way that only the device knows, with little more memory."""
     for begin, end, _ in _chunks([average.numel() for average in averages]):
-        some = list(averages[begin:end])
-        change = torch._foreach_sub(list(current[begin:end]), some)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(some, change)
+        move(averages[begin:end], current[begin:end], weight)
 
 
 class MovingAverage(WeightAveraging):
@@ -179,7 +177,9 @@ class MovingAverage(WeightAveraging):
     The arithmetic is that of :func:`torch.optim.swa_utils.get_ema_multi_avg_fn`. A step is a few
     multi-tensor operations a type of tensor, on the device that the average is on, and nothing
     waits: an average in the host's memory is updated by a thread, from copies that arrive while
-    training goes on. A step that the run's guard left out leaves the average as it is.
+    training goes on. What Adamax's kernel trains is averaged by the kernel as well, in the pass of
+    its step, from the second step on; running statistics and counters are left to this callback. A
+    step that the run's guard left out leaves the average as it is.
 
     Validation and pictures use the average. It is the `state_dict` of every checkpoint, and the raw
     weights are `current_model_state` there: in `step_N.ckpt` by Lightning's hook, in `best.ckpt` by
@@ -194,7 +194,8 @@ class MovingAverage(WeightAveraging):
         super().__init__(device=device)
         self.decay, self.device = decay, device
         self._guard: BadSteps | None = None
-        self._groups: list[_Averaged] | None = None
+        self._pairs: list[tuple[Tensor, Place]] = []
+        self._groups: list[_Averaged] = []
         self._thread: ThreadPoolExecutor | None = None
         self._update: Future[None] | None = None
 
@@ -214,18 +215,47 @@ class MovingAverage(WeightAveraging):
             self._warn_of_short_run(length.total_steps)
         self._settle()
         assert self._average_model is not None
-        pairs: dict[torch.dtype, tuple[list[Tensor], list[Place]]] = defaultdict(lambda: ([], []))
-        averages = [kept[name] for kept, name in _places(self._average_model.module)]
-        for average, place in zip(averages, _places(pl_module), strict=True):
-            assert average is not None
-            same, places = pairs[average.dtype]
-            same.append(average)
-            places.append(place)
+        own = zip(_places(self._average_model.module), _places(pl_module), strict=True)
+        self._pairs = [(t, place) for (kept, name), place in own if (t := kept[name]) is not None]
         self._guard = guard_of(trainer)
-        guarded = self._guard is not None
-        self._groups = [_Averaged(*lists, self.decay, guarded) for lists in pairs.values()]
+        self._group()
         apart = any(group.is_apart for group in self._groups)
         self._thread = ThreadPoolExecutor(1, "moving-average") if apart else None
+        if self._average_model.n_averaged:
+            self._hand_over(trainer.optimizers)
+
+    def _group(self) -> None:
+        """By type."""
+        kinds: dict[torch.dtype, tuple[list[Tensor], list[Place]]] = defaultdict(lambda: ([], []))
+        for average, place in self._pairs:
+            same, places = kinds[average.dtype]
+            same.append(average)
+            places.append(place)
+        guarded = self._guard is not None
+        self._groups = [_Averaged(*lists, self.decay, guarded) for lists in kinds.values()]
+
+    def _hand_over(self, optimizers: Iterable[Optimizer]) -> None:
+        """Leave what Adamax's kernel trains to it, if the averages are on its device.
+
+        Not before the first update, which is a copy of all there is.
+        """
+        for optimizer in optimizers:
+            if not (isinstance(optimizer, Adamax) and optimizer.moves_averages):
+                continue
+            trained = {p for group in optimizer.param_groups for p in group["params"]}
+            theirs: dict[Tensor, Tensor] = {}
+            rest = []
+            for average, (kept, name) in self._pairs:
+                weight = kept[name]
+                if weight is not None and weight in trained and _is_like(average, weight):
+                    theirs[weight] = average
+                else:
+                    rest.append((average, (kept, name)))
+            if theirs.keys() == trained:
+                share = torch.tensor(1 - self.decay, dtype=torch.float64, device=average.device)
+                optimizer.moving = WeightAverages(theirs, share)
+                self._pairs = rest
+                self._group()
 
     def _warn_of_short_run(self, steps: int) -> None:
         left = self.decay**steps
@@ -246,7 +276,6 @@ class MovingAverage(WeightAveraging):
         if trainer.global_step <= self._latest_update_step:
             return
         assert self._average_model is not None
-        assert self._groups is not None
         first = not self._average_model.n_averaged
         self._settle()
         left_out = None if self._guard is None else self._guard.left_out
@@ -257,10 +286,11 @@ class MovingAverage(WeightAveraging):
         else:
             self._move(first)
         self._average_model.n_averaged += 1
+        if first:
+            self._hand_over(trainer.optimizers)
         self._latest_update_step = trainer.global_step
 
     def _move(self, first: bool) -> None:
-        assert self._groups is not None
         for group in self._groups:
             group.update(first)
 
@@ -313,6 +343,10 @@ class MovingAverage(WeightAveraging):
 
 def _apart(a: Tensor, b: Tensor) -> bool:
     return a.device != b.device
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    return not _apart(a, b) and a.stride() == b.stride()
 
 
 def _places(module: nn.Module) -> list[Place]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nvae.ops.library import Impl, ops
+from nvae.ops.adamax import move
+from nvae.ops.library import Impl, has_kernels, ops
 from nvae.settings import Registry, check_arguments, check_choice, check_fields
 
 APEX_OPTIMIZERS = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
@@ -185,6 +186,19 @@ def host_switched(kind: type[Optimizer]) -> type[Optimizer]:
     return type(f"HostSwitched{kind.__name__}", (HostSwitch, kind), {})
 
 
+@dataclass(frozen=True)
+class WeightAverages:
+    """Moving averages of weights.
+
+    Attributes:
+        of: the average of every parameter, of its shape and layout.
+        share: 1 - decay, 0-d float64 on the parameters' device, where every step reads it.
+    """
+
+    of: dict[Tensor, Tensor]
+    share: Tensor
+
+
 class Adamax(Optimizer):
     """Adam with the infinity norm (Kingma & Ba 2015, algorithm 2), in foreach operations.
 
@@ -204,6 +218,8 @@ class Adamax(Optimizer):
     """0-d float tensor, set before a step: 1 leaves parameters and state as they are."""
     kernels: Impl = "auto"
     """``reference``: never by the kernel."""
+    moving: WeightAverages | None = None
+    """Moved by every step, in the pass that updates the weights."""
 
     def __init__(
         self,
@@ -227,7 +243,24 @@ class Adamax(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(group, parameters)
+        if self.moving is not None:
+            self._move_the_rest(self.moving)
         return loss
+
+    @torch.no_grad()
+    def _move_the_rest(self, moving: WeightAverages) -> None:
+        """Weights without a gradient stay, and their averages come closer."""
+        rest = [p for p in moving.of if p.grad is None]
+        if rest:
+            share = moving.share if self.found_inf is None else moving.share * (1 - self.found_inf)
+            move([moving.of[p] for p in rest], rest, share)
+
+    @property
+    def moves_averages(self) -> bool:
+        """Whether the kernel makes every step, and so can take moving averages along."""
+        if type(self) is not Adamax or self.kernels == "reference":  # Muon has steps of its own
+            return False
+        return all(has_kernels(p.device) for group in self.param_groups for p in group["params"])
 
     def _state_of(self, parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         for p in parameters:
@@ -252,6 +285,8 @@ class Adamax(Optimizer):
         ops(self.kernels).adamax_(
             parameters, [p.grad for p in parameters], averages, norms, group["step"],
             rate, self.found_inf, *group["betas"], group["eps"], group["weight_decay"],
+            [] if self.moving is None else [self.moving.of[p] for p in parameters],
+            None if self.moving is None else self.moving.share,
         )  # fmt: skip
 
 

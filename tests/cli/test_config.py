@@ -200,6 +200,7 @@ MISTAKES = {
     "trainer.log_every_n_steps=0": "must be at least 1",
     "report.temperatures=[-1]": "must be at least 0",
     "name=a/b": "is no folder name",
+    "name=a,b": "name=a,b has commas: write 'name=\"a,b\"', for a list 'name=[a,b]'; -m makes",
     "trainer=slurm": "start it with srun",
     "trainer.devices=all": "trainer.devices='all' is unknown; allowed: auto",
     "trainer.num_nodes=3": "was started alone: start it with torchrun --nnodes 3 or srun",

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from nvae.cli.config import compose_train
+from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import MODELS
 from nvae.published_very_deep import FAMILIES, presets
 from nvae.settings import CONFIGS
@@ -36,6 +37,40 @@ def test_block_strings_and_lists_are_typed_as_they_are():
     assert config.model.layers_per_level == [2, 2, 1, 3]
     with pytest.raises(ValueError, match=r"model\.image_size=32 does not fit data\.image_size=8"):
         compose_train(["model=vdvae_cifar10"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            "experiment=vdvae data=folder data.image_size=32",
+            "vdvae_cifar10 vdvae_fashion_mnist vdvae_imagenet32",
+        ),
+        ("experiment=vdvae data=folder data.image_size=32 data.channels=1", "vdvae_fashion_mnist"),
+        ("model=vdvae_cifar10 data=fashion_mnist", "vdvae_fashion_mnist"),
+        ("experiment=evdvae data=fashion_mnist", "evdvae_fashion_mnist"),
+        (
+            "experiment=evdvae data=folder data.image_size=64",
+            "evdvae_celeba64_baseline evdvae_celeba64_compact evdvae_imagenet64_baseline "
+            "evdvae_imagenet64_c1 evdvae_imagenet64_compact",
+        ),
+    ],
+)
+def test_images_of_another_shape_are_told_their_networks(given, expected):
+    """Blocks are bound to a size, so `model=` has to be given; whatever is named fits."""
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        compose_train(given.split())
+    line = str(caught.value)
+    assert re.findall(r"model=(\w+)", line) == expected.split()
+    assert len(line) < LONGEST_MESSAGE
+    rest = [word for word in given.split() if not word.startswith("model=")]
+    for name in expected.split():
+        compose_train([*rest, f"model={name}"])
+
+
+def test_images_that_no_network_is_for():
+    with pytest.raises(ValueError, match="model=evdvae with settings of your own"):
+        compose_train(["experiment=evdvae", "data=folder", "data.image_size=48"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

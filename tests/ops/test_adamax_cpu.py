@@ -7,7 +7,7 @@ from torch import Tensor
 from nvae.ops.adamax import PACKED, PIECE, adamax_cpu, adamax_formula
 from nvae.ops.library import Impl, ops
 
-from .test_adamax_kernel import SETTINGS, copies, problem
+from .test_adamax_kernel import SETTINGS, SHARE, copies, problem
 
 
 def tensors() -> list[list[Tensor]]:
@@ -27,8 +27,9 @@ def tensors() -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 3e-4])
 def test_the_formula_s_bits(weight_decay: float) -> None:
-    """Over steps from the first one on, one of them left out."""
+    """Over steps from the first one on, one of them left out; of moving averages too."""
     lists, rate = tensors(), torch.tensor(1e-2, dtype=torch.float64)
+    lists.append([torch.ones_like(weight) for weight in lists[0]])
     want = copies(lists)
     steps = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
     settings = *SETTINGS[:3], weight_decay
@@ -38,9 +39,9 @@ def test_the_formula_s_bits(weight_decay: float) -> None:
             (want, steps[1], adamax_formula),
         ):
             gradients = [g * (number + 1) for g in which[1]]
-            update(which[0], gradients, *which[2:], step, rate, switch, *settings)
+            update(which[0], gradients, *which[2:4], step, rate, switch, *settings, which[4], SHARE)
     assert steps[0] == steps[1] == 3
-    for index in (0, 2, 3):
+    for index in (0, 2, 3, 4):
         for got, expected in zip(lists[index], want[index], strict=True):
             # where types are mixed, the formula rounds its constants to that of the first tensor
             tolerance = 0.0 if got.dtype == torch.float32 else 1e-6
@@ -65,7 +66,7 @@ def test_without_kernels_the_cpu_goes_its_own_way(impl: Impl) -> None:
     lists = tensors()
     before, step = copies(lists), torch.zeros((), dtype=torch.float64)
     rate = torch.tensor(1e-2, dtype=torch.float64)
-    ops(impl).adamax_(*lists, step, rate, torch.tensor(1.0), *SETTINGS)
+    ops(impl).adamax_(*lists, step, rate, torch.tensor(1.0), *SETTINGS, [], None)
     assert all(torch.equal(a, b) for a, b in zip(lists[1], before[1], strict=True))
 
 

@@ -11,7 +11,7 @@ from nvae.ops.cuda import kernel_source
 
 from .cases import Case
 from .host import HostLauncher
-from .test_adamax_kernel import check_adamax
+from .test_adamax_kernel import check_adamax, check_average
 from .test_host_kernels import (
     WALKED,
     check_batch_norm,
@@ -247,6 +247,10 @@ FAULTS = [
     Fault("weight decay left out", "adamax", "a.weight_decay * e.weight", "0.f", check_adamax),
     Fault("eps outside the maximum", "adamax", "fabsf(gradient) + a.eps)", "fabsf(gradient))",
           check_adamax),
+    Fault("the average follows another weight", "adamax", "share * (e.weight - e.moving)",
+          "share * (e.weight - size - e.moving)", check_average),
+    Fault("the average of every chunk the first", "adamax", "(entry[5]) + begin", "(entry[5])",
+          check_average),
     Fault("rounding to zero", "common", "store_one(elem* p, float v) {\n#if ELEM == 32",
           "store_one(elem* p, float v) {\n    v *= 0.98f;\n#if ELEM == 32",
           depthwise(Case(1, 7, 3, 5))),

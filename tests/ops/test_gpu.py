@@ -15,7 +15,7 @@ from nvae.ops.library import check_kernels
 from nvae.ops.probe import find_fault
 
 from .cases import Case, make_problem, relative_error, tolerance
-from .test_adamax_kernel import SETTINGS
+from .test_adamax_kernel import SETTINGS, moving_averages
 from .test_adamax_kernel import problem as adamax_problem
 from .test_host_kernels import CASES
 
@@ -261,18 +261,25 @@ def test_tensor_of_more_than_two_to_the_31_elements() -> None:
 
 
 def test_adamax_in_one_pass_against_the_formula() -> None:
-    """Twenty steps, some left out, through the registered op, beside the formula in float64."""
+    """Twenty steps, some left out, through the registered op, beside the formula in float64; a
+    moving average goes along."""
     lists, step, rate = (
         [[t.cuda() for t in each] for each in part] if isinstance(part, list) else part.cuda()
         for part in adamax_problem()
     )
+    share = torch.tensor(0.25, dtype=torch.float64, device="cuda")
+    moving = [t.cuda() for t in moving_averages(adamax_problem()[0])]
     wide, wide_step = [[t.double() for t in each] for each in lists], step.clone()
+    wide_moving = [t.double() for t in moving]
     for number in range(20):
         switch = torch.tensor(float(number % 5 == 3), device="cuda")
         gradients = [g.clone() for g in wide[1]]
-        adamax_formula(wide[0], gradients, *wide[2:], wide_step, rate, switch, *SETTINGS)
-        torch.ops.nvae.adamax_(*lists, step, rate, switch, *SETTINGS)
+        adamax_formula(
+            wide[0], gradients, *wide[2:], wide_step, rate, switch, *SETTINGS, wide_moving, share
+        )
+        torch.ops.nvae.adamax_(*lists, step, rate, switch, *SETTINGS, moving, share)
     assert step == wide_step == 16
-    for index in (0, 2, 3):
-        for got, want in zip(lists[index], wide[index], strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    got = [*lists[0], *lists[2], *lists[3], *moving]
+    want = [*wide[0], *wide[2], *wide[3], *wide_moving]
+    for ours, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)

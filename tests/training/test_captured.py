@@ -179,7 +179,8 @@ class Looks(pl.Callback):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("sgd", "SGD"), ("callback", "Looks has on_after_backward"), ("anomaly", "detect_anomaly"),
+        ("sgd", "decides in SGD"), ("muon", "decides in Muon"), ("anomaly", "detect_anomaly"),
+        ("callback", "Looks has on_after_backward"),
         ("profiler", "profiler"), ("objective", "Own does not say"),
     ],
 )  # fmt: skip
@@ -191,6 +192,8 @@ def test_where_steps_are_not_captured_a_line_says_why(
     config.trainer.max_epochs, more = 1, []
     if case == "sgd":
         config.optimizer = OptimizerConfig(name="torch.optim:SGD")
+    if case == "muon":
+        config.optimizer = OptimizerConfig(name="nvae.training.muon:Muon")
     if case == "objective":
         config.objective = ObjectiveConfig(name=f"{__name__}:Own")
     if case == "callback":

@@ -13,10 +13,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.cli.train import build_module
-from nvae.training import ema
+from nvae.training import ema, optimizers
+from nvae.training.captured import CapturedSteps
 from nvae.training.ema import HostCopy, MovingAverage, move_by
 from nvae.training.module import NVAELightning
-from tests.training.runs import StopAt, last_checkpoint, run, small_config
+from nvae.training.muon import Muon
+from nvae.training.optimizers import Adamax, WeightAverages
+from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
+from tests.training.tape import TapeGraphs
+from tests.training.test_captured import short_config
+from tests.training.test_guard import Spoil
 
 
 @pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
@@ -65,6 +71,7 @@ class Steps:
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             global_step=0,
             callbacks=[],
+            optimizers=[],
         )
         self.average = MovingAverage(0.9)
         self.average.setup(self.trainer, module, "fit")
@@ -156,6 +163,103 @@ def test_a_share_that_the_device_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     move_by(averages, current, torch.tensor(0.25))
     for average, old, new in zip(averages, before, current, strict=True):
         torch.testing.assert_close(average, old.lerp(new, 0.25))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Adamax had its kernel; the op that stands for it does on the CPU what it does."""
+    monkeypatch.setattr(optimizers, "has_kernels", lambda _: True)
+
+
+BAD = range(0, 1), range(5, 7)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("bad", BAD, ids=["first step left out", "later steps left out"])
+def test_the_optimizers_pass_moves_the_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range
+) -> None:
+    """Weights, running statistics, optimizer and counters keep their bits; the average differs from
+    that of a pass of its own by rounding. So it is in captured steps, of two micro-batches here."""
+    with monkeypatch.context() as without:
+        without.setattr(optimizers, "has_kernels", lambda _: False)
+        plain, _ = run(short_config(tmp_path / "plain"), Spoil(bad))
+    folder, trainer = run(short_config(tmp_path / "fused"), Spoil(bad))
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, Adamax)
+    assert optimizer.moving is not None
+    assert len(optimizer.moving.of) == len(optimizer.param_groups[0]["params"])
+    (average,) = (c for c in trainer.callbacks if isinstance(c, MovingAverage))  # type: ignore[attr-defined]
+    left = {id(average) for average, _ in average._pairs}
+    assert left
+    assert not left & {id(average) for average in optimizer.moving.of.values()}
+    expected, got = last_checkpoint(plain), last_checkpoint(folder)
+    for part in ("current_model_state", "optimizer_states", "averaging_state"):
+        assert_identical(expected[part], got[part], part)
+    buffers = {name for name, _ in average._average_model.module.named_buffers()}  # type: ignore[union-attr]
+    for name, tensor in got["state_dict"].items():
+        tolerance = 0 if name in buffers else 1e-6
+        torch.testing.assert_close(
+            tensor, expected["state_dict"][name], rtol=tolerance, atol=tolerance
+        )
+    watched = CapturedSteps(TapeGraphs)
+    taped, _ = run(short_config(tmp_path / "taped"), Spoil(bad), watched)
+    assert watched.replays
+    for part in ("state_dict", "current_model_state"):
+        assert_identical(got[part], last_checkpoint(taped)[part], part)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_resumed_run_has_the_same_average(tmp_path: Path) -> None:
+    """The optimizer has it from the first step on, which is no copy."""
+    whole, _ = run(short_config(tmp_path / "whole"))
+    config = short_config(tmp_path / "parts")
+    run(config, StopAt(5))
+    parts, _ = run(config)
+    expected, got = last_checkpoint(whole), last_checkpoint(parts)
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert_identical(expected[part], got[part], part)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("case", ["reference", "apart", "another layout", "adamw", "muon"])
+def test_what_keeps_the_average_out_of_the_optimizers_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """It is moved all the same."""
+    steps = Steps(build_module(small_config(tmp_path)))
+    parameters = list(steps.module.parameters())
+    kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "muon": Muon}
+    optimizer = kinds.get(case, Adamax)(parameters)
+    if case == "reference":
+        optimizer.kernels = "reference"
+    elif case == "apart":
+        monkeypatch.setattr(ema, "_apart", lambda *_: True)
+    elif case == "another layout":
+        weight = next(p for p in parameters if p.ndim == 4 and p.shape[1] > 1 < p.shape[2])
+        weight.data = weight.data.contiguous()
+    steps.trainer.optimizers = [optimizer]
+    for _ in range(3):
+        steps.step()
+    assert getattr(optimizer, "moving", None) is None
+    assert steps.average.averaged_state().keys() == steps.module.state_dict().keys()
+    moved = dict(steps.average._average_model.module.named_parameters())  # type: ignore[union-attr]
+    for name, parameter in steps.module.named_parameters():
+        assert float((moved[name] - parameter).detach().norm()) > 0
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_what_is_not_trained_is_averaged_too(off: float) -> None:
+    """A frozen weight's average comes closer, in steps that are not left out."""
+    trained, frozen = (nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0))
+    averages = {trained: torch.zeros(3), frozen: torch.zeros(3)}
+    optimizer = Adamax([trained, frozen])
+    optimizer.moving = WeightAverages(averages, torch.tensor(0.25, dtype=torch.float64))
+    optimizer.found_inf = torch.tensor(off)
+    trained.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(averages[frozen], torch.full((3,), 0.5 * (1 - off)))
+    torch.testing.assert_close(averages[trained], trained.detach() * 0.25 * (1 - off))
 
 
 def test_between_steps_nothing_is_updated(tmp_path: Path) -> None:

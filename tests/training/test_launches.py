@@ -13,7 +13,7 @@ def test_a_step_of_cifar10_stays_within_its_budget() -> None:
     counted = operations_of_a_step(["experiment=cifar10"], batch=32)
     total = sum(operations.total for operations in counted.values())
     assert total <= BUDGET, {name: o.counts.most_common(20) for name, o in counted.items()}
-    # one op for all parameters, and the learning rate's way to the device
+    # one op for all parameters and their moving averages, and the learning rate's way to the device
     assert counted["optimizer"].total <= 3, counted["optimizer"].counts
     # gradients from the data and from the regularizers are added, rounded and masked many at once,
     # and nobody's gradient is filled with zeros

@@ -130,7 +130,10 @@ def five_steps(
     guard, average = BadSteps(skip_threshold=skip), MovingAverage(SETTINGS["ema"])
     guard.begin(model)
     trainer: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0, callbacks=[guard]
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        global_step=0,
+        callbacks=[guard],
+        optimizers=[optimizer],
     )
     module = NVAELightning(model, objective.config, config)
     average.setup(trainer, module, "fit")
