@@ -13,7 +13,16 @@ ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
     *("pictures", "ops", "models", "regularizers", "objective", "published"),
     *("published_very_deep", "checkpoint"),
-    *("bn_recalibration", "sampling", "evaluation", "codec", "data", "report", "training"),
+    *(
+        "bn_recalibration",
+        "sampling",
+        "evaluation",
+        "codec",
+        "scores",
+        "data",
+        "report",
+        "training",
+    ),
     *("export", "hub", "cli"),
 ]
 """Each may import those before it."""

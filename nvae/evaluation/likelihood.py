@@ -175,7 +175,8 @@ def image_records(
         group: see there.
 
     Raises:
-        ValueError: no images, wrong sizes or a model in half precision; and what ``compute`` raises.
+        ValueError: no images, wrong sizes or a model in half precision.
+        Exception: what ``compute`` raises.
     """
     _check_precision(model)
     records, error = None, None
@@ -338,19 +339,26 @@ def decode_draws(
         The pass, its rows image-major, ``(B * k, ...)``, and log p(x | z), ``(B * k,)``.
     """
     k = len(draws)
-    words = torch.arange(draws.start, draws.stop, device=keys.device)
-    row_keys = fold_in(keys[:, None], words).flatten()
-    noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
+    noise = noise_of_draws(model, keys, draws, x.dtype)
     # once where groups share a map: the layers of a deep model read a few maps between them
     distinct = {id(feature): feature for feature in encoder_maps}
     repeated = {key: feature.repeat_interleave(k, dim=0) for key, feature in distinct.items()}
     maps = [repeated[id(feature)] for feature in encoder_maps]
     own = None if labels is None else labels.repeat_interleave(k)
-    given = model.conditioned_by(own, len(row_keys))
+    given = model.conditioned_by(own, len(x) * k)
     state, groups = model.top_down(noise, encoder_maps=maps, **given)
     output = Output(model.decode_state(state), groups)
     log_likelihood = model.likelihood(output.logits).log_prob(x.repeat_interleave(k, dim=0))
     return output, log_likelihood
+
+
+def noise_of_draws(
+    model: HierarchicalVAE, keys: Tensor, draws: range, dtype: torch.dtype
+) -> list[Tensor]:
+    """Standard normal noise of every group for k draws of images with ``keys`` ``(B,)``: one
+    ``(B * k, L, h, w)`` a group, image-major."""
+    words = torch.arange(draws.start, draws.stop, device=keys.device)
+    return latent_noise(fold_in(keys[:, None], words).flatten(), model.latent_shapes, dtype)
 
 
 def _columns(values: list[Tensor], images: int) -> NDArray[np.float64]:
