@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BINS = 60
+_BINS = 40
+_TICKS = 4
 _COLUMNS = 4
 _STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -64,7 +65,10 @@ def _histogram(axes: "Axes", sets: Mapping[str, NDArray[np.float64]]) -> None:
     for number, (name, values) in enumerate(sets.items()):
         share = np.histogram(values, edges)[0] / len(values)
         axes.stairs(share, edges, fill=number == 0, alpha=0.4 if number == 0 else 1, label=name)
-    axes.tick_params("x", labelrotation=30)
+    places = spread * np.sinh(np.linspace(ends[0], ends[1], 2 * _TICKS + 1)[1::2])
+    axes.set_xticks(sorted({float(f"{place:.2g}") for place in places}))
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yticks([])
 
 
@@ -94,7 +98,9 @@ def save_maps(path: Path, rows: Sequence[MapRow]) -> None:
     low = min(float(np.quantile(row.maps, 0.002)) for row in rows)
     high = max(float(row.maps.max()) for row in rows)
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(1.3 * count + 1.2, 2.9 * len(rows)), layout="constrained")
+        height, width = rows[0].images.shape[-2:]
+        size = 1.3 * count + 1.2, (2.4 * height / width + 0.5) * len(rows)
+        figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(2 * len(rows), count, squeeze=False)
         for axes in panels.flat:
             axes.set_axis_off()

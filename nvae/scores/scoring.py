@@ -203,12 +203,13 @@ def partial_bounds(
         draws = range(start, min(start + step, settings.ratio_samples))
         output, log_likelihood = decode_draws(model, x, encoder_maps, keys, draws, None)
         kl = output.kl_by_channel.double().sum(2).cumsum(1)  # of this group and all coarser ones
-        latents = [group.z for group in output.groups]
+        latents: list[Tensor | None] = [group.z for group in output.groups]
         noise = noise_of_draws(model, prior_keys, draws, x.dtype)
         repeated = x.repeat_interleave(len(draws), dim=0)
         for kept in range(groups, -1, -1):
             if kept < groups:
-                state, _ = model.top_down(noise, latents=latents[:kept])
+                latents[kept] = None
+                state, _ = model.top_down(noise, latents=latents)
                 log_likelihood = model.likelihood(model.decode_state(state)).log_prob(repeated)
             bound = log_likelihood.double()
             if kept:
