@@ -329,8 +329,10 @@ def _digits(config: DataConfig) -> tuple[Tensor, Tensor]:
     what they are."""
     from sklearn.datasets import load_digits  # takes a second
 
-    if config.channels != 1:
-        raise ValueError(f"data.channels is {config.channels}; the digits are gray: channels=1")
+    if config.channels not in (1, 3):
+        raise ValueError(
+            f"data.channels is {config.channels}; the digits are gray: channels=1 or 3"
+        )
     if keeps_depth(config):
         raise ValueError(
             "the digits have 17 levels: they take data.bits of at most 8, data.floats=false and no "

@@ -248,8 +248,9 @@ def test_wrong_settings_are_refused(settings, words):
 def test_mistakes_are_one_line_and_leave_nothing(evaluate, checkpoint, tmp_path):
     common = f"checkpoint={checkpoint}", *SCORES
     assert "noize" in evaluate.fails(*common, "against=noize")
-    assert "missing" in evaluate.fails(*common, "against=mnist", "against_root=missing",
-                                       "data.num_workers=0")  # fmt: skip
+    assert "missing does not exist" in evaluate.fails(
+        *common, "against=folder", "against_root=missing"
+    )
     assert [f.name for f in tmp_path.iterdir()] == ["model.ckpt"]
     (tmp_path / "s.csv").write_text("mine")
     assert "s.csv is there already" in evaluate.fails(*common, "output=s.json")
