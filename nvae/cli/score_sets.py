@@ -12,14 +12,12 @@ from nvae.cli.checkpoint_data import (
     pixel_protocol,
 )
 from nvae.cli.evaluate_config import ALL, EvaluateConfig
-from nvae.data.config import DataConfig, load_config
+from nvae.data.config import IN_MEMORY_FORMATS, DataConfig, load_config
 from nvae.data.conversion import picture_names
 from nvae.data.dataset import ImageData
+from nvae.data.places import can_be_fetched
 from nvae.models import HierarchicalVAE
 from nvae.scores.synthetic import CHANGES, Synthetic
-
-_OF_ONES_OWN = "auto"
-"""Format of sets whose files say what they hold, once they are read."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,17 @@ def converted(name: str, root: str | None, own: DataConfig) -> DataConfig:
     """A set of `configs/data` as images of another one's size, channels and bits.
 
     Args:
-        name: of the set.
+        name: of the set; where it is the other one's own, files are read as that one's are.
         root: its folder; None: the configured one.
         own: the other set.
 
     Raises:
         ValueError: a number of channels or a depth that the set's images cannot be given.
     """
-    here = load_config(name)
-    if here.format != _OF_ONES_OWN:
+    is_alike = name == own.name
+    here = own if is_alike else load_config(name)
+    if here.format in IN_MEMORY_FORMATS or can_be_fetched(here):
+        # of files of one's own it is not known what they hold before they are read
         if here.channels != own.channels and {here.channels, own.channels} != {1, 3}:
             raise ValueError(
                 f"against={name}: its images have {here.channels} channels, the model's "
@@ -108,7 +108,9 @@ def converted(name: str, root: str | None, own: DataConfig) -> DataConfig:
             )
     values = {field: getattr(own, field) for field in _TAKEN_OVER}
     if root is not None:
-        values["root"] = root
+        values |= {"root": root, "source": None}
+        if is_alike:  # other files are as many as they are
+            values |= dict.fromkeys(("train_size", "valid_size", "test_size"))
     resize = "bilinear" if here.resize == "none" else here.resize
     return replace(here, **values, resize=resize, flip=False, labels="auto")
 

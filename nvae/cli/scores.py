@@ -396,7 +396,7 @@ def _report(
         lines += ["", f"against {other}: {len(scored[other].columns['index'])} images"]
         lines += [f"{'':20}{'mean':>12}  {'AUROC':24}{'AUPRC':24}FPR at 95 % TPR"]
         for name, each in separations.items():
-            mean = float(scored[other].scores[name].mean())
+            average = float(scored[other].scores[name].mean())
             numbers = f"{each.auroc!s:24}{each.auprc!s:24}{each.fpr95}"
-            lines.append(f"{name:20}{mean:>12.3f}  {numbers}")
+            lines.append(f"{name:20}{average:>12.3f}  {numbers}")
     return "\n".join(lines)

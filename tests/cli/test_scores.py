@@ -200,6 +200,14 @@ def test_a_set_becomes_images_of_the_models_kind(changes):
         assert batch.x[..., : own.pad].max() == 0
 
 
+def test_another_folder_of_ones_own_is_read_as_the_first():
+    """What the values mean is said once; how many there are is another folder's own business."""
+    own = replace(DATA, name="folder", format="auto", bits=12, value_range=[0, 4095], crop="none")
+    other = converted("folder", "new", own)
+    assert (other.value_range, other.crop, other.root) == ([0, 4095], "none", "new")
+    assert (own.test_size, other.test_size) == (12, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
