@@ -11,7 +11,7 @@ from nvae.random import STREAM_NOISE, image_keys, uniform
 from nvae.sampling.grids import IndexedImages
 from nvae.settings import Size, check_choice
 
-CHANGES = ("inverted", "noise")
+CHANGES = ("inverted", "noise", "faded")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Synthetic:
 
     Attributes:
         change: ``inverted``: 1 - x. ``noise``: every value of every channel is any of its levels,
-            all equally likely.
+            all equally likely. ``faded``: half as bright, level k becomes k // 2.
         bits: the levels are k / (2^bits - 1); None: any number in [0, 1].
         counted_size: of the window; None: the whole image.
         seed: of the noise, which also depends on the image's index.
@@ -55,9 +55,13 @@ class Synthetic:
         rows, columns = counted_window((x.shape[-2], x.shape[-1]), self.counted_size)
         inside = x[..., rows, columns]
         changed = x.clone()
-        changed[..., rows, columns] = (
-            1 - inside if self.change == "inverted" else self._noise(inside, index)
-        )
+        if self.change == "noise":
+            inside = self._noise(inside, index)
+        elif self.change == "inverted":
+            inside = 1 - inside
+        else:
+            inside = self._faded(inside)
+        changed[..., rows, columns] = inside
         return changed
 
     def _noise(self, like: Tensor, index: Tensor) -> Tensor:
@@ -67,3 +71,9 @@ class Synthetic:
             return u.to(like.dtype)
         levels = torch.floor(u * 2**self.bits).clamp(max=2**self.bits - 1)
         return (levels / (2**self.bits - 1)).to(like.dtype)
+
+    def _faded(self, x: Tensor) -> Tensor:
+        if self.bits is None:
+            return x / 2
+        white = 2**self.bits - 1
+        return torch.floor((x * white).round() / 2) / white

@@ -23,6 +23,14 @@ def test_inverted_is_the_negative_and_leaves_the_border(x):
     assert torch.allclose(change.of(changed, index), x, atol=1e-6)
 
 
+def test_faded_is_half_as_bright_on_the_same_levels(x):
+    changed = Synthetic("faded", 4, counted_size=6).of(x, torch.arange(20))
+    levels, before = changed * 15, (x * 15).round()
+    assert torch.allclose(levels[..., 1:7, 1:7], before[..., 1:7, 1:7] // 2, atol=1e-5)
+    assert torch.equal(changed[..., 0], x[..., 0])
+    assert torch.equal(Synthetic("faded", None).of(x, torch.arange(20)), x / 2)
+
+
 @pytest.mark.parametrize("bits", [1, 4])
 def test_noise_takes_every_level_equally_often(x, bits):
     noise = Synthetic("noise", bits, counted_size=6).of(x, torch.arange(20))
@@ -52,5 +60,5 @@ def test_noise_of_floating_point_pixels_is_no_grid(x):
 
 
 def test_an_unknown_change_is_refused():
-    with pytest.raises(ValueError, match="allowed: inverted, noise"):
+    with pytest.raises(ValueError, match="allowed: inverted, noise, faded"):
         Synthetic("upside_down", 8)
