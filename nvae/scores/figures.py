@@ -93,6 +93,7 @@ def save_maps(path: Path, rows: Sequence[MapRow]) -> None:
     """Rows of images and their maps of log-likelihood, all on one scale, as PNG."""
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = max(len(row.images) for row in rows)
     low = min(float(np.quantile(row.maps, 0.002)) for row in rows)
@@ -100,7 +101,7 @@ def save_maps(path: Path, rows: Sequence[MapRow]) -> None:
     with style.context(["default", _STYLE]):
         height, width = rows[0].images.shape[-2:]
         size = 1.3 * count + 1.2, (2.4 * height / width + 0.5) * len(rows)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(rect=(0.03, 0, 0.97, 1)))
         panels = figure.subplots(2 * len(rows), count, squeeze=False)
         for axes in panels.flat:
             axes.set_axis_off()
@@ -115,14 +116,11 @@ def save_maps(path: Path, rows: Sequence[MapRow]) -> None:
                              cmap="gray", vmin=0, vmax=1)  # fmt: skip
                 above.set_title(title)
                 shown = below.imshow(each, cmap="magma", vmin=low, vmax=high)
-            panels[2 * number, 0].annotate(
-                row.what,
-                (-0.15, -0.1),
-                xycoords="axes fraction",
-                rotation=90,
-                ha="right",
+            text = panels[2 * number, 0].annotate(
+                row.what, (-0.15, -0.1), xycoords="axes fraction", rotation=90, ha="right",
                 va="center",
-            )
+            )  # fmt: skip
+            text.set_in_layout(False)  # it would push image and map apart
         bar = figure.colorbar(shown, ax=panels, shrink=0.6, pad=0.02)
         bar.set_label("log p(pixel), nats")
         _save(figure, path)
