@@ -50,7 +50,9 @@ def share_of(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[I
 
 
 def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBatch]:
-    """The first ``count`` images of a split."""
+    """The first ``count`` images of a split, 0 or more."""
+    if not count:
+        return
     for batch in batches:
         count -= len(batch.x)
         if count < 0:

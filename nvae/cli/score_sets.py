@@ -49,7 +49,10 @@ class ImageSet:
     def protocol(self) -> dict[str, Any]:
         """What its images depend on."""
         pixels = {split: pixel_protocol(self.data, split) for split in self.splits}
-        return {"splits": pixels, "change": None if self.change is None else asdict(self.change)}
+        change = None if self.change is None else asdict(self.change)
+        if change is not None and isinstance(change["counted_size"], tuple):
+            change["counted_size"] = list(change["counted_size"])  # as JSON gives it back
+        return {"splits": pixels, "change": change}
 
 
 def splits_of(data: ImageData, split: str) -> tuple[str, ...]:

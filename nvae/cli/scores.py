@@ -88,7 +88,8 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
         known = None
         if config.typicality_split is not None:
             known = known_data(data, opened, model, shown=rank == 0)
-        common = likelihood_protocol(config, opened)
+        told = {"labels": False} if model.config.num_classes else {}
+        common = {**likelihood_protocol(config, opened), **told}
         protocol = {
             "mode": "scores",
             **common,
@@ -121,7 +122,7 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
             return
         found = {
             other.name: separate(
-                scored["own"].scores, scored[other.name].scores,
+                scored[OWN].scores, scored[other.name].scores,
                 resamples=config.bootstrap, seed=config.seed,
             )
             for other in others

@@ -61,7 +61,7 @@ def separate(
         outside: the same scores of M images that do not.
         resamples: of the bootstrap, which draws N of the first and M of the second with
             replacement, the same ones for every score.
-        seed: of the bootstrap.
+        seed: of the bootstrap, any integer.
 
     Raises:
         ValueError: no image, or an impossible setting.
@@ -74,7 +74,7 @@ def separate(
         raise ValueError("nothing to compare: a set has no images, or no score is of both")
     points = {name: _measures(inside[name], outside[name]) for name in names}
     drawn = {name: np.empty((resamples, 3)) for name in names}
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)
     for i in range(resamples):
         rows, others = generator.integers(n, size=n), generator.integers(m, size=m)
         for name in names:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from nvae.cli import evaluate as evaluate_module
 from nvae.cli.evaluate_config import EvaluateConfig
-from nvae.cli.score_sets import converted
+from nvae.cli.score_sets import ImageSet, converted
 from nvae.data import DataConfig
 from nvae.data.dataset import ImageData
 from nvae.evaluation import RecordStore
+from nvae.scores import Synthetic
 from tests.training.ranks import free_port
 
 from .checkpoints import DATA, write_checkpoint
@@ -226,6 +227,16 @@ def test_densities_are_called_so(evaluate, tmp_path):
     printed = evaluate(f"checkpoint={checkpoint}", *SCORES, "output=s.json")
     assert "of the density of 2x - 1" in printed
     assert json.loads((tmp_path / "s.json").read_text())["result"]["density_of"] == "2x - 1"
+
+
+def test_a_protocol_comes_back_from_json_as_it_was():
+    """Or the same command would take its own result for somebody else's."""
+    own = replace(DATA, image_size=[12, 16], counted_size=[8, 12], labels="auto")
+    data = ImageData(own)
+    data.setup()
+    change = Synthetic("inverted", 4, data.config.counted_size)
+    protocol = ImageSet("inverted", data, ("test",), change).protocol()
+    assert json.loads(json.dumps(protocol)) == protocol
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_intervals_hold_the_value_shrink_with_images_and_are_seeded():
     assert 0.7 < many.low < many.high < 0.82  # of two Normals one sigma apart: 0.76
     assert of(40) == few
     assert of(40, seed=1) != few
+    assert of(40, seed=-1) != few
 
 
 def test_a_score_that_separates_in_every_resample_is_surely_good():
