@@ -26,6 +26,8 @@ STREAM_POSTERIOR = 102
 STREAM_PIXELS = 103
 STREAM_TRAVERSE = 104
 STREAM_RECALIBRATION = 105
+STREAM_RATIO = 106
+STREAM_NOISE = 107
 
 UNIFORM_BITS = 24
 """Resolution of :func:`uniform_bits`: every such integer is exact in float32."""

@@ -13,8 +13,8 @@ ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
     *("pictures", "ops", "models", "regularizers", "elbo", "objective", "published"),
     *("published_very_deep", "checkpoint"),
-    *("bn_recalibration", "sampling", "evaluation", "data", "codec", "report", "training"),
-    *("export", "hub", "cli"),
+    *("bn_recalibration", "sampling", "evaluation", "scores", "data", "codec", "report"),
+    *("training", "export", "hub", "cli"),
 ]
 """Each may import those before it."""
 

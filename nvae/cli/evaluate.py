@@ -1,21 +1,18 @@
-"""`evaluate.py`: likelihood and sample quality of a checkpoint, as one JSON file and a table."""
+"""`evaluate.py`: likelihood and sample quality of a checkpoint, as one JSON file and a table.
 
-import os
+What it does with ``mode=scores`` is in :mod:`nvae.cli.scores`.
+"""
+
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 
 from nvae.cli.checkpoint_data import (
-    OpenedCheckpoint,
     choose_data,
     open_checkpoint,
     open_data,
@@ -23,19 +20,22 @@ from nvae.cli.checkpoint_data import (
     split_off_data,
     with_data,
 )
-from nvae.cli.common import (
-    file_sha256,
-    open_device,
-    precision_name,
-    progress_bar,
-    recalibrated,
-    short_hash,
-    versions,
-)
+from nvae.cli.common import progress_bar, short_hash, versions
 from nvae.cli.errors import run_command
 from nvae.cli.evaluate_config import EvaluateConfig
+from nvae.cli.evaluation_run import (
+    already_done,
+    first_images,
+    likelihood_protocol,
+    output_path,
+    process_group,
+    rank_device,
+    share_of,
+    statistics,
+)
 from nvae.cli.schema import build
-from nvae.data.dataset import ImageBatch, ImageData
+from nvae.cli.scores import score_checkpoint
+from nvae.data.dataset import ImageData
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.evaluation.distances import NEEDS_FEATURES, check_possible, distances
 from nvae.evaluation.extractors import FeatureExtractor, load_extractor
@@ -46,10 +46,9 @@ from nvae.evaluation.features import (
     pool_features,
     reference_features,
 )
-from nvae.files import read_json, write_json
+from nvae.files import write_json
 from nvae.models import HierarchicalVAE
 from nvae.models.very_deep import VeryDeepConfig
-from nvae.ops.library import check_kernels
 from nvae.sampling import CompiledDecoder
 from nvae.settings import height_width
 
@@ -63,7 +62,11 @@ def main() -> None:
 
 def _run(composed: DictConfig) -> None:
     own, given = split_off_data(composed)
-    _evaluate(build(EvaluateConfig, own), given)
+    config = build(EvaluateConfig, own)
+    if config.mode == "scores":
+        score_checkpoint(config, given)
+    else:
+        _evaluate(config, given)
 
 
 def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
@@ -71,15 +74,16 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
     model = opened.model
     chosen = choose_data(given, opened.run_config)
     with process_group() as (rank, world):
-        device = _device(config, rank, world)
+        device = rank_device(config, rank, world)
         extractor = open_extractor(config, device)
         data = open_data(chosen, model.config)
-        likelihood = _protocol(config, opened, data)
+        images = {"data": pixel_protocol(data, config.split), "split": config.split}
+        likelihood = {**likelihood_protocol(config, opened), **images}
         protocol = likelihood
         if extractor is not None:
             protocol = {**likelihood, "samples": metrics_protocol(config, extractor)}
-        output = _output(config, opened.file, protocol)
-        if _already_done(output, protocol, config.overwrite):
+        output = output_path(config, opened.file, protocol, config.split)
+        if already_done(output, protocol, config.overwrite):
             return
         model = model.to(device)
         model.choose_kernels(config.kernels)
@@ -89,7 +93,7 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         key = short_hash(likelihood)
         partial = output.with_name(f".{opened.file.stem}-{config.split}.partial-{key}")
         started = monotonic()
-        with _statistics(config, opened.file, model, shown=rank == 0):
+        with statistics(config, opened.file, model, shown=rank == 0):
             store = RecordStore(partial, key, rank)
             result = _bound(config, model, data, store, rank, world)
             if rank == 0:
@@ -183,94 +187,10 @@ def _bound(
     return result
 
 
-def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBatch]:
-    """The first ``count`` images of a split."""
-    for batch in batches:
-        count -= len(batch.x)
-        if count < 0:
-            yield batch[:count]
-        else:
-            yield batch
-        if count <= 0:
-            return
-
-
 def _quality_table(quality: dict[str, Any]) -> str:
     lines = [f"\n{'samples':24}{quality['generated']:>12}   compared with {quality['real']} images"]
     lines += [f"{k:24}{v:>12.4f}" for k, v in quality.items() if isinstance(v, float)]
     return "\n".join(lines)
-
-
-@contextmanager
-def _statistics(
-    config: EvaluateConfig, weights: Path, model: HierarchicalVAE, *, shown: bool
-) -> Iterator[None]:
-    if not config.recalibrate_bn:
-        yield
-        return
-    with recalibrated(
-        model, weights, [config.statistics_temperature] * model.num_groups,
-        batches=config.recalibrate_bn, batch_size=config.bn_batch_size, seed=config.bn_seed,
-        shown=shown,
-    ):  # fmt: skip
-        yield
-
-
-def _protocol(config: EvaluateConfig, opened: OpenedCheckpoint, data: ImageData) -> dict[str, Any]:
-    """Everything that the likelihood depends on."""
-    recalibration = {
-        "batches": config.recalibrate_bn,
-        "temperature": config.statistics_temperature,
-        "batch_size": config.bn_batch_size,
-        "seed": config.bn_seed,
-    }
-    part = {} if config.max_images is None else {"max_images": config.max_images}
-    return {
-        "checkpoint_sha256": file_sha256(opened.file),
-        "weights": opened.weights,
-        "data": pixel_protocol(data, config.split),
-        "split": config.split,
-        **part,
-        "importance_samples": list(config.bounds.importance_samples),
-        "elbo_samples": config.elbo_samples,
-        **({"labels": config.labels} if opened.model.config.num_classes else {}),
-        "seed": config.seed,
-        "batch_norm": recalibration if config.recalibrate_bn else "running statistics",
-        "precision": precision_name(tf32=config.tf32),
-    }
-
-
-def _output(config: EvaluateConfig, weights: Path, protocol: dict[str, Any]) -> Path:
-    if config.output:
-        return Path(config.output)
-    name = f"{weights.stem}-{config.split}-{short_hash(protocol)}.json"
-    return weights.parent / "evaluation" / name
-
-
-def _already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the very same evaluation is there; another one in its place is an error."""
-    if overwrite or not output.exists():
-        return False
-    try:
-        found = read_json(output)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("protocol") != protocol:
-        raise ValueError(
-            f"{output} is there already and holds something else; give another output or "
-            "overwrite=true"
-        )
-    print(f"done before, with the same settings: {output}\noverwrite=true evaluates again")
-    return True
-
-
-def _device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
-    device = open_device(config.device, tf32=config.tf32)
-    if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-    check_kernels(config.kernels, device)
-    return device
 
 
 def open_extractor(config: EvaluateConfig, device: Any) -> FeatureExtractor | None:
@@ -393,34 +313,3 @@ def _reference(
     return reference_features(
         Path(config.reference_cache), protocol, compute, keep=keep, distributed=world > 1
     )
-
-
-_PATIENCE = timedelta(days=7)
-"""A process that is done waits for the slowest, which may be hours behind on another GPU: torch's
-half an hour would end both. One that fails still ends all at once: `torchrun` sees to that."""
-
-
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Rank and number of processes; more than one where `torchrun` started us."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    # only records and features travel, from the CPU
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
-
-
-def share_of(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
-    """Every ``world``-th image of a split; no batch is empty."""
-    if world == 1:
-        yield from batches
-        return
-    for batch in batches:
-        mine = batch.index % world == rank
-        if mine.any():
-            yield batch[mine]

@@ -5,12 +5,18 @@ from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
 from nvae.cli.sample_config import check_temperature, pixel_setting
-from nvae.data.config import SPLITS
+from nvae.data.config import CONFIG_FOLDER, SPLITS, is_known
 from nvae.evaluation import BoundSettings
 from nvae.evaluation.distances import DistanceSettings, check_metrics
 from nvae.ops.library import IMPLS
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
-from nvae.settings import Bounds, check_choice, check_fields
+from nvae.scores.scoring import ScoreSettings
+from nvae.scores.synthetic import CHANGES
+from nvae.settings import Bounds, check_choice, check_fields, did_you_mean
+
+MODES = ("likelihood", "scores")
+ALL = "all"
+"""In place of a split: all that a set has."""
 
 _BOUNDS: dict[str, Bounds] = {
     "max_images": (1, None),
@@ -21,6 +27,9 @@ _BOUNDS: dict[str, Bounds] = {
     "neighbors": (1, 1_000_000),
     "kid_subsets": (1, 100_000),
     "kid_subset_size": (2, 1_000_000),
+    "typicality_images": (1, None),
+    "bootstrap": (1, 1_000_000),
+    "maps": (0, 64),
 }
 
 
@@ -32,6 +41,7 @@ class EvaluateConfig:
     """
 
     checkpoint: str
+    mode: str = "likelihood"
     split: str = "test"
     max_images: int | None = None
     plugins: list[str] = field(default_factory=list)
@@ -63,12 +73,21 @@ class EvaluateConfig:
     neighbors: int = 5
     kid_subsets: int = 100
     kid_subset_size: int = 1000
+    ratio_samples: int = 1
+    typicality_split: str | None = "train"
+    typicality_images: int | None = 1000
+    against: Any = field(default_factory=list)
+    against_root: str | None = None
+    against_split: str = "test"
+    bootstrap: int = 200
+    maps: int = 8
     output: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "", **_BOUNDS)
-        check_split(self.split)
+        check_choice("mode", self.mode, MODES)
+        self._check_scores()
         check_choice("reference_split", self.reference_split, SPLITS)
         check_choice("weights", self.weights, ("ema", "raw"))
         check_choice("kernels", self.kernels, IMPLS)
@@ -84,6 +103,46 @@ class EvaluateConfig:
             )
         check_pixel_temperature(self.pixels)
         _ = self.bounds
+
+    def _check_scores(self) -> None:
+        """What only one of the modes does is refused in the other."""
+        _ = self.others
+        if self.mode == "likelihood":
+            check_split(self.split)
+            if self.against or self.against_root is not None:
+                name = "against" if self.against else "against_root"
+                raise ValueError(f"{name}={getattr(self, name)} is of mode=scores")
+            return
+        if self.metrics:
+            raise ValueError(f"metrics=[{','.join(self.metrics)}] are of mode=likelihood")
+        check_choice("split", self.split, (*SPLITS, ALL))
+        check_choice("against_split", self.against_split, (*SPLITS, ALL))
+        if self.typicality_split is not None:
+            check_choice("typicality_split", self.typicality_split, SPLITS)
+        sets = [name for name in self.others if name not in CHANGES]
+        if self.against_root is not None and len(sets) != 1:
+            raise ValueError(
+                f"against_root={self.against_root} is the folder of one set, and against names "
+                f"{', '.join(sets) or 'none'}"
+            )
+        _ = ScoreSettings(ratio_samples=self.ratio_samples)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What the images are held against; a ValueError for what is neither set nor change."""
+        names = [self.against] if isinstance(self.against, str) else self.against
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"against={self.against}: it takes a name, or a list of names: against=[NAME,NAME]"
+            )
+        known = [*CHANGES, *sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))]
+        for name in names:
+            if name not in CHANGES and not is_known(name):
+                raise ValueError(
+                    f"against={name} is unknown{did_you_mean(name, known)}; allowed: "
+                    f"{', '.join(known)}"
+                )
+        return tuple(dict.fromkeys(names))
 
     @property
     def bounds(self) -> BoundSettings:

@@ -36,7 +36,7 @@ from nvae.data.readers import (
     read_source,
 )
 from nvae.data.readers.splits import Plan, plan_splits
-from nvae.data.store import Manifest
+from nvae.data.store import Manifest, read_manifest
 from nvae.data.writing import StoreWriter, exclusive
 
 _CHUNK = 32
@@ -262,6 +262,34 @@ def _prepare(
         )
         writer.commit(manifest)
     return manifest
+
+
+def picture_names(config: DataConfig, split: str) -> list[str] | None:
+    """Paths of a split's pictures below the source, in the order of their indices.
+
+    Args:
+        config: a data set that is prepared.
+        split: one that it has itself.
+
+    Returns:
+        None where the source is no folder or archive of pictures, has gone or changed, or where
+        pictures were left out when it was prepared.
+    """
+    if config.format in IN_MEMORY_FORMATS or not is_current(config):
+        return None
+    source, manifest = source_folder(config), read_manifest(prepared_folder(config))
+    if manifest.format != "folder" or not source.exists():
+        return None
+    parts = read_source(source, manifest.format, config)
+    plan = plan_splits({name: part.count for name, part in parts.items()}, config)
+    number = SPLITS.index(split)
+    names = [
+        item.name
+        for name, part in parts.items()
+        for place, item in _with_split(part, plan.destination[name])
+        if place == number
+    ]
+    return names if len(names) == manifest.splits[split].count else None
 
 
 def _read_or_download(config: DataConfig, source: Path) -> tuple[str, dict[str, Part]]:

@@ -112,13 +112,19 @@ class ImageData:
                 f"{num_classes}: model.num_classes={len(self._classes)}, or data.labels=false"
             )
 
-    def _resolve(self, name: str) -> str:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The splits that the set has itself."""
+        return tuple(name for name in SPLITS if name in self._splits)
+
+    def resolved(self, name: str) -> str:
+        """The split whose images `name` reads."""
         other = {VALID: TEST, TEST: VALID}.get(name, name)
         return name if name in self._splits else other
 
     def split(self, name: str) -> Split:
         """The images that `train`, `valid` or `test` reads."""
-        return self._splits[self._resolve(name)]
+        return self._splits[self.resolved(name)]
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run's order of images depends on, in plain types.
@@ -185,7 +191,7 @@ class ImageData:
         batch_size: int | None = None,
     ) -> EvalLoader:
         """Every image of a split once, in order: no flip, fixed binarization."""
-        name = self._resolve(name)
+        name = self.resolved(name)
         split = self._splits[name]
         sampler = EvalSampler(len(split), batch_size or self.config.eval_batch_size, shard)
         return EvalLoader(sampler, split, name, **self._options(split, device))
@@ -215,12 +221,19 @@ class ImageData:
             self._labels[split, device] = labels.to(device)
         return self._labels[split, device]
 
-    def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
-        """Model inputs of a split in order on `device`."""
-        for raw in self.eval_loader(split):
+    def batches(
+        self, split: str, device: torch.device | str = "cpu", shard: Shard = _ALONE
+    ) -> Iterator[ImageBatch]:
+        """Model inputs of a split, or of a share of it, in order on `device`."""
+        for raw in self.eval_loader(split, shard):
             images = None if raw.images is None else raw.images.to(device, non_blocking=True)
             indices = raw.indices.to(device, non_blocking=True)
             yield self.to_input(raw._replace(images=images, indices=indices))
+
+    def some(self, split: str, index: Tensor) -> ImageBatch:
+        """The images of a split with these indices, (N,) int64, as `batches` gives them."""
+        images = self.split(split).gather(index, epoch=None, seed=self.config.seed)
+        return self.to_input(RawBatch(images, index, self.resolved(split), None))
 
 
 def open_splits(config: DataConfig) -> dict[str, Split]:
@@ -319,8 +332,10 @@ def _digits(config: DataConfig) -> tuple[Tensor, Tensor]:
     what they are."""
     from sklearn.datasets import load_digits  # takes a second
 
-    if config.channels != 1:
-        raise ValueError(f"data.channels is {config.channels}; the digits are gray: channels=1")
+    if config.channels not in (1, 3):
+        raise ValueError(
+            f"data.channels is {config.channels}; the digits are gray: channels=1 or 3"
+        )
     if keeps_depth(config):
         raise ValueError(
             "the digits have 17 levels: they take data.bits of at most 8, data.floats=false and no "

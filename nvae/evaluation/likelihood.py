@@ -35,6 +35,9 @@ _MOST_BOUNDS = 1000
 Progress = Callable[[int], None]
 """Called with the number of rows just done; a row is one draw of one image."""
 
+Compute = Callable[[Tensor, Tensor, Tensor | None], ImageRecords]
+"""Records of images ``(B, C, H, W)`` in [0, 1] from their indices ``(B,)`` and labels, if any."""
+
 
 @dataclass(frozen=True)
 class BoundSettings:
@@ -129,14 +132,59 @@ def evaluate(
         FloatingPointError: a likelihood is not finite.
     """
     settings = BoundSettings(tuple(importance_samples), elbo_samples, seed, chunk)
-    _check_precision(model)
     if store is not None:
         groups, channels = model.num_groups, model.latent_channels
         store.check_shapes(groups, channels, len(settings.importance_samples))
+
+    def compute(x: Tensor, index: Tensor, labels: Tensor | None) -> ImageRecords:
+        return bound_images(model, x, index, settings, progress, labels)
+
+    records = image_records(
+        model, batches, compute, images_per_pass=settings.images_per_pass,
+        rows_per_image=settings.draws, progress=progress, store=store, labels=labels,
+        distributed=distributed, group=group,
+    )  # fmt: skip
+    return summarize(records, model, settings.importance_samples)
+
+
+def image_records(
+    model: HierarchicalVAE,
+    batches: Iterable[IndexedImages],
+    compute: Compute,
+    *,
+    images_per_pass: int,
+    rows_per_image: int,
+    progress: Progress | None = None,
+    store: RecordStore | None = None,
+    labels: bool = True,
+    distributed: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> ImageRecords:
+    """What ``compute`` finds of every image, sorted by index; images in ``store`` are done already.
+
+    Args:
+        model: evaluated in eval mode and left as it was.
+        batches: see :func:`evaluate` for this and for all that is not explained here.
+        compute: what to do with some images; it reports progress itself.
+        images_per_pass: images that it takes at once.
+        rows_per_image: progress of an image that is done already.
+        progress: see there.
+        store: see there.
+        labels: see there.
+        distributed: see there.
+        group: see there.
+
+    Raises:
+        ValueError: no images, wrong sizes or a model in half precision.
+        Exception: what ``compute`` raises.
+    """
+    _check_precision(model)
     records, error = None, None
     try:
         with model.evaluating():
-            records = _all_records(model, batches, settings, progress, store, labels)
+            records = _all_records(
+                model, batches, compute, images_per_pass, rows_per_image, progress, store, labels
+            )
     except Exception as failure:  # the other ranks must hear of it
         if not distributed:
             raise
@@ -148,7 +196,7 @@ def evaluate(
         records = pool_ranks(records, error, group)
     if records is None:
         raise ValueError("no images to evaluate: the data gave no batch")
-    return summarize(records, model, settings.importance_samples)
+    return records
 
 
 def _check_precision(model: HierarchicalVAE) -> None:
@@ -163,7 +211,9 @@ def _check_precision(model: HierarchicalVAE) -> None:
 def _all_records(
     model: HierarchicalVAE,
     batches: Iterable[IndexedImages],
-    settings: BoundSettings,
+    compute: Compute,
+    images_per_pass: int,
+    rows_per_image: int,
     progress: Progress | None,
     store: RecordStore | None,
     told: bool,
@@ -177,14 +227,13 @@ def _all_records(
         model.check_images(x)
         if not todo.all():
             if progress is not None:
-                progress(int((~todo).sum()) * settings.draws)
+                progress(int((~todo).sum()) * rows_per_image)
             x, index = x[todo.to(x.device)], index[todo.to(index.device)]
             labels = None if labels is None else labels[todo.to(labels.device)]
-        size = settings.images_per_pass
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
+        for start in range(0, len(x), images_per_pass):
+            rows = slice(start, start + images_per_pass)
             own = None if labels is None else labels[rows]
-            records = bound_images(model, x[rows], index[rows], settings, progress, own)
+            records = compute(x[rows], index[rows], own)
             parts.append(records)
             if store is not None:
                 store.add(records)
@@ -244,7 +293,7 @@ def bound_images(
     kl = torch.zeros(images, model.num_groups, model.latent_channels, dtype=torch.float64)
     evidence, effective = [], []
     for draws in settings.draw_ranges(images):
-        output, log_likelihood = _decode_draws(model, x, encoder_maps, keys, draws, labels)
+        output, log_likelihood = decode_draws(model, x, encoder_maps, keys, draws, labels)
         rows = (images, len(draws))
         if draws.start < settings.elbo_samples:
             reconstruction -= log_likelihood.view(rows).double().sum(1).cpu()
@@ -268,7 +317,7 @@ def bound_images(
     return records
 
 
-def _decode_draws(
+def decode_draws(
     model: HierarchicalVAE,
     x: Tensor,
     encoder_maps: Sequence[Tensor],
@@ -276,21 +325,40 @@ def _decode_draws(
     draws: range,
     labels: Tensor | None,
 ) -> tuple[Output, Tensor]:
-    """Top-down pass of some draws: rows are image-major, ``(B * k, ...)``."""
+    """Top-down pass of some draws from the posteriors.
+
+    Args:
+        model: in eval mode.
+        x: images ``(B, C, H, W)``.
+        encoder_maps: of ``model.encode(x)``.
+        keys: ``(B,)``, of the images' noise.
+        draws: k numbers.
+        labels: classes ``(B,)`` or None.
+
+    Returns:
+        The pass, its rows image-major, ``(B * k, ...)``, and log p(x | z), ``(B * k,)``.
+    """
     k = len(draws)
-    words = torch.arange(draws.start, draws.stop, device=keys.device)
-    row_keys = fold_in(keys[:, None], words).flatten()
-    noise = latent_noise(row_keys, model.latent_shapes, x.dtype)
+    noise = noise_of_draws(model, keys, draws, x.dtype)
     # once where groups share a map: the layers of a deep model read a few maps between them
     distinct = {id(feature): feature for feature in encoder_maps}
     repeated = {key: feature.repeat_interleave(k, dim=0) for key, feature in distinct.items()}
     maps = [repeated[id(feature)] for feature in encoder_maps]
     own = None if labels is None else labels.repeat_interleave(k)
-    given = model.conditioned_by(own, len(row_keys))
+    given = model.conditioned_by(own, len(x) * k)
     state, groups = model.top_down(noise, encoder_maps=maps, **given)
     output = Output(model.decode_state(state), groups)
     log_likelihood = model.likelihood(output.logits).log_prob(x.repeat_interleave(k, dim=0))
     return output, log_likelihood
+
+
+def noise_of_draws(
+    model: HierarchicalVAE, keys: Tensor, draws: range, dtype: torch.dtype
+) -> list[Tensor]:
+    """Standard normal noise of every group for k draws of images with ``keys`` ``(B,)``: one
+    ``(B * k, L, h, w)`` a group, image-major."""
+    words = torch.arange(draws.start, draws.stop, device=keys.device)
+    return latent_noise(fold_in(keys[:, None], words).flatten(), model.latent_shapes, dtype)
 
 
 def _columns(values: list[Tensor], images: int) -> NDArray[np.float64]:

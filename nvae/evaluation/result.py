@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -45,8 +45,25 @@ class ImageRecords:
     def __len__(self) -> int:
         return len(self.index)
 
+    def check(self) -> None:
+        """Raise a ValueError unless types, shapes and numbers are those of records."""
+        if self.kl_per_channel.ndim != 3 or self.log_evidence.ndim != 2:
+            raise ValueError("its arrays do not fit each other")
+        images, groups, channels = self.kl_per_channel.shape
+        bounds = images, self.log_evidence.shape[1]
+        check_array("index", self.index, np.int64, (images,))
+        check_array("reconstruction", self.reconstruction, np.float64, (images,))
+        check_array("kl_per_channel", self.kl_per_channel, np.float64, (images, groups, channels))
+        check_array("log_evidence", self.log_evidence, np.float64, bounds)
+        check_array("effective_samples", self.effective_samples, np.float64, bounds)
+        if (self.index < 0).any():
+            raise ValueError("index holds numbers below 0")
 
-def concatenate(parts: Sequence[ImageRecords]) -> ImageRecords:
+
+R = TypeVar("R", bound=ImageRecords)
+
+
+def concatenate(parts: Sequence[R]) -> R:
     """All parts in one, sorted by index; an image that occurs twice is counted once.
 
     Raises:
@@ -54,19 +71,20 @@ def concatenate(parts: Sequence[ImageRecords]) -> ImageRecords:
     """
     if not parts:
         raise ValueError("no images to evaluate: the data gave no batch")
+    kind = type(parts[0])
     arrays = {
         field.name: np.concatenate([getattr(part, field.name) for part in parts])
-        for field in fields(ImageRecords)
+        for field in fields(kind)
     }
     _, first = np.unique(arrays["index"], return_index=True)
-    return ImageRecords(**{name: array[first] for name, array in arrays.items()})
+    return kind(**{name: array[first] for name, array in arrays.items()})
 
 
 def pool_ranks(
-    records: ImageRecords | None,
+    records: R | None,
     error: Exception | None = None,
     group: dist.ProcessGroup | None = None,
-) -> ImageRecords | None:
+) -> R | None:
     """Every rank's records, on every rank; ranks may hold unequal numbers of images, or none.
 
     Args:
@@ -90,21 +108,6 @@ def pool_ranks(
     return concatenate(found) if found else None
 
 
-def _check(records: ImageRecords) -> None:
-    """Raise a ValueError unless types, shapes and numbers are those of records."""
-    if records.kl_per_channel.ndim != 3 or records.log_evidence.ndim != 2:
-        raise ValueError("its arrays do not fit each other")
-    images, groups, channels = records.kl_per_channel.shape
-    bounds = images, records.log_evidence.shape[1]
-    check_array("index", records.index, np.int64, (images,))
-    check_array("reconstruction", records.reconstruction, np.float64, (images,))
-    check_array("kl_per_channel", records.kl_per_channel, np.float64, (images, groups, channels))
-    check_array("log_evidence", records.log_evidence, np.float64, bounds)
-    check_array("effective_samples", records.effective_samples, np.float64, bounds)
-    if (records.index < 0).any():
-        raise ValueError("index holds numbers below 0")
-
-
 class RecordStore:
     """Finished images on disk, so that a killed evaluation goes on where it stopped.
 
@@ -113,14 +116,17 @@ class RecordStore:
             on with another number of processes.
         protocol: what the numbers depend on; a file made under another one is refused.
         rank: this process's, which writes only its own file.
+        kind: of the records.
 
     Raises:
         ValueError: a file belongs to another protocol or cannot be read.
     """
 
-    def __init__(self, folder: Path, protocol: str, rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, protocol: str, rank: int = 0, kind: type[ImageRecords] = ImageRecords
+    ) -> None:
         self.folder = folder
-        self._protocol = protocol
+        self._protocol, self._kind = protocol, kind
         self._path = folder / f"rank{rank}.npz"
         self._saved_at = time.monotonic()
         files = sorted(folder.glob("rank*.npz"))
@@ -131,8 +137,8 @@ class RecordStore:
         try:
             found = read_kept_arrays(path, self._protocol)
             if found is not None:
-                records = ImageRecords(**found)
-                _check(records)
+                records = self._kind(**found)
+                records.check()
                 return records
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete it") from None

@@ -206,6 +206,18 @@ class PixelDistribution(ABC):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x | z) over the counted pixels, ``(B,)``, in nats."""
 
+    def pixel_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | z) of every pixel, counted or not, in nats: what :meth:`log_prob` adds up.
+
+        Of every channel, ``(B, C, H, W)``, or of all channels together, ``(B, 1, H, W)``.
+
+        Raises:
+            ValueError: this likelihood does not tell.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no pixel_log_prob, which maps of the likelihood need"
+        )
+
     @abstractmethod
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """One image per row; temperature (>= 0) narrows the pixel noise, 0 takes the mode."""
@@ -281,9 +293,15 @@ class Bernoulli(PixelDistribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(B,)`` nats; ``x`` is 0 or 1."""
+        return -sum_counted(self._cross_entropy(x), self.counted_size)
+
+    def pixel_log_prob(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` nats."""
+        return -self._cross_entropy(x)
+
+    def _cross_entropy(self, x: Tensor) -> Tensor:
         x = x.to(self.logits.dtype)
-        loss = F.binary_cross_entropy_with_logits(self.logits, x, reduction="none")
-        return -sum_counted(loss, self.counted_size)
+        return F.binary_cross_entropy_with_logits(self.logits, x, reduction="none")
 
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw 0/1 pixels; temperature divides the log-odds."""
@@ -322,7 +340,11 @@ class NormalPixels(PixelDistribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(B,)`` nats of density."""
-        return sum_counted(self.normal.log_prob(2 * x - 1), self.counted_size)
+        return sum_counted(self.pixel_log_prob(x), self.counted_size)
+
+    def pixel_log_prob(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` nats of density."""
+        return self.normal.log_prob(2 * x - 1)
 
     def sample(self, temperature: float = 1.0, generator: Randomness = None) -> Tensor:
         """Draw; temperature multiplies sigma."""
@@ -444,9 +466,13 @@ class LogisticMixture(PixelDistribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """``(B,)`` nats; ``x`` on the grid k / (2^bits - 1)."""
+        return sum_counted(self.pixel_log_prob(x), self.counted_size)
+
+    def pixel_log_prob(self, x: Tensor) -> Tensor:
+        """``(B, 1, H, W)`` nats: a component's weight is shared by the channels."""
         masses = self._log_masses(x.to(self.means.dtype)).sum(1)
         log_prob = masses + F.log_softmax(self.mixture_logits, dim=1)
-        return sum_counted(torch.logsumexp(log_prob, dim=1, keepdim=True), self.counted_size)
+        return torch.logsumexp(log_prob, dim=1, keepdim=True)
 
     def _log_masses(self, x: Tensor) -> Tensor:
         """Of every component at ``x`` ``(B, C, H, W)``, ``(B, C, M, H, W)`` in nats."""

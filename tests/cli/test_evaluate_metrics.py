@@ -64,7 +64,7 @@ def no_work(monkeypatch):
     def worked(*_args, **_kwargs):
         raise AssertionError("work began before the mistake was found")
 
-    for name in ("evaluate.evaluate", "evaluate.recalibrated", "evaluate.measure"):
+    for name in ("evaluate.evaluate", "evaluation_run.recalibrated", "evaluate.measure"):
         monkeypatch.setattr(f"nvae.cli.{name}", worked)
 
 

@@ -27,8 +27,8 @@ from nvae.bn_recalibration import (
     save_statistics,
 )
 from nvae.checkpoint import CheckpointError, save_model
-from nvae.cli.evaluate import _already_done
 from nvae.cli.evaluate import main as evaluate_main
+from nvae.cli.evaluation_run import already_done
 from nvae.cli.sample import SampleFolder
 from nvae.cli.sample import main as sample_main
 from nvae.evaluation import RecordStore, evaluate
@@ -313,14 +313,14 @@ def test_a_result_of_any_type_is_somebody_elses(tmp_path):
     for text in (*texts, "[" * 100_000, "", "{", "1" * 10_000):
         path.write_text(text)
         try:
-            _already_done(path, protocol, overwrite=False)
+            already_done(path, protocol, overwrite=False)
         except ValueError:
             continue
         assert json.loads(text)["protocol"] == protocol
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="overwrite=true"):
-        _already_done(path, protocol, overwrite=False)
+        already_done(path, protocol, overwrite=False)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
