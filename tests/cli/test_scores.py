@@ -300,6 +300,7 @@ def _process(rank, port, arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_agree_with_one(evaluate, checkpoint, tmp_path):
     common = (
         *(f"checkpoint={checkpoint}", *SCORES, "against=noise", "bootstrap=5", "max_images=7"),

@@ -171,8 +171,15 @@ def _command(process: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early", [False, True], ids=["in training", "in setup"])
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the first alone", "a terminal"])
+@pytest.mark.parametrize(
+    ("whole_group", "early"),
+    [
+        pytest.param(False, False, id="the first alone, in training"),
+        pytest.param(True, True, id="a terminal, in setup"),
+        pytest.param(False, True, id="the first alone, in setup", marks=pytest.mark.exhaustive),
+        pytest.param(True, False, id="a terminal, in training", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_interrupt_ends_all_ranks(tmp_path: Path, whole_group: bool, early: bool) -> None:
     """Of the first alone, as `kill` does, and of all, as a terminal does; nobody is left behind."""
     job = _two_ranks(tmp_path)
