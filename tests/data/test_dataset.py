@@ -40,9 +40,14 @@ def test_digits_can_be_enlarged(make_config):
     assert digits(make_config, image_size=16)["train"].shape == (16, 16, 1)
 
 
-def test_digits_have_no_color(make_config):
-    with pytest.raises(ValueError, match="channels=1"):
-        digits(make_config, channels=3)
+def test_digits_are_gray_also_in_color(make_config):
+    """A model of color is held against them; no other number of channels has a meaning."""
+    some = torch.arange(4)
+    color = digits(make_config, channels=3)["train"].gather(some, epoch=None, seed=0)
+    gray = digits(make_config)["train"].gather(some, epoch=None, seed=0)
+    assert torch.equal(color, gray.expand(-1, -1, -1, 3))
+    with pytest.raises(ValueError, match="channels=1 or 3"):
+        digits(make_config, channels=2)
 
 
 def test_random_images_are_seeded_and_fill_the_range(make_config):
