@@ -20,7 +20,7 @@ from nvae.cli.checkpoint_data import (
     split_off_data,
     with_data,
 )
-from nvae.cli.common import progress_bar, short_hash, versions
+from nvae.cli.common import progress_bar, short_hash
 from nvae.cli.errors import run_command
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.evaluation_run import (
@@ -30,6 +30,7 @@ from nvae.cli.evaluation_run import (
     output_path,
     process_group,
     rank_device,
+    run_facts,
     share_of,
     statistics,
 )
@@ -108,13 +109,7 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         if rank == 0:
             if quality is not None:
                 print(_quality_table(quality))
-            facts = {
-                "checkpoint": config.checkpoint,
-                "seconds": round(monotonic() - started, 1),
-                "chunk": config.chunk,
-                "processes": world,
-                "versions": versions(device),
-            }
+            facts = run_facts(config, device, world, started)
             results = {"result": result.to_dict(), "samples": quality}
             if normalized is not None:
                 results["normalized"] = normalized.to_dict()

@@ -5,13 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nvae.cli.checkpoint_data import OpenedCheckpoint
-from nvae.cli.common import file_sha256, open_device, precision_name, recalibrated, short_hash
+from nvae.cli.common import (
+    file_sha256,
+    open_device,
+    precision_name,
+    recalibrated,
+    short_hash,
+    versions,
+)
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.data.dataset import ImageBatch
 from nvae.files import read_json
@@ -134,3 +142,16 @@ def already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> boo
         )
     print(f"done before, with the same settings: {output}\noverwrite=true evaluates again")
     return True
+
+
+def run_facts(
+    config: EvaluateConfig, device: torch.device, world: int, started: float
+) -> dict[str, Any]:
+    """What a result says of the run itself, and no number depends on; ``started``: monotonic."""
+    return {
+        "checkpoint": config.checkpoint,
+        "seconds": round(monotonic() - started, 1),
+        "chunk": config.chunk,
+        "processes": world,
+        "versions": versions(device),
+    }

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nvae.cli.checkpoint_data import choose_data, open_checkpoint, open_data, pixel_protocol
-from nvae.cli.common import progress_bar, short_hash, versions
+from nvae.cli.common import progress_bar, short_hash
 from nvae.cli.evaluate_config import EvaluateConfig
 from nvae.cli.evaluation_run import (
     already_done,
@@ -21,6 +21,7 @@ from nvae.cli.evaluation_run import (
     output_path,
     process_group,
     rank_device,
+    run_facts,
     share_of,
     statistics,
 )
@@ -134,13 +135,7 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
         if advice is not None:
             print(f"\n{advice.text}")
         files.write(scored, maps)
-        facts = {
-            "checkpoint": config.checkpoint,
-            "seconds": round(monotonic() - started, 1),
-            "chunk": config.chunk,
-            "processes": world,
-            "versions": versions(device),
-        }
+        facts = run_facts(config, device, world, started)
         result = {
             "scores": {name: _summary(each) for name, each in scored.items()},
             "density_of": density_of,
@@ -160,14 +155,12 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
 def _reference_protocol(config: EvaluateConfig, known: ImageData) -> dict[str, Any]:
     split = config.typicality_split
     assert split is not None
+    there = len(known.split(split))
     return {
         "data": pixel_protocol(known, split),
         "split": split,
-        "images": min(len(known.split(split)), config.typicality_images or _EVERY),
+        "images": min(there, config.typicality_images or there),
     }
-
-
-_EVERY = 1 << 62
 
 
 @dataclass(frozen=True)
