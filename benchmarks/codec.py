@@ -20,6 +20,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def main() -> None:
     parts.measure("negative_elbo", lambda: _negative_elbo(opened.model, x, options.draws))
     for start in range(0, count, options.archive or count):
         some = levels[start : start + (options.archive or count)]
-        parts.measure(f"archive {start}", lambda some=some: _ours(codec, some))  # type: ignore[misc]
+        parts.measure(f"archive {start}", partial(_ours, codec, some))
     parts.measure("share", lambda: _profile(codec, levels[: options.profiled]))
     parts.measure(
         "lattice", lambda: lattice_costs(opened.model, x[: options.lattice], options.steps)
@@ -81,7 +82,7 @@ def main() -> None:
     images = levels.movedim(1, -1).contiguous().numpy()
     images = images if images.dtype == np.uint8 else images.astype(np.uint16)
     for name, encode, decode in () if options.alone else installed(images):
-        parts.measure(name, lambda e=encode, d=decode: measured(images, e, d))  # type: ignore[misc]
+        parts.measure(name, partial(measured, images, encode, decode))
     print(_markdown(parts.settings, parts.found))
 
 

@@ -39,7 +39,6 @@ from nvae.evaluation import Estimate, RecordStore, evaluate
 from nvae.evaluation.result import ImageRecords
 from nvae.files import write_json
 from nvae.models import HierarchicalVAE
-from nvae.models.likelihoods import counted_window
 from nvae.pictures import View
 from nvae.scores.figures import MapRow, save_histograms, save_maps
 from nvae.scores.scoring import (
@@ -291,7 +290,7 @@ class _Run:
                 self.model, x, index, elbo_samples=config.elbo_samples, seed=config.seed,
                 chunk=config.chunk,
             )  # fmt: skip
-            window = counted_window((x.shape[-2], x.shape[-1]), self.model.config.counted_size)
+            window = self.model.config.counted_window
             pictures.append(View()(x)[0, :, *window])
             maps.append(found.numpy())
             name = str(columns["file"][row]) if "file" in columns else f"image {int(index)}"

@@ -23,11 +23,9 @@ from nvae.models.likelihoods import (
     LogisticMixture,
     PixelDistribution,
     build_likelihood,
-    counted_window,
     log_bin_masses,
 )
 from nvae.models.stable_mixture import StableLogisticMixture, gray_level
-from nvae.settings import height_width
 
 _LOGIT_GRID_BITS = 14
 """For 8 bits or fewer; finer by as much as levels are nearer each other."""
@@ -192,14 +190,9 @@ def check_codable(config: ImageConfig) -> None:
         )
 
 
-def window(config: ImageConfig) -> tuple[slice, slice]:
-    """Rows and columns that the likelihood counts."""
-    return counted_window(height_width(config.image_size), config.counted_size)
-
-
 def coded_shape(config: ImageConfig) -> tuple[int, int, int]:
     """``(C, h, w)`` of what is coded of an image: the window that the likelihood counts."""
-    rows, columns = window(config)
+    rows, columns = config.counted_window
     return config.image_channels, rows.stop - rows.start, columns.stop - columns.start
 
 
@@ -211,7 +204,7 @@ def coding_of(config: ImageConfig, logits: Tensor) -> PixelCoding:
     """
     if not logits.isfinite().all():
         raise FloatingPointError("the model's pixel distributions are not finite numbers")
-    inside = window(config)
+    inside = config.counted_window
     # on a grid, for the same reason as the latents' parameters
     grid = 2.0 ** (_LOGIT_GRID_BITS + max(0, config.bits - DATA_BITS))
     logits = (logits[..., *inside].double() * grid).round() / grid
@@ -239,7 +232,7 @@ def levels_of(config: ImageConfig, x: Tensor) -> Tensor:
     Raises:
         ValueError: the images hold more than that, which would be lost.
     """
-    bits, inside = bits_a_pixel(config), window(config)
+    bits, inside = bits_a_pixel(config), config.counted_window
     around = x.clone()
     around[..., *inside] = 0
     if around.any():

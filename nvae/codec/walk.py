@@ -25,7 +25,6 @@ from nvae.codec.pixels import (
     coded_shape,
     pop_pixels,
     push_pixels,
-    window,
 )
 from nvae.models import HierarchicalVAE
 from nvae.models.distributions import Normal
@@ -124,7 +123,7 @@ class Walk:
         config = self.config
         batch = self.settings.batch_size
         padded = torch.zeros(batch, *config.image_shape, dtype=self.model.dtype)
-        padded[: len(levels), :, *window(config)] = levels.to(self.model.dtype)
+        padded[: len(levels), :, *config.counted_window] = levels.to(self.model.dtype)
         white = float(2**self.bits - 1)
         if issubclass(config.pixel_distribution, StableLogisticMixture):
             form = config.logistics  # type: ignore[attr-defined]

@@ -142,6 +142,11 @@ class ImageConfig:
         return self.image_channels, *height_width(self.image_size)
 
     @property
+    def counted_window(self) -> tuple[slice, slice]:
+        """Rows and columns that the likelihood counts."""
+        return counted_window(height_width(self.image_size), self.counted_size)
+
+    @property
     def counted_pixels(self) -> int:
         """Dimensions that bits/dim divides by: C * H * W of the counted window."""
         counted = self.image_size if self.counted_size is None else self.counted_size

@@ -26,7 +26,6 @@ from nvae.evaluation.likelihood import (
 from nvae.evaluation.result import ImageRecords
 from nvae.files import check_array
 from nvae.models import HierarchicalVAE
-from nvae.models.likelihoods import counted_window
 from nvae.random import STREAM_POSTERIOR, STREAM_RATIO, image_keys
 from nvae.sampling.grids import IndexedImages
 from nvae.settings import check_fields
@@ -250,7 +249,7 @@ def log_likelihood_maps(
     """
     settings = BoundSettings((), elbo_samples, seed, chunk)
     model.check_images(x)
-    rows, columns = counted_window((x.shape[-2], x.shape[-1]), model.config.counted_size)
+    rows, columns = model.config.counted_window
     maps = []
     with model.evaluating():
         for images, own in zip(

@@ -13,7 +13,6 @@ from nvae.codec.pixels import (
     levels_of,
     pop_pixels,
     push_pixels,
-    window,
 )
 from nvae.models.likelihoods import build_likelihood
 
@@ -92,7 +91,7 @@ def test_masses_of_all_levels_sum_to_one(bits, scale):
 
 def test_window():
     config = model_of("nvae", likelihood="bernoulli", counted_size=[6, 8]).config
-    assert window(config) == (slice(1, 7), slice(0, 8))
+    assert config.counted_window == (slice(1, 7), slice(0, 8))
     assert coded_shape(config) == (1, 6, 8)
 
 
