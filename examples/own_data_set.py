@@ -3,7 +3,7 @@
     python examples/own_data_set.py
 
 Images are uint8 or float in [0, 1], ``(C, H, W)``; the module keeps the upper ``bits`` of them. A
-folder of pictures needs no code at all: ``python train.py experiment=folder data.root=PICTURES``.
+folder of pictures needs no code at all: ``python train.py data=folder data.root=PICTURES``.
 """
 
 import pytorch_lightning as pl

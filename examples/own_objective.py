@@ -1,7 +1,7 @@
 """A term of one's own in the loss: latents whose posterior means decorrelate.
 
     PYTHONPATH=examples python train.py objective.name=own_objective:Decorrelated \
-        objective.options.weight=0.5
+        +objective.options.weight=0.5
 """
 
 from typing import Any, ClassVar

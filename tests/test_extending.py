@@ -15,14 +15,15 @@ import torch
 from nvae.checkpoint import CheckpointError, describe, load_model, save_checkpoint, save_model
 from nvae.cli import evaluate, sample
 from nvae.cli import train as train_command
-from nvae.models import MODELS, HierarchicalVAE, ModelConfig
+from nvae.export import __main__ as export_command
+from nvae.models import MODELS, HierarchicalVAE, ModelConfig, plugins_of
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.likelihoods import LIKELIHOODS
 from nvae.objective import OBJECTIVES, Loss, ObjectiveConfig, build_objective
 from nvae.settings import Registry
 from tests.cli.commands import Commands
 from tests.hostile.runs import TINY, train
-from tests.models.small import small_config, small_model
+from tests.models.small import small_config, small_model, small_very_deep
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIKELIHOOD, CELLS = "own_likelihood:Laplace", "own_cells:SEPARABLE"
@@ -85,6 +86,7 @@ def test_a_part_of_ones_own(
     assert images.min() >= 0
     assert images.max() <= 1
     path, (name,) = tmp_path / "model.ckpt", settings.values()
+    assert plugins_of(model) == [name]
     save_model(model, path)
     forget(monkeypatch)
     assert_refused(path, name)
@@ -93,6 +95,12 @@ def test_a_part_of_ones_own(
     torch.testing.assert_close(
         loaded.sample_logits(2, noise=noise), model.sample_logits(2, noise=noise)
     )
+
+
+def test_what_only_looks_like_a_plugin_is_none() -> None:
+    model = small_very_deep("vdvae", custom_widths="4:8")
+    assert ":" in model.config.to_dict()["custom_widths"]
+    assert plugins_of(model) == plugins_of(small_model()) == []
 
 
 def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +234,9 @@ def test_a_model_of_ones_own_through_all_commands(
     ):
         assert line in train_main.fails(*words, mistake)
     assert not (tmp_path / "runs").exists()
-    assert "samples.png" in train_main(*words)
+    said = train_main(*words)
+    assert "samples.png" in said
+    assert said.count(f"plugins=[{MODEL}]") == 2  # in the commands that it gives for the next step
     assert "is finished" in train_main(*words)
     refused = train_main.fails(*TINY)
     assert "of another architecture (architecture: own_model:Ladder -> nvae)" in refused
@@ -239,6 +249,16 @@ def test_a_model_of_ones_own_through_all_commands(
         command = Commands(main, monkeypatch, capsys, tmp_path)
         assert f"plugins=[{MODEL}]" in command.fails(checkpoint)
         assert "written to" in command(checkpoint, f"plugins=[{MODEL}]", setting)
+
+    forget(monkeypatch)
+    words = [checkpoint.partition("=")[2], "--to", "exported", "--no-sampler"]
+    with pytest.raises(SystemExit, match="2"):
+        export_command.main(words)
+    assert not (tmp_path / "exported").exists()
+    export_command.main([*words, "--plugin", MODEL])
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f'load_model("FOLDER", plugins=[{MODEL!r}])' in card
+    assert MODELS.name_of(type(load_model(tmp_path / "exported", plugins=[MODEL]))) == MODEL
 
 
 def find_examples() -> None:

@@ -127,7 +127,7 @@ def progress_bar(
         total: steps until done.
         shown: False for all processes but the first.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if not shown:
         yield lambda _: None
     elif console.is_terminal:

@@ -23,7 +23,7 @@ from nvae.data.dataset import ImageBatch, ImageData
 from nvae.evaluation import EvaluationResult, evaluate
 from nvae.evaluation.likelihood import BoundSettings
 from nvae.files import write_json
-from nvae.models import HierarchicalVAE
+from nvae.models import HierarchicalVAE, plugins_of
 from nvae.pictures import View, save_grids_side_by_side, save_rows
 from nvae.sampling import decode, encode, sample_images
 from nvae.settings import check_choice, check_fields
@@ -126,11 +126,12 @@ no report, since report.when=never; this command with {anew} report.when=end mak
             if config.importance_samples:
                 _evaluate(console, config, model, images, checkpoint, folder, tf32)
         if is_first:
+            plugins, root = plugins_of(model) or None, root_to_give(data)
             console.print(f"""
 checkpoint       {checkpoint}
 
-next: {command("sample.py", checkpoint=checkpoint, temperature=0.7)}
-      {command("evaluate.py", checkpoint=checkpoint, data__root=root_to_give(data))}
+next: {command("sample.py", checkpoint=checkpoint, plugins=plugins, temperature=0.7)}
+      {command("evaluate.py", checkpoint=checkpoint, plugins=plugins, data__root=root)}
       {tensorboard(folder.path)}""")
 
 
@@ -145,18 +146,20 @@ def _draw_pictures(
 ) -> None:
     """They take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)
-    root = root_to_give(data.config)
+    root, plugins = root_to_give(data.config), plugins_of(model) or None
     file = folder.path / "samples.png"
     again = command(
-        "sample.py", checkpoint=checkpoint, batch_size=fewer, temperature=config.temperatures
-    )
+        "sample.py", checkpoint=checkpoint, plugins=plugins, batch_size=fewer,
+        temperature=config.temperatures,
+    )  # fmt: skip
     with _attempt(file.name, folder, again):
         sample_grid(model, config, file)
         console.print(f"samples          {file}")
     file = folder.path / "reconstructions.png"
     again = command(
-        "sample.py", checkpoint=checkpoint, batch_size=fewer, mode="reconstruct", data__root=root
-    )
+        "sample.py", checkpoint=checkpoint, plugins=plugins, batch_size=fewer, mode="reconstruct",
+        data__root=root,
+    )  # fmt: skip
     with _attempt(file.name, folder, again):
         reconstruction_grid(model, data, config, file)
         console.print(f"reconstructions  {file}")
@@ -174,9 +177,9 @@ def _evaluate(
     """Every rank works on its share of the images."""
     file = folder.path / "test_likelihood.json"
     again = command(
-        "evaluate.py", checkpoint=checkpoint, chunk=max(1, config.chunk // 4),
-        data__root=root_to_give(data.config), importance_samples=[config.importance_samples],
-        tf32=tf32 or None,
+        "evaluate.py", checkpoint=checkpoint, plugins=plugins_of(model) or None,
+        chunk=max(1, config.chunk // 4), data__root=root_to_give(data.config),
+        importance_samples=[config.importance_samples], tf32=tf32 or None,
     )  # fmt: skip
     is_first = is_first_rank()
     with _attempt(file.name, folder, again, said=is_first):
@@ -307,10 +310,11 @@ _PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
 
 
 def setting(key: str, value: object) -> str:
-    """``key=value`` for Hydra; lists of numbers keep their brackets."""
+    """``key=value`` for Hydra; lists of numbers, or of names of Python, keep their brackets."""
     text = str(value)
     if isinstance(value, list):
-        return f"{key}=[{','.join(f'{entry:g}' for entry in value)}]"
+        entries = (entry if isinstance(entry, str) else f"{entry:g}" for entry in value)
+        return f"{key}=[{','.join(entries)}]"
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
     # backslashes stand for themselves, except before a quote

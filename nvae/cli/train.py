@@ -209,7 +209,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
         folder, changed = open_run_once(
             path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
         )
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True, markup=False)
         with together():
             if _is_first_process():
                 describe_start(folder, config.to_dict(), sys.argv)

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", help="where the source files are")
     add("--root", help="where the prepared form goes (data.root)")
     add("--cache", help="where it goes for a folder without --root (data.cache)")
-    add("--format", help=f"kind of source files: {formats}, or package.module:function")
+    add("--format", help=f"kind of source files: {formats}, or package.module:Class")
     add("--size", type=_size, dest="image_size", help="SIDE or HEIGHTxWIDTH (data.image_size)")
     add("--channels", type=int, help="1 gray, 3 color, or as many as the source has")
     add("--bits", type=int, help="levels are 2^bits; matters here beyond 8 (data.bits)")

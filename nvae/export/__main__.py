@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         "configs/model, or the authors' JSON or cfg file",
     )  # fmt: skip
     parser.add_argument(
+        "--plugin", action="append", default=[], metavar="package.module:Class",
+        help="a model, likelihood or cell family of your own that the checkpoint names; once for "
+        "each",
+    )  # fmt: skip
+    parser.add_argument(
         "--pixel-temperature", type=_pixel_temperature, default="mean", metavar="mean|T",
         help="what the sampler gives: the likelihood's mean, or a draw with this factor on the "
         "pixel noise, which it then takes as an input (default: mean)",
@@ -78,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 given.checkpoint,
                 given.to,
                 weights=given.weights,
+                plugins=given.plugin,
                 settings=given.settings,
                 pixel_temperature=given.pixel_temperature,
                 with_sampler=not given.no_sampler,

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nvae.export.sampler import (
     largest_difference,
 )
 from nvae.files import write_json
-from nvae.models import MODELS, HierarchicalVAE
+from nvae.models import MODELS, HierarchicalVAE, plugins_of
 from nvae.sampling.compiled import load_machine_code
 from nvae.sampling.prior import PixelTemperature, check_pixel_temperature
 from nvae.settings import height_width
@@ -39,6 +39,7 @@ def export(
     folder: Path,
     *,
     weights: Weights = "ema",
+    plugins: Iterable[str] = (),
     settings: str | None = None,
     pixel_temperature: PixelTemperature = "mean",
     with_sampler: bool = True,
@@ -50,6 +51,7 @@ def export(
         checkpoint: anything that :func:`load_model` reads.
         folder: must not hold anything yet.
         weights: averaged or raw.
+        plugins: classes that are not ours and that the file may name; as for :func:`load_model`.
         settings: of a published file that does not hold them; ``config`` of :func:`load_model`.
         pixel_temperature: what the sampler gives: ``"mean"``, or a draw with this factor on the
             pixel noise.
@@ -69,7 +71,7 @@ def export(
     """
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
-    model = load_model(checkpoint, weights, config=settings)
+    model = load_model(checkpoint, weights, plugins, config=settings)
     run_config = None
     if checkpoint.is_file():  # an exported folder says nothing of its training
         run_config = load_checkpoint(checkpoint, ["run_config"]).get("run_config")
@@ -153,6 +155,7 @@ def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None)
     """
     ours = (_FAMILIES[name] for name in _FAMILIES if isinstance(model, MODELS[name]))
     family, paper = next(ours, (type(model).__name__, ""))
+    plugins = plugins_of(model)
     parts = [
         _FRONT_MATTER,
         f"# Deep hierarchical VAE ({family})\n",
@@ -164,11 +167,10 @@ def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None)
         _table(facts)
         if (facts := _training_facts(run_config or {}))
         else "The checkpoint does not say what it was trained on.\n",
-        _USE.replace("HUB", _HUB if family == "NVAE" else ""),
+        _USE.replace("HUB", _HUB if family == "NVAE" else "").replace(
+            '"FOLDER"', f'"FOLDER", plugins={plugins}' if plugins else '"FOLDER"'
+        ),
     ]
-    if not paper:
-        name = MODELS.name_of(type(model))
-        parts.append(f"Name the model's class first: `nvae.models.MODELS[{name!r}]`.\n")
     return "\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Hierarchical VAEs: what every model is, and the models."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.config import ModelConfig
@@ -26,12 +27,15 @@ __all__ = [
     "Output",
     "Temperature",
     "VDVAEConfig",
+    "plugins_of",
     "use_plugins",
 ]
 
 MODELS: Registry[type[HierarchicalVAE]] = Registry(
     "architecture", HierarchicalVAE, {"nvae": NVAE, "vdvae": VDVAE, "evdvae": EVDVAE}
 )
+
+_NAMED_BY_FILES: tuple[Registry[Any], ...] = (MODELS, LIKELIHOODS, CELL_FAMILIES)
 
 
 def use_plugins(names: Iterable[str]) -> None:
@@ -44,5 +48,17 @@ def use_plugins(names: Iterable[str]) -> None:
         ValueError: one cannot be imported, or is nothing that a file may name.
     """
     for name in names:
-        if not any(registry.plug_in(name) for registry in (MODELS, LIKELIHOODS, CELL_FAMILIES)):
+        if not any(registry.plug_in(name) for registry in _NAMED_BY_FILES):
             raise ValueError(f"plugins={name} is no model, likelihood or cell family")
+
+
+def plugins_of(model: HierarchicalVAE) -> list[str]:
+    """What :func:`use_plugins` must be given before a file of ``model`` is read.
+
+    Returns:
+        The ``package.module:Class`` of its class, likelihood and cells, as far as they are not
+        ours.
+    """
+    words = {MODELS.name_of(type(model)), *map(str, model.config.to_dict().values())}
+    known = {name for registry in _NAMED_BY_FILES for name in registry}
+    return sorted(word for word in words & known if ":" in word)

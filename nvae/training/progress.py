@@ -60,7 +60,7 @@ class RunProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._printed = 0.0
