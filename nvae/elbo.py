@@ -58,7 +58,7 @@ def kl_coefficient(
         constant_portion: c; beta stays at its minimum for c * T steps.
         minimum: beta's floor; a KL weight of exactly 0 would leave the posterior free to drift.
     """
-    if anneal_portion == 0:
+    if anneal_portion == 0 or total_steps == 0:
         return 1.0
     beta = (step - constant_portion * total_steps) / (anneal_portion * total_steps)
     return min(max(beta, minimum), 1.0)

@@ -314,7 +314,7 @@ _VDVAE_NAMES = {
 def _from_vdvae(theirs: Mapping[str, Any]) -> dict[str, Any]:
     values = {ours: theirs[name] for name, ours in _VDVAE_NAMES.items() if name in theirs}
     values["custom_widths"] = values.get("custom_widths") or ""
-    dataset = theirs.get("dataset")
+    dataset = str(theirs.get("dataset"))
     if theirs.get("low_bit", dataset == "ffhq_256"):
         values["bits"] = 5
     if "input_shift" in theirs and "input_scale" in theirs:
@@ -394,7 +394,7 @@ def _value(text: str) -> Any:
         return text
     try:
         return _literal(tree)
-    except TypeError:
+    except (TypeError, RecursionError):
         return text
 
 

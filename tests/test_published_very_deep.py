@@ -126,6 +126,16 @@ def test_settings_as_cfg_file(evdvae, tmp_path):
     with pytest.raises(ValueError, match="too long"):
         read_settings(path, "evdvae")
     assert not marker.exists()
+    path.write_text("[model]\nup_strides = " + "+".join(["1"] * 3000) + "\n")
+    with pytest.raises(ValueError, match="lack or spoil"):
+        read_settings(path, "evdvae")
+
+
+def test_a_data_set_that_is_no_name(vdvae):
+    settings = json.loads(vdvae.settings.read_text()) | {"dataset": ["cifar10"]}
+    settings = {k: v for k, v in settings.items() if k not in ("input_shift", "input_scale")}
+    with pytest.raises(ValueError, match="neither input_shift and input_scale nor a dataset of"):
+        read_settings(settings, "vdvae")
 
 
 def test_authors_spelling_of_a_preset():

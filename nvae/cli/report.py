@@ -122,7 +122,7 @@ no report, since report.when=never; this command with {anew} report.when=end mak
                 images = ImageData(data)
                 images.setup()
             if is_first:
-                _draw_pictures(console, config, model, images, checkpoint, folder, tf32)
+                _draw_pictures(console, config, model, images, checkpoint, folder)
             if config.importance_samples:
                 _evaluate(console, config, model, images, checkpoint, folder, tf32)
         if is_first:
@@ -142,7 +142,6 @@ def _draw_pictures(
     data: ImageData,
     checkpoint: Path,
     folder: RunFolder,
-    tf32: bool,
 ) -> None:
     """They take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)

@@ -44,7 +44,7 @@ def _describe(archive: Archive) -> list[str]:
             faults.append(f"block {place.number}: {body}")
         else:
             coded += len(body.coded)
-            names += len(body.to_bytes()) - len(body.coded)
+            names += place.length - len(body.coded)
     channels, height, width = header.image_shape
     passes = header.passes
     other = [f"{what} {now}" for what, _, now in differences(header)]

@@ -104,6 +104,15 @@ def encode_block(
 
     Where N images are too few for a chain, all of them begin it, and that is all.
     """
+    reported = 0
+
+    def report(done: int) -> None:
+        """A try that was broken off has reported its images already."""
+        nonlocal reported
+        if progress is not None and done > reported:
+            progress(done - reported)
+            reported = done
+
     batch = walk.settings.batch_size
     some = levels[torch.linspace(0, len(levels) - 1, min(batch, len(levels))).round().long()]
     lattices, draw_bits = walk.lattices(some)
@@ -113,7 +122,7 @@ def encode_block(
         stack = Stack.holding(png)
         bits = stack.bits
         try:
-            passes = _push_all(walk, stack, levels[starters:], lattices, needed, progress)
+            passes = _push_all(walk, stack, levels, starters, lattices, needed, report)
             break
         except EmptyStackError:  # images unlike those that were looked at
             needed *= 2
@@ -121,6 +130,7 @@ def encode_block(
         starters, png = len(levels), _as_png(levels)
         stack, passes = Stack.holding(png), []
         bits = stack.bits
+    report(len(levels))
     runs = [(size, len(list(same))) for size, same in groupby(passes)]
     kept = _pack(lattices) if runs else b""
     fixed = _Fixed(
@@ -196,13 +206,17 @@ def _push_all(
     walk: Walk,
     stack: Stack,
     levels: Tensor,
+    done: int,
     lattices: Sequence[Lattice],
     needed: float,
-    progress: Progress | None,
+    report: Callable[[int], None],
 ) -> list[int]:
-    """Sizes of the passes, in the order of encoding, which is that of the images."""
+    """Code the images from number ``done`` on.
+
+    Returns:
+        Sizes of the passes, in the order of encoding, which is that of the images.
+    """
     passes: list[int] = []
-    done = 0
     while done < len(levels):
         affordable = max(1, int(stack.bits / needed))
         size = min(walk.settings.batch_size, affordable, len(levels) - done)
@@ -210,8 +224,7 @@ def _push_all(
         walk.push(stack, levels[done : done + size], lattices)
         passes.append(size)
         done += size
-        if progress is not None:
-            progress(size)
+        report(done)
     return passes
 
 

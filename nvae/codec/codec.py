@@ -240,7 +240,7 @@ class Codec:
             archive: open.
             walk: of :meth:`walk_for`.
             wanted: whether a block of these images is; the others are passed over.
-            progress: called with the images just done.
+            progress: called with the number of images just done or passed over.
         """
         for place, body in archive.bodies():
             if isinstance(body, DamagedBlockError):
@@ -248,6 +248,8 @@ class Codec:
                 continue
             numbers = range(place.first_image, place.first_image + images_of(body.coded))
             if not wanted(numbers):
+                if progress is not None:
+                    progress(len(numbers))
                 continue
             try:
                 with walk.running():

@@ -40,7 +40,7 @@ class Stack:
     """A stack of bits.
 
     Args:
-        coder: of `constriction`.
+        coder: the stack coder of the `constriction` library that holds the bits.
     """
 
     def __init__(self, coder: Any) -> None:

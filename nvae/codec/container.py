@@ -140,13 +140,22 @@ class Body:
     files: list[ImageFile] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """As written."""
+        """The block as it is written.
+
+        Raises:
+            ValueError: the names of its files are too long to be read back.
+        """
         text = b""
         if self.files:
             columns = {
                 f.name: [getattr(file, f.name) for file in self.files] for f in fields(ImageFile)
             }
             plain = json.dumps(columns, separators=(",", ":")).encode()
+            if len(plain) >= LARGEST_FILES:
+                raise ValueError(
+                    f"the names of {len(self.files)} files take {len(plain)} bytes in a block, "
+                    f"more than {LARGEST_FILES}; give a smaller block_images"
+                )
             text = lzma.compress(plain, lzma.FORMAT_ALONE)
         return _LENGTH.pack(len(text)) + text + self.coded
 
@@ -181,13 +190,20 @@ class Body:
 
 
 def write_header(file: BinaryIO, header: Header) -> None:
-    """At the beginning of an archive."""
+    """Write what an archive begins with: the magic number, the header and its checksum."""
     text = json.dumps(asdict(header), separators=(",", ":")).encode()
     file.write(MAGIC + _LENGTH_AND_CRC.pack(len(text), zlib.crc32(text)) + text)
 
 
 def write_block(file: BinaryIO, number: int, first_image: int, body: bytes) -> None:
-    """After the header, or the block before it."""
+    """Write a block, which stands after the header or after the block before it.
+
+    Args:
+        file: open, at the place.
+        number: of the block, counted from 0.
+        first_image: number of its first image in the archive.
+        body: of :meth:`Body.to_bytes`.
+    """
     head = _HEAD.pack(BLOCK, number, first_image, len(body), zlib.crc32(body))
     file.write(head + _CRC.pack(zlib.crc32(head)) + body)
 

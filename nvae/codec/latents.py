@@ -34,7 +34,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Lattice:
-    """Of one group.
+    """Integers k in the place of a group's latents: z lies k / 2^b sigmas from the prior's mean.
 
     Attributes:
         bits: b of every channel, ``(L,)`` int64.

@@ -11,7 +11,6 @@ approximation of masses below 1e-5. More than 8 bits are levels k / (2^bits - 1)
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -56,15 +55,6 @@ class LogisticForm:
         else:
             log_scale = self.beta * raw.clamp(min=self.min_log_scale)
         return log_scale.clamp(min=representable)
-
-
-class FormOfImages(Protocol):
-    """What the configuration of a model with this likelihood says beyond :class:`ImageConfig`."""
-
-    @property
-    def logistics(self) -> LogisticForm:
-        """Form of the logistics."""
-        ...
 
 
 def log_softplus(raw: Tensor, beta: float) -> Tensor:

@@ -375,13 +375,16 @@ def keep_by_kl(kl_per_channel: Sequence[Tensor], quantile: float) -> tuple[list[
         quantile: share of all channels that stays, in [0, 1].
 
     Returns:
-        ``(L,)`` booleans a layer, for :meth:`VeryDeepVAE.masked`, and the threshold.
+        ``(L,)`` booleans a layer, for :meth:`VeryDeepVAE.masked`, and the threshold, which is
+        exceeded by what stays.
 
     Raises:
         ValueError: ``quantile`` is no share.
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile is {quantile}; it must be from 0 to 1")
+    if quantile == 1:
+        return [torch.ones_like(kl, dtype=torch.bool) for kl in kl_per_channel], -math.inf
     threshold = torch.quantile(torch.cat(list(kl_per_channel)), 1 - quantile)
     return [kl > threshold for kl in kl_per_channel], float(threshold)
 

@@ -41,21 +41,24 @@ def images_of(batch: Any, model: HierarchicalVAE, first: int = 0, stride: int = 
     config.pixel_distribution.check_data(config, config.bits)
     stored_bits = max(8, config.bits)
     whole = torch.uint8 if stored_bits == 8 else torch.uint16
-    if x.dtype == whole:
-        levels = x.float()
+    # a density is of any number, masses are of levels
+    exact = x.is_floating_point() and bool(config.pixel_distribution.density_of)
+    if x.dtype == whole or exact:
+        values = x.float()
     elif x.is_floating_point():  # a NaN stays one: it makes a bad step, which is left out
-        levels = (x.float() * (2**stored_bits - 1)).round()
+        values = (x.float() * (2**stored_bits - 1)).round()
     else:
         name = str(whole).removeprefix("torch.")
         raise ValueError(f"images are {x.dtype}; expected are {name}, or float in [0, 1]")
     if config.counted_size is not None and tuple(x.shape[2:]) == height_width(config.counted_size):
         height, width = config.image_shape[1] - x.shape[2], config.image_shape[2] - x.shape[3]
-        levels = nn.functional.pad(levels, [width // 2, width // 2, height // 2, height // 2])
-    levels = (levels / 2 ** (stored_bits - config.bits)).floor()
-    # a tensor, not a number: CUDA multiplies by a number's reciprocal, which rounds otherwise
-    x = levels / torch.full((), 2.0**config.bits - 1, device=x.device)
+        values = nn.functional.pad(values, [width // 2, width // 2, height // 2, height // 2])
+    if not exact:
+        levels = (values / 2 ** (stored_bits - config.bits)).floor()
+        # a tensor, not a number: CUDA multiplies by a number's reciprocal, which rounds otherwise
+        values = levels / torch.full((), 2.0**config.bits - 1, device=x.device)
     index = first + stride * torch.arange(len(x), device=x.device)
-    return ImageBatch(x.to(model.dtype, memory_format=torch.channels_last), index, labels)
+    return ImageBatch(values.to(model.dtype, memory_format=torch.channels_last), index, labels)
 
 
 class TrainingNoise:

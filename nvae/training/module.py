@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE, Output
+from nvae.models.conditioning import check_labels
 from nvae.models.layers import MOMENTUM
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
@@ -48,6 +49,7 @@ class NVAELightning(pl.LightningModule):
     do not come from our data module keep the upper ``model.config.bits`` bits of their 8 (with one
     bit: black below 128/255, white from there). Where the model has more than 8 bits, they are
     uint16 levels from 0 to 2^bits - 1, or floating-point numbers that are rounded to such levels.
+    A likelihood that is a density (``normal``) takes floating-point numbers as they are.
     Where the likelihood counts a window of the model's image (``counted_size``), images of the
     window's size get zeros around them.
 
@@ -107,7 +109,7 @@ class NVAELightning(pl.LightningModule):
             logger=run_config is None,
         )
         self.has_started = False
-        self._has_checked_range = False
+        self._has_checked_values = False
         self.learning_rate_scale = learning_rate_scale or 1.0
         self._scale_is_given = learning_rate_scale is not None
         self.last: Loss | None = None
@@ -147,16 +149,19 @@ class NVAELightning(pl.LightningModule):
         """Loss of one micro-batch, in nats; its parts stay in ``last`` for the logs."""
         images = self.to_input(batch)
         x = images.x
-        if not self._has_checked_range:  # once, since it waits for the device
+        labels = self.labels_of(images)
+        if not self._has_checked_values:  # once, since it waits for the device
             self.model.check_range(x)
-            self._has_checked_range = True
+            check_labels(
+                None if labels is None else labels.cpu(), self.model.config.num_classes, len(x)
+            )
+            self._has_checked_values = True
         self._speed.images += len(x) * self.trainer.world_size
         weight, is_last = self.length.weight_of(batch_idx, len(x))
         nominal = self.trainer.accumulate_grad_batches
         number = self.trainer.fit_loop.total_batch_idx
         noise = self._noise(self.model, len(x), number)
         input_noise = self._noise.further(x) if self.loss.config.encoder_noise else None
-        labels = self.labels_of(images)
         if labels is not None:
             labels = self._noise.drop(labels, self.loss.config.label_dropout)
         position = self.length.position(self.global_step)
@@ -311,14 +316,14 @@ class NVAELightning(pl.LightningModule):
             self.optimizer_config, self.model.parameters(),
             fused=self.trainer.precision != "16-mixed", kernels=self.model.kernels,
         )  # fmt: skip
-        # a resumed run takes them from the configuration, not from the checkpoint
-        self._hyperparameters = {
-            name: value for name, value in optimizer.param_groups[0].items() if name != "params"
-        }
         scheduler: Any = build_schedule(
             self.optimizer_config, optimizer, self.length, lambda: self.learning_rate_scale,
             is_first_rank=self.trainer.is_global_zero,
         )  # fmt: skip
+        # a resumed run takes them from the configuration, not from the checkpoint
+        self._hyperparameters = {
+            name: value for name, value in optimizer.param_groups[0].items() if name != "params"
+        }
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def setup(self, stage: str) -> None:

@@ -96,7 +96,14 @@ class OptimizerConfig:
                 raise ValueError(
                     f"optimizer.{name} is {getattr(self, name)}; allowed: 0 up to, not with, 1"
                 )
-        check_arguments(optimizer_class(self.name), self.arguments, "optimizer.arguments.")
+        kind = optimizer_class(self.name)
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"optimizer: {self.name} evaluates the loss several times a step, which is not "
+                "done here; take another"
+            )
+        check_arguments(kind, self.arguments, "optimizer.arguments.")
         try:  # the class alone knows what its arguments may be
             build_optimizer(self, [nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:

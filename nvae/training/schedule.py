@@ -27,10 +27,15 @@ def learning_rate_factor(
     With `decay_start`, S of the T steps up to `decay_end`: with t = s + 1, the part above the
     minimum is 1 before S, then (1 + cos(pi t / T)) / (1 + cos(pi (S - 1) / T)), then 0
     (Efficient-VDVAE, where s stands in t's place and the rate rises again after T).
+
+    Args:
+        config: of the optimizer.
+        steps_per_epoch: optimizer steps in an epoch; infinite where it has no end.
+        total_steps: optimizer steps of the run.
     """
     warmup = warmup_steps(config, steps_per_epoch, total_steps)
     least = config.min_learning_rate / config.learning_rate
-    end = config.decay_end * total_steps
+    end = config.decay_end * max(total_steps, 1)
     start = None if config.decay_start is None else config.decay_start * total_steps
 
     def factor(step: float) -> float:
@@ -54,14 +59,22 @@ def _cosine(progress: float) -> float:
 
 
 def planned_warmup(config: OptimizerConfig, steps_per_epoch: float) -> float:
-    """Steps of the warm-up that the settings ask for, however long the run is."""
+    """Optimizer steps of the warm-up that the settings ask for, however long the run is.
+
+    Args:
+        config: of the optimizer.
+        steps_per_epoch: see :func:`learning_rate_factor`.
+    """
     if config.warmup_steps is not None:
         return config.warmup_steps
     return config.warmup_epochs * steps_per_epoch if config.warmup_epochs else 0
 
 
 def warmup_steps(config: OptimizerConfig, steps_per_epoch: float, total_steps: int) -> int:
-    """Steps of the warm-up, half of the run where it would be longer than the run."""
+    """Optimizer steps of the warm-up, half of the run where it would be longer than the run.
+
+    The arguments are those of :func:`learning_rate_factor`.
+    """
     steps = planned_warmup(config, steps_per_epoch)
     return round(steps) if steps <= total_steps else total_steps // 2
 
@@ -79,17 +92,18 @@ def build_schedule(
         config: of the optimizer.
         optimizer: whose learning rate it moves.
         length: of the run.
-        scale: gives the factor on the learning rate, see :class:`NVAELightning`.
+        scale: gives the factor on the learning rate, see :class:`NVAELightning`; the schedules of
+            torch get it by :func:`take_over`.
         is_first_rank: it says where the warm-up is cut.
     """
     if config.schedule is not None:
         kind, arguments, lightning = config.schedule_class()
-        group = optimizer.param_groups[0]
-        group["lr"] *= scale()
-        group["initial_lr"] = group["lr"]
         if "total_steps" in inspect.signature(kind).parameters:
             arguments = {"total_steps": length.total_steps, **arguments}
-        return {"scheduler": kind(optimizer, **arguments), **lightning}
+        schedule = kind(optimizer, **arguments)
+        for group in optimizer.param_groups:  # not every schedule says where it began
+            group.setdefault("initial_lr", group["lr"])
+        return {"scheduler": schedule, **lightning}
     if planned_warmup(config, length.steps_per_epoch) > length.total_steps and is_first_rank:
         asked = f"{config.warmup_epochs:g} epochs"
         if config.warmup_steps is not None:
@@ -99,8 +113,8 @@ def build_schedule(
             "the warm-up of %s is longer than the run: it takes half, %d steps", asked, steps
         )
     factor = learning_rate_factor(config, length.steps_per_epoch, length.total_steps)
-    schedule = LambdaLR(optimizer, lambda step: scale() * factor(length.position(step)))
-    return {"scheduler": schedule, "interval": "step"}
+    rate = LambdaLR(optimizer, lambda step: scale() * factor(length.position(step)))
+    return {"scheduler": rate, "interval": "step"}
 
 
 def take_over(
@@ -117,17 +131,19 @@ def take_over(
         config: of the optimizer.
         schedule: of :func:`build_schedule`.
         group: the optimizer's parameter group, as the checkpoint left it; changed in place.
-        hyperparameters: that a group of this configuration begins with.
+        hyperparameters: of a group that begins with this configuration, with what the schedule
+            added to it.
         scale: factor on the learning rate.
         step: optimizer steps done.
     """
-    rate = hyperparameters["lr"]
+    rate = hyperparameters["initial_lr"]  # which a schedule may have chosen itself
     if isinstance(schedule, LambdaLR) and config.schedule is None:
         schedule.base_lrs = [rate]
         now = rate * schedule.lr_lambdas[0](step)
         group.update(hyperparameters | {"lr": now, "initial_lr": rate})
         return
-    ratio = rate * scale / group.get("initial_lr", rate)
+    before = group["initial_lr"]
+    ratio = rate * scale / before if before else scale
     keep = {
         key: value * ratio
         for key, value in group.items()

@@ -10,7 +10,8 @@ from nvae.checkpoint import save_model
 from nvae.codec import chain
 from nvae.codec.chain import decode_block, encode_block
 from nvae.codec.codec import Codec
-from nvae.codec.container import ArchiveError
+from nvae.codec.coder import EmptyStackError
+from nvae.codec.container import ArchiveError, from_bytes
 from nvae.codec.pixels import level_type
 from nvae.codec.walk import PassSettings, Walk
 from tests.outside import TwoGroups, TwoGroupsConfig
@@ -89,6 +90,35 @@ def test_labels_are_left_out():
         with codec._walk.running():
             blocks.append(encode_block(codec._walk, images)[0])
     assert blocks[0] == blocks[1]
+
+
+def test_progress_counts_every_image_once(monkeypatch):
+    """Starters too, those of a try that ran out of bits, and those of blocks that nobody wants."""
+    codec = Codec(model_of("nvae", likelihood="logistic_mixture"), batch_size=3, block_images=30)
+    images = images_for(codec, 50)
+    push, tries = chain._push_all, []
+
+    def empty_at_first(*arguments):
+        passes = push(*arguments)
+        tries.append(len(passes))
+        if len(tries) == 1:
+            raise EmptyStackError
+        return passes
+
+    counts = []
+    monkeypatch.setattr(chain, "_push_all", empty_at_first)
+    with codec._walk.running():
+        block, _ = encode_block(codec._walk, images, counts.append)
+        assert len(tries) == 2
+        assert (sum(counts), min(counts) > 0) == (50, True)
+        decode_block(codec._walk, block, counts.append)
+    assert sum(counts) == 100
+    archive = from_bytes(codec.encode(images))
+    walk = codec.walk_for(archive)
+    counts.clear()
+    (read,) = codec.read(archive, walk, lambda numbers: 40 in numbers, counts.append)
+    assert len(read[2]) == 20
+    assert sum(counts) == 50
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -157,10 +157,13 @@ def test_blocks_that_lie(codec, data):
 def test_names_that_unpack_to_more_than_names_do(monkeypatch):
     file = ImageFile("a.png", "L", "full")
     body = Body(struct.pack("<I", 3) + bytes(30), [file] * 3)
-    assert Body.from_bytes(body.to_bytes()) == body
+    written = body.to_bytes()
+    assert Body.from_bytes(written) == body
     monkeypatch.setattr("nvae.codec.container.LARGEST_FILES", 20)
     with pytest.raises(DamagedBlockError, match="names"):
-        Body.from_bytes(body.to_bytes())
+        Body.from_bytes(written)
+    with pytest.raises(ValueError, match="smaller block_images"):  # nor are they written
+        body.to_bytes()
     monkeypatch.undo()
     with pytest.raises(DamagedBlockError, match="3 names for 4 images"):
         Body.from_bytes(replace(body, coded=struct.pack("<I", 4) + bytes(30)).to_bytes())

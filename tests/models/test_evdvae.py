@@ -116,6 +116,7 @@ def test_channels_that_carry_most_are_kept():
     assert threshold == 1.5
     with pytest.raises(ValueError, match=r"quantile is 1\.5"):
         keep_by_kl([torch.zeros(1)], 1.5)
+    assert all(kept.all() for kept in keep_by_kl([torch.zeros(2), torch.ones(1)], 1.0)[0])
 
 
 def test_kl_and_density_where_sigma_underflows():

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nvae.checkpoint import load_model
 from nvae.models import NVAE, ModelConfig
+from nvae.objective import ObjectiveConfig
 from nvae.training.module import NVAELightning
 from nvae.training.validation import ValidationSums
 from tests.outside import two_groups
@@ -63,6 +64,29 @@ def test_images_end_on_the_grid_of_the_likelihood(bits: int) -> None:
     assert torch.equal(x, (IMAGES.int() >> (8 - bits)) / torch.tensor(float(levels)))
     assert torch.equal(module.to_input(x).x, x)
     assert module.to_input(IMAGES, 5).index.tolist() == list(range(5, 25))
+
+
+def test_labels_from_one_on_are_found_before_they_are_dropped(tmp_path: Path) -> None:
+    """On a GPU a class that there is none of would train as no class, without a word."""
+    config = ModelConfig.from_dict(CONFIG.to_dict() | {"num_classes": 4})
+    module = NVAELightning(NVAE(config), ObjectiveConfig(label_dropout=1.0))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = TensorDataset(IMAGES, torch.arange(20) % 4 + 1)
+    with pytest.raises(ValueError, match="label 4 is none of the model's classes, 0 to 3"):
+        trainer.fit(module, DataLoader(data, batch_size=20))
+
+
+def test_numbers_of_a_density_stay_as_they_are() -> None:
+    """They are no levels: rounded to 256 of them, a measurement would lose its last digits."""
+    config = ModelConfig.from_dict(CONFIG.to_dict() | {"likelihood": "normal", "bits": 8})
+    module = NVAELightning(NVAE(config))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(module.to_input(x).x, x)
+    assert torch.equal(module.to_input(IMAGES).x, IMAGES / torch.tensor(255.0))
 
 
 @pytest.mark.parametrize("bits", [10, 12, 16])
@@ -208,6 +232,9 @@ def test_any_optimizer_and_schedule(tmp_path: Path, schedule: str) -> None:
     assert group["momentum"] == pytest.approx(0.9, abs=0.06)
     if schedule == "by steps":
         assert group["lr"] == pytest.approx(1e-4 / 8)
+    if schedule == "of the whole run":  # which chooses the rate that it begins with
+        assert group["max_lr"] == pytest.approx(0.1)
+        assert group["initial_lr"] == pytest.approx(0.1 / 25)
 
 
 def test_groups_of_different_widths_are_validated(tmp_path: Path) -> None:

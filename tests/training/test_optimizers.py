@@ -103,6 +103,7 @@ def test_a_target_has_its_own_arguments_and_defaults() -> None:
         ({"lr": None}, "optimizer.lr=None is not a number"),
         ({"_target_": "torch.optim.Nope"}, "cannot be imported"),
         ({"_target_": "torch.nn.Linear"}, "is no Optimizer"),
+        ({"_target_": "torch.optim.LBFGS"}, "the loss several times a step"),
     ],
 )
 def test_wrong_targets_are_one_line(change: dict[str, object], message: str) -> None:
