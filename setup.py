@@ -4,10 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-GROUPS = [f"nvae.configs.{path.name}" for path in Path("configs").iterdir() if path.is_dir()]
+FOLDERS = [path for path in Path("configs").rglob("*") if path.is_dir()]
+PACKAGES = ["nvae.configs", *(".".join(["nvae", *path.parts]) for path in FOLDERS)]
 
 setup(
-    packages=[*find_packages(include=["nvae*"]), "nvae.configs", *GROUPS],
+    packages=[*find_packages(include=["nvae*"]), *PACKAGES],
     package_dir={"nvae.configs": "configs"},
     package_data={"": ["*.yaml"], "nvae": ["py.typed", "ops/*.cu"]},
 )

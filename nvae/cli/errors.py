@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -88,6 +89,9 @@ def run(name: str, work: Work, schema: type) -> None:
         raise fail(_TOO_DEEP) from None
     except MemoryError:
         raise fail(_NO_MEMORY) from None
+    except BrokenPipeError:  # `| head` has read enough; Python flushes once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:  # whatever Hydra does not foresee is the command line's fault too
         raise fail(_not_composed(error)) from None
 

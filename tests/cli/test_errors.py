@@ -1,4 +1,8 @@
-"""Errors of settings and Ctrl-C, as the commands tell them."""
+"""Errors of settings, Ctrl-C and what is printed, as the commands tell them."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +55,24 @@ def test_ctrl_c_is_one_line(module, work, arguments, monkeypatch, capsys, tmp_pa
 def test_only_ctrl_c_is_caught():
     with pytest.raises(RuntimeError), interruptible():
         raise RuntimeError
+
+
+SAMPLE = [sys.executable, str(Path(__file__).parents[2] / "sample.py"), "--help"]
+
+
+def test_help_is_of_the_program():
+    """Groups that only train.py has are not offered."""
+    said = subprocess.run(SAMPLE, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("python sample.py SETTING=VALUE ...")
+    assert "scale_temperatures: null" in said
+    assert "experiment" not in said
+
+
+def test_a_reader_that_has_had_enough():
+    """As `| head`: nothing is said, and 141 is what other programs end with."""
+    with subprocess.Popen(SAMPLE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
