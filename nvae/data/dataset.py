@@ -136,10 +136,16 @@ class ImageData:
         splits = {}
         for name, split in self._splits.items():
             splits[name] = {"images": len(split), "sha256": split.sha256}
-            if self.config.labels is True and split.labels is not None:
-                digest = hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()
-                splits[name]["labels"] = digest
+            if (labels := self.labels_sha256(name)) is not None:
+                splits[name]["labels"] = labels
         return {"seed": self.config.seed, "splits": splits}
+
+    def labels_sha256(self, name: str) -> str | None:
+        """SHA-256 of the labels that batches of a split hold; None where they hold none."""
+        labels = self.split(name).labels
+        if self.config.labels is not True or labels is None:
+            return None
+        return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
     def _options(self, split: Split, device: torch.device) -> dict[str, Any]:
         config = self.config
