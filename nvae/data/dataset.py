@@ -93,7 +93,11 @@ class ImageData:
         prepare_if_missing(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared form; see `open_splits`. Every stage of a Trainer needs the same."""
+        """Open the prepared form. Every stage of a Trainer needs the same.
+
+        Raises:
+            ValueError: It is not prepared, damaged, or not what the config describes.
+        """
         del stage
         if not self._splits:
             self._splits, self._classes = _open(self.config)
@@ -242,17 +246,8 @@ class ImageData:
         return self.to_input(RawBatch(images, index, self.resolved(split), None))
 
 
-def open_splits(config: DataConfig) -> dict[str, Split]:
-    """Open the splits that a data set has; an empty split is left out.
-
-    Raises:
-        ValueError: It is not prepared, damaged, or not what the config describes.
-    """
-    return _open(config)[0]
-
-
 def _open(config: DataConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits, and the names of their classes."""
+    """The splits that a set has, none of them empty, and the names of their classes."""
     if config.format in IN_MEMORY_FORMATS:
         splits, skipped = make_in_memory(config), {}
         classes = [str(digit) for digit in range(10)] if config.format == "digits" else []

@@ -12,10 +12,16 @@ import pytest
 
 from nvae.data.config import DataError, load_config
 from nvae.data.conversion import picture_names, prepare, prepare_if_missing
-from nvae.data.dataset import open_splits
 from nvae.data.places import download, listing_digest, prepared_folder
 from nvae.data.prepare import main
-from tests.data.files import idx_bytes, pictures, write_chardata, write_idx, write_pictures
+from tests.data.files import (
+    idx_bytes,
+    open_splits,
+    pictures,
+    write_chardata,
+    write_idx,
+    write_pictures,
+)
 
 
 def config_of(root, **overrides):
