@@ -19,7 +19,7 @@ from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_check
 from nvae.cli.schema import schema_of, schema_types
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
-from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, is_known, load_config
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TRAIN, is_known, load_config
 from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
@@ -227,6 +227,7 @@ _CHANGES_NO_PIXEL = (
     *("batch_size", "eval_batch_size", "num_workers", "on_device", "on_device_limit"),
     *("root", "source", "cache", "download", "licence", "citation", "homepage", "urls", "files"),
     *("labels", "label_key", "image_key", "dataset"),
+    *("seed", "flip", "global_batch"),  # of training alone
 )
 
 
@@ -251,12 +252,14 @@ class OpenedCheckpoint:
         weights: ``averaged`` | ``raw`` | ``exported``.
         run_config: the configuration of the run that wrote it, if it says; nothing in it has been
             checked.
+        train_sha256: of the images that the run was trained on, if it says.
     """
 
     file: Path
     model: HierarchicalVAE
     weights: str
     run_config: dict[str, Any]
+    train_sha256: str | None = None
 
 
 def open_checkpoint(
@@ -283,4 +286,9 @@ def open_checkpoint(
     averaged = weights == "ema" and not {"current_model_state", ENTRIES[1]}.isdisjoint(checkpoint)
     said = checkpoint.get("run_config")
     run_config = said if isinstance(said, dict) else {}
-    return OpenedCheckpoint(Path(path), model, "averaged" if averaged else "raw", run_config)
+    images: Any = checkpoint
+    for key in ("fingerprint", "data", "splits", TRAIN, "sha256"):
+        images = images.get(key) if isinstance(images, dict) else None
+    train_sha256 = images if isinstance(images, str) else None
+    kind = "averaged" if averaged else "raw"
+    return OpenedCheckpoint(Path(path), model, kind, run_config, train_sha256)

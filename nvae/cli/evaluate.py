@@ -31,12 +31,12 @@ from nvae.cli.evaluation_run import (
     process_group,
     rank_device,
     run_facts,
-    share_of,
     statistics,
 )
 from nvae.cli.schema import build
 from nvae.cli.scores import score_checkpoint
 from nvae.data.dataset import ImageData
+from nvae.data.samplers import Shard
 from nvae.evaluation import EvaluationResult, RecordStore, evaluate
 from nvae.evaluation.distances import NEEDS_FEATURES, check_possible, distances
 from nvae.evaluation.extractors import FeatureExtractor, load_extractor
@@ -79,12 +79,16 @@ def _evaluate(config: EvaluateConfig, given: dict[str, Any]) -> None:
         extractor = open_extractor(config, device)
         data = open_data(chosen, model.config)
         images = {"data": pixel_protocol(data, config.split), "split": config.split}
-        likelihood = {**likelihood_protocol(config, opened), **images}
+        asked = config.labels and model.config.num_classes > 0
+        labels = data.labels_sha256(config.split) if asked else None
+        if asked and labels is None and rank == 0:
+            print("note: the data has no labels, so this is of p(x), not of p(x | class)")
+        likelihood = {**likelihood_protocol(config, opened, labels), **images}
         protocol = likelihood
         if extractor is not None:
             protocol = {**likelihood, "samples": metrics_protocol(config, extractor)}
         output = output_path(config, opened.file, protocol, config.split)
-        if already_done(output, protocol, config.overwrite):
+        if already_done(output, protocol, config.overwrite, shown=rank == 0):
             return
         model = model.to(device)
         model.choose_kernels(config.kernels)
@@ -164,7 +168,7 @@ def _bound(
     with progress_bar("image draws", images * draws, shown=rank == 0) as advance:
         result = evaluate(
             model,
-            share_of(first_images(data.batches(config.split, device), wanted), rank, world),
+            first_images(data.batches(config.split, device, Shard(rank, world)), images),
             importance_samples=config.importance_samples,
             elbo_samples=config.elbo_samples,
             labels=config.labels,
@@ -299,7 +303,7 @@ def _reference(
     }
 
     def compute() -> FeatureSet:
-        batches = (batch.x for batch in share_of(data.batches(split, device), rank, world))
+        batches = (batch.x for batch in data.batches(split, device, Shard(rank, world)))
         share = len(range(rank, images, world))
         with progress_bar("data images", share, shown=rank == 0) as advance:
             found = image_features(batches, extractor, keep=keep, progress=advance)

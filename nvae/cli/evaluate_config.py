@@ -1,6 +1,6 @@
 """The settings of `evaluate.py`, checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from nvae.cli.checkpoint_data import check_split
@@ -17,6 +17,19 @@ from nvae.settings import Bounds, check_choice, check_fields, did_you_mean
 MODES = ("likelihood", "scores")
 ALL = "all"
 """In place of a split: all that a set has."""
+
+_OF_MODE = {
+    "likelihood": (
+        *("metrics", "generated", "pixel_temperature", "sample_batch_size", "compile"),
+        *("reference_split", "reference_cache", "inception_weights", "inception_sha256"),
+        *("feature_extractor", "neighbors", "kid_subsets", "kid_subset_size"),
+    ),
+    "scores": (
+        *("ratio_samples", "typicality_split", "typicality_images", "against", "against_root"),
+        *("against_split", "bootstrap", "maps"),
+    ),
+}
+"""Settings that only one mode reads. Scores are never told labels, as ``labels=false`` says."""
 
 _BOUNDS: dict[str, Bounds] = {
     "max_images": (1, None),
@@ -87,7 +100,11 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_fields(self, "", **_BOUNDS)
         check_choice("mode", self.mode, MODES)
-        self._check_scores()
+        self._check_mode()
+        if self.mode == "scores":
+            self._check_scores()
+        else:
+            check_split(self.split)
         check_choice("reference_split", self.reference_split, SPLITS)
         check_choice("weights", self.weights, ("ema", "raw"))
         check_choice("kernels", self.kernels, IMPLS)
@@ -104,17 +121,20 @@ class EvaluateConfig:
         check_pixel_temperature(self.pixels)
         _ = self.bounds
 
+    def _check_mode(self) -> None:
+        """What only one of the modes reads is refused in the other."""
+        for mode, names in _OF_MODE.items():
+            for each in fields(self):
+                default = each.default
+                if each.default_factory is not MISSING:
+                    default = each.default_factory()
+                value = getattr(self, each.name)
+                if mode != self.mode and each.name in names and value != default:
+                    shown = f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
+                    raise ValueError(f"{each.name}={shown} is of mode={mode}")
+
     def _check_scores(self) -> None:
-        """What only one of the modes does is refused in the other."""
         _ = self.others
-        if self.mode == "likelihood":
-            check_split(self.split)
-            if self.against or self.against_root is not None:
-                name = "against" if self.against else "against_root"
-                raise ValueError(f"{name}={getattr(self, name)} is of mode=scores")
-            return
-        if self.metrics:
-            raise ValueError(f"metrics=[{','.join(self.metrics)}] are of mode=likelihood")
         check_choice("split", self.split, (*SPLITS, ALL))
         check_choice("against_split", self.against_split, (*SPLITS, ALL))
         if self.typicality_split is not None:

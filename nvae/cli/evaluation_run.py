@@ -46,19 +46,8 @@ def process_group() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def share_of(batches: Iterator[ImageBatch], rank: int, world: int) -> Iterator[ImageBatch]:
-    """Every ``world``-th image of a split; no batch is empty."""
-    if world == 1:
-        yield from batches
-        return
-    for batch in batches:
-        mine = batch.index % world == rank
-        if mine.any():
-            yield batch[mine]
-
-
 def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBatch]:
-    """The first ``count`` images of a split, 0 or more."""
+    """The first ``count`` images of a split or of a share of it, 0 or more."""
     if not count:
         return
     for batch in batches:
@@ -73,6 +62,11 @@ def first_images(batches: Iterator[ImageBatch], count: int) -> Iterator[ImageBat
 
 def rank_device(config: EvaluateConfig, rank: int, world: int) -> torch.device:
     """The device of this process."""
+    if world > 1 and config.device.startswith("cuda:"):
+        raise ValueError(
+            f"device={config.device} is one GPU, and there are {world} processes: with device=cuda "
+            "each has its own"
+        )
     device = open_device(config.device, tf32=config.tf32)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
@@ -97,8 +91,16 @@ def statistics(
         yield
 
 
-def likelihood_protocol(config: EvaluateConfig, opened: OpenedCheckpoint) -> dict[str, Any]:
-    """Everything that a likelihood depends on beside the images."""
+def likelihood_protocol(
+    config: EvaluateConfig, opened: OpenedCheckpoint, labels: str | None = None
+) -> dict[str, Any]:
+    """Everything that a likelihood depends on beside the images.
+
+    Args:
+        config: of the command.
+        opened: the checkpoint.
+        labels: SHA-256 of those that the model is told; None where it is told none.
+    """
     recalibration = {
         "batches": config.recalibrate_bn,
         "temperature": config.statistics_temperature,
@@ -112,7 +114,8 @@ def likelihood_protocol(config: EvaluateConfig, opened: OpenedCheckpoint) -> dic
         **part,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,
-        **({"labels": config.labels} if opened.model.config.num_classes else {}),
+        **({"labels": labels is not None} if opened.model.config.num_classes else {}),
+        **({} if labels is None else {"labels_sha256": labels}),
         "seed": config.seed,
         "batch_norm": recalibration if config.recalibrate_bn else "running statistics",
         "precision": precision_name(tf32=config.tf32),
@@ -127,7 +130,9 @@ def output_path(config: EvaluateConfig, weights: Path, protocol: dict[str, Any],
     return weights.parent / "evaluation" / name
 
 
-def already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> bool:
+def already_done(
+    output: Path, protocol: dict[str, Any], overwrite: bool, *, shown: bool = True
+) -> bool:
     """Whether the very same evaluation is there; another one in its place is an error."""
     if overwrite or not output.exists():
         return False
@@ -140,7 +145,8 @@ def already_done(output: Path, protocol: dict[str, Any], overwrite: bool) -> boo
             f"{output} is there already and holds something else; give another output or "
             "overwrite=true"
         )
-    print(f"done before, with the same settings: {output}\noverwrite=true evaluates again")
+    if shown:
+        print(f"done before, with the same settings: {output}\noverwrite=true evaluates again")
     return True
 
 

@@ -12,9 +12,9 @@ from nvae.cli.checkpoint_data import (
     pixel_protocol,
 )
 from nvae.cli.evaluate_config import ALL, EvaluateConfig
-from nvae.data.config import IN_MEMORY_FORMATS, DataConfig, load_config
+from nvae.data.config import IN_MEMORY_FORMATS, TRAIN, DataConfig, load_config
 from nvae.data.conversion import picture_names
-from nvae.data.dataset import ImageData
+from nvae.data.dataset import ImageBatch, ImageData
 from nvae.data.places import can_be_fetched
 from nvae.models import HierarchicalVAE
 from nvae.scores.synthetic import CHANGES, Synthetic
@@ -46,6 +46,12 @@ class ImageSet:
                 left -= counts[split]
         return {split: count for split, count in counts.items() if count}
 
+    def changed(self, batch: ImageBatch) -> ImageBatch:
+        """Images of the source as they are scored."""
+        if self.change is None:
+            return batch
+        return replace(batch, x=self.change.of(batch.x, batch.index))
+
     def protocol(self) -> dict[str, Any]:
         """What its images depend on."""
         pixels = {split: pixel_protocol(self.data, split) for split in self.splits}
@@ -70,6 +76,8 @@ def open_other(
     """
     if name in CHANGES:
         bits = None if own.config.floats else own.config.bits
+        if name == "faded" and bits == 1:
+            raise ValueError("against=faded: images of one bit, half as bright, are all black")
         change = Synthetic(name, bits, own.config.counted_size, config.seed)
         return ImageSet(name, own, splits_of(own, config.split), change)
     other = converted(name, config.against_root, own.config)
@@ -121,17 +129,33 @@ def converted(name: str, root: str | None, own: DataConfig) -> DataConfig:
 def known_data(
     data: ImageData, opened: OpenedCheckpoint, model: HierarchicalVAE, *, shown: bool
 ) -> ImageData | None:
-    """The set that the model was trained on, as far as that is known; None where it is not here."""
+    """The set that the model was trained on; None where it is not here.
+
+    Its training images must be those whose SHA-256 the checkpoint holds. A checkpoint that holds
+    none is believed the name of its set, or else ``data`` is taken, and a note says so.
+    """
     recorded = opened.run_config.get("data")
     name = recorded.get("name") if isinstance(recorded, dict) else None
-    if name is None or name == data.config.name:
-        return data
+    wanted = opened.train_sha256
     try:
-        return open_data(choose_data({}, opened.run_config), model.config)
+        is_own = name in (None, data.config.name) if wanted is None else _trained_on(data, wanted)
+        own = data if is_own else open_data(choose_data({}, opened.run_config), model.config)
+        if wanted is not None and not _trained_on(own, wanted):
+            raise ValueError(f"the training images of {own.config.name} are others")
     except (ValueError, OSError) as error:
         if shown:
             print(f"note: no typicality, for the model's own images are not here: {error}")
         return None
+    if wanted is None and shown:
+        print(
+            "note: it is not known which images the model was trained on; typicality takes those "
+            f"of {own.config.name}"
+        )
+    return own
+
+
+def _trained_on(data: ImageData, sha256: str) -> bool:
+    return data.split(TRAIN).sha256 == sha256
 
 
 def file_names(data: ImageData, split: str) -> list[str] | None:

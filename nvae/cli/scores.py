@@ -1,7 +1,7 @@
 """`evaluate.py mode=scores`: which images do not belong, and how well that can be told."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -22,7 +22,6 @@ from nvae.cli.evaluation_run import (
     process_group,
     rank_device,
     run_facts,
-    share_of,
     statistics,
 )
 from nvae.cli.score_sets import (
@@ -88,8 +87,7 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
         known = None
         if config.typicality_split is not None:
             known = known_data(data, opened, model, shown=rank == 0)
-        told = {"labels": False} if model.config.num_classes else {}
-        common = {**likelihood_protocol(config, opened), **told}
+        common = likelihood_protocol(config, opened)
         protocol = {
             "mode": "scores",
             **common,
@@ -101,7 +99,7 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
             "maps": config.maps,
         }
         output = output_path(config, opened.file, protocol, f"scores-{config.split}")
-        if already_done(output, protocol, config.overwrite):
+        if already_done(output, protocol, config.overwrite, shown=rank == 0):
             return
         files = Files(output, [other.name for other in others], with_maps=config.maps > 0)
         files.check_free(overwrite=config.overwrite)
@@ -140,7 +138,7 @@ def score_checkpoint(config: EvaluateConfig, given: dict[str, Any]) -> None:
             "density_of": density_of,
             "typicality": None if reference is None else asdict(reference),
             "against": {
-                name: {score: each.to_dict() for score, each in separations.items()}
+                name: {score: asdict(each) for score, each in separations.items()}
                 for name, separations in found.items()
             },
             "advice": None if advice is None else asdict(advice),
@@ -225,12 +223,11 @@ class _Run:
         settings = self.settings
         parts = []
         for split, count in images.counts(self.config.max_images).items():
+            # before the work, which may take hours
+            names, labels = file_names(images.data, split), class_labels(images.data, split)
             records = self._records(images, split, count)
             scores = score_columns(records, settings.importance_samples, reference)
-            columns = image_columns(
-                records, settings.importance_samples, scores, file_names(images.data, split),
-                class_labels(images.data, split),
-            )  # fmt: skip
+            columns = image_columns(records, settings.importance_samples, scores, names, labels)
             if len(images.splits) > 1:
                 columns = {"split": np.repeat(split, count), **columns}
             parts.append(Scored(columns, scores))
@@ -240,11 +237,9 @@ class _Run:
 
     def _records(self, images: ImageSet, split: str, count: int) -> ScoreRecords:
         config, settings, device = self.config, self.settings, self.model.device
-        shared = share_of(
-            first_images(images.data.batches(split, device), count), self.rank, self.world
-        )
-        batches: Iterator[Any] = shared if images.change is None else images.change(shared)
         mine = len(range(self.rank, count, self.world))
+        source = images.data.batches(split, device, Shard(self.rank, self.world))
+        batches = map(images.changed, first_images(source, mine))
         protocol = {
             "split": split, "images": images.protocol(), "ratio_samples": config.ratio_samples
         }  # fmt: skip
@@ -284,8 +279,7 @@ class _Run:
         for row in rows:  # their splits may differ
             split = str(columns["split"][row]) if "split" in columns else images.splits[0]
             index = torch.tensor([int(columns["index"][row])])
-            batch = images.data.some(split, index)
-            x = batch.x if images.change is None else images.change.of(batch.x, index)
+            x = images.changed(images.data.some(split, index)).x
             (found,) = log_likelihood_maps(
                 self.model, x, index, elbo_samples=config.elbo_samples, seed=config.seed,
                 chunk=config.chunk,

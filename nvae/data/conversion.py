@@ -272,13 +272,15 @@ def picture_names(config: DataConfig, split: str) -> list[str] | None:
         split: one that it has itself.
 
     Returns:
-        None where the source is no folder or archive of pictures, has gone or changed, or where
-        pictures were left out when it was prepared.
+        None where the source is no folder or archive of pictures, is not the one that the set was
+        prepared from, as it was then, or where pictures were left out.
     """
-    if config.format in IN_MEMORY_FORMATS or not is_current(config):
+    if config.format in IN_MEMORY_FORMATS:
         return None
     source, manifest = source_folder(config), read_manifest(prepared_folder(config))
     if manifest.format != "folder" or not source.exists():
+        return None
+    if manifest.source_digest != source_digest(config, manifest.format):
         return None
     parts = read_source(source, manifest.format, config)
     plan = plan_splits({name: part.count for name, part in parts.items()}, config)

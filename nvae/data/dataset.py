@@ -93,7 +93,11 @@ class ImageData:
         prepare_if_missing(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared form; see `open_splits`. Every stage of a Trainer needs the same."""
+        """Open the prepared form. Every stage of a Trainer needs the same.
+
+        Raises:
+            ValueError: It is not prepared, damaged, or not what the config describes.
+        """
         del stage
         if not self._splits:
             self._splits, self._classes = _open(self.config)
@@ -136,10 +140,16 @@ class ImageData:
         splits = {}
         for name, split in self._splits.items():
             splits[name] = {"images": len(split), "sha256": split.sha256}
-            if self.config.labels is True and split.labels is not None:
-                digest = hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()
-                splits[name]["labels"] = digest
+            if (labels := self.labels_sha256(name)) is not None:
+                splits[name]["labels"] = labels
         return {"seed": self.config.seed, "splits": splits}
+
+    def labels_sha256(self, name: str) -> str | None:
+        """SHA-256 of the labels that batches of a split hold; None where they hold none."""
+        labels = self.split(name).labels
+        if self.config.labels is not True or labels is None:
+            return None
+        return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
     def _options(self, split: Split, device: torch.device) -> dict[str, Any]:
         config = self.config
@@ -236,17 +246,8 @@ class ImageData:
         return self.to_input(RawBatch(images, index, self.resolved(split), None))
 
 
-def open_splits(config: DataConfig) -> dict[str, Split]:
-    """Open the splits that a data set has; an empty split is left out.
-
-    Raises:
-        ValueError: It is not prepared, damaged, or not what the config describes.
-    """
-    return _open(config)[0]
-
-
 def _open(config: DataConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits, and the names of their classes."""
+    """The splits that a set has, none of them empty, and the names of their classes."""
     if config.format in IN_MEMORY_FORMATS:
         splits, skipped = make_in_memory(config), {}
         classes = [str(digit) for digit in range(10)] if config.format == "digits" else []

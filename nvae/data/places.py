@@ -5,9 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 from nvae.data.config import DataConfig, DataError
 from nvae.data.readers.folder_labels import LABEL_FILES
@@ -188,12 +188,15 @@ def download(config: DataConfig, folder: Path) -> None:
             _from_torchvision(config.torchvision, folder)
         for url in config.urls:
             name = url.rpartition("/")[2]
-            # Without a known checksum a half-fetched file would pass for a whole one.
-            download_url(url, str(folder), f"{name}.partial")
-            (folder / f"{name}.partial").replace(folder / name)
+            partial = folder / f"{name}.partial"
+            # Without a known checksum a half-fetched file would pass for a whole one, also with
+            # torchvision, which fetches nothing where there is a file.
+            partial.unlink(missing_ok=True)
+            download_url(url, str(folder), partial.name)
+            partial.replace(folder / name)
     # torchvision reports a wrong checksum, a missing gdown and a full quota as RuntimeError.
-    except (URLError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, HTTPException, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"{config.name} could not be downloaded ({reason}): {by_hand(config, folder)}"
         ) from error
@@ -210,7 +213,7 @@ def _from_torchvision(name: str, folder: Path) -> None:
                 try:
                     utils.download_url(f"{mirror}{file}", str(folder), file, md5)
                     break
-                except (URLError, OSError):
+                except (OSError, HTTPException):
                     if last == 0:
                         raise
     elif hasattr(data_set, "tgz_md5"):

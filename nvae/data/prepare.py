@@ -26,7 +26,7 @@ with interruptible():  # the imports below take seconds
         load_config,
     )
     from nvae.data.conversion import prepare
-    from nvae.data.dataset import open_splits
+    from nvae.data.dataset import ImageData
     from nvae.data.places import prepared_folder
     from nvae.data.store import Manifest
     from nvae.settings import Size, plain_size
@@ -163,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    open_splits(config)
+    ImageData(config).setup()
     _report(config, manifest)
 
 

@@ -163,16 +163,18 @@ def image_records(
     """What ``compute`` finds of every image, sorted by index; images in ``store`` are done already.
 
     Args:
-        model: evaluated in eval mode and left as it was.
-        batches: see :func:`evaluate` for this and for all that is not explained here.
-        compute: what to do with some images; it reports progress itself.
-        images_per_pass: images that it takes at once.
-        rows_per_image: progress of an image that is done already.
-        progress: see there.
-        store: see there.
-        labels: see there.
-        distributed: see there.
-        group: see there.
+        model: any mode; ``compute`` is called in eval mode, and the model is left as it was.
+        batches: objects with images ``x`` ``(B, C, H, W)`` in [0, 1] and ``index`` ``(B,)`` int64.
+        compute: gives the records of some images; it reports their progress itself.
+        images_per_pass: the most images that ``compute`` is given at once.
+        rows_per_image: progress to report for an image that ``store`` has already.
+        progress: called with the rows of images that ``store`` has already.
+        store: finished images; those in it are not computed again, and new ones are added.
+        labels: give ``compute`` the ``labels`` ``(B,)`` of batches that have them, where the model
+            has classes; False: none.
+        distributed: every rank of the process group calls this with its share of the images, and
+            every rank gets the records of all, or an error where one rank meets one.
+        group: process group of the ranks; None: the default one.
 
     Raises:
         ValueError: no images, wrong sizes or a model in half precision.

@@ -74,13 +74,13 @@ def _histogram(axes: "Axes", sets: Mapping[str, NDArray[np.float64]]) -> None:
 
 @dataclass(frozen=True)
 class MapRow:
-    """Images in a row, each above its map.
+    """A row of N images, each above its map.
 
     Attributes:
-        what: they are.
+        what: says which images these are; it is written beside the row.
         images: ``(N, 1 or 3, H, W)`` in [0, 1].
-        maps: log p of their pixels, ``(N, H, W)``, nats.
-        titles: N.
+        maps: log-likelihood of every pixel, ``(N, H, W)``, nats.
+        titles: one for every image, written above it.
     """
 
     what: str

@@ -1,6 +1,5 @@
 """Images that certainly do not belong, made from those that do."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +7,9 @@ from torch import Tensor
 
 from nvae.models.likelihoods import counted_window
 from nvae.random import STREAM_NOISE, image_keys, uniform
-from nvae.sampling.grids import IndexedImages
 from nvae.settings import Size, check_choice
 
 CHANGES = ("inverted", "noise", "faded")
-
-
-@dataclass(frozen=True)
-class Images:
-    """A batch: images ``x`` ``(B, C, H, W)`` in [0, 1] and their ``index`` ``(B,)``."""
-
-    x: Tensor
-    index: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,13 +35,9 @@ class Synthetic:
     def __post_init__(self) -> None:
         check_choice("change", self.change, CHANGES)
 
-    def __call__(self, batches: Iterable[IndexedImages]) -> Iterator[Images]:
-        """The batches with their images changed."""
-        for batch in batches:
-            yield Images(self.of(batch.x, batch.index), batch.index)
-
     def of(self, x: Tensor, index: Tensor) -> Tensor:
-        """Images changed; the noise of each is that of its ``index``, ``(B,)`` int64."""
+        """The images ``x`` ``(B, C, H, W)`` in [0, 1], changed. The noise of each depends on its
+        ``index``, ``(B,)`` int64, in the split."""
         rows, columns = counted_window((x.shape[-2], x.shape[-1]), self.counted_size)
         inside = x[..., rows, columns]
         changed = x.clone()

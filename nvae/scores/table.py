@@ -19,14 +19,14 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Reference:
-    """What is typical (Nalisnick et al. 2019, "Detecting out-of-distribution inputs to deep
-    generative models using typicality").
+    """What is typical of a model's own images (Nalisnick et al. 2019, "Detecting
+    out-of-distribution inputs to deep generative models using typicality").
 
     Attributes:
         entropy: mean negative ELBO of images that the model was trained on, nats.
-        images: so many of them.
-        data: their set.
-        split: theirs.
+        images: number of images that the mean is taken over.
+        data: name of the data set that they are from.
+        split: name of the split that they are from.
     """
 
     entropy: float
@@ -53,11 +53,10 @@ def score_columns(
         ``negative_elbo``, its parts ``reconstruction`` and ``kl``, ``nll_K`` for every K,
         ``typicality``, and ``llr_k`` for k = 1 .. G, the number of finest groups from the prior.
     """
-    kl = records.kl_per_channel.sum((1, 2))
     columns = {
-        "negative_elbo": records.reconstruction + kl,
+        "negative_elbo": records.negative_elbo,
         "reconstruction": records.reconstruction,
-        "kl": kl,
+        "kl": records.kl_per_channel.sum((1, 2)),
     }
     for column, samples in enumerate(importance_samples):
         columns[f"nll_{samples}"] = -records.log_evidence[:, column]
@@ -87,7 +86,8 @@ def image_columns(
     columns: Columns = {"index": records.index}
     for name, known in (("file", names), ("label", labels)):
         if known is not None:
-            columns[name] = np.array([known[i] for i in records.index])
+            # as objects: a column of numpy's own text is as wide as its longest entry
+            columns[name] = np.array([known[i] for i in records.index], dtype=object)
     columns |= scores
     groups = records.kl_per_group
     columns |= {f"kl_{g}": groups[:, g] for g in range(groups.shape[1])}

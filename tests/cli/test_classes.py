@@ -73,16 +73,24 @@ def test_classes_that_cannot_be(tmp_path, monkeypatch, capsys, checkpoint, argum
 
 def test_likelihood_given_the_class_and_without(tmp_path, monkeypatch, capsys, checkpoint):
     command = Commands(evaluate, monkeypatch, capsys, tmp_path)
-    found = []
-    for labels in ("true", "false"):
-        command(
-            f"checkpoint={checkpoint}", f"labels={labels}", "importance_samples=[]",
-            f"output={labels}.json", "max_images=20",
+    found, printed = [], []
+    for setting in ("labels=true", "labels=false", "data.labels=false"):
+        printed.append(
+            command(
+                f"checkpoint={checkpoint}", setting, "importance_samples=[]",
+                "output=found.json", "overwrite=true", "max_images=20",
+            )
         )  # fmt: skip
-        found.append(json.loads((tmp_path / f"{labels}.json").read_text()))
-    told, untold = found
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    told, untold, without = found
     assert told["protocol"]["labels"] is True
+    assert len(told["protocol"]["labels_sha256"]) == 64
     assert told["result"]["negative_elbo"] != untold["result"]["negative_elbo"]
+    # where the data has none, the protocol must not claim that the model was told some
+    assert without["protocol"] == untold["protocol"]
+    assert without["protocol"]["labels"] is False
+    assert without["result"] == untold["result"]
+    assert ["has no labels" in each for each in printed] == [False, False, True]
 
 
 def test_a_model_with_classes_asks_for_labels():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from nvae.cli.evaluate import main
 from nvae.cli.evaluate_config import EvaluateConfig
+from nvae.cli.evaluation_run import already_done, rank_device
 from nvae.evaluation import RecordStore
 from nvae.export.folder import export
 
@@ -80,7 +81,7 @@ def test_numbers_do_not_depend_on_batches_and_chunks(evaluate, checkpoint, tmp_p
     evaluate(f"checkpoint={checkpoint}", K, "output=a.json")
     evaluate(
         f"checkpoint={checkpoint}", K, "output=b.json", "chunk=3", "data.eval_batch_size=7",
-        "data.num_workers=0",
+        "data.num_workers=0", "data.seed=5", "data.flip=true", "data.global_batch=4",
     )  # fmt: skip
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["protocol"] == b["protocol"]
@@ -200,6 +201,19 @@ def test_statistics_that_cannot_be_kept_are_used_all_the_same(
     assert len(told) == 1
     assert "not kept" in told[0]
     assert not list(tmp_path.glob("*.bn-*"))
+
+
+def test_every_process_has_its_own_gpu():
+    """torchrun's number of the process would silently take the place of the one that was given."""
+    config = EvaluateConfig("model.ckpt", device="cuda:1")
+    with pytest.raises(ValueError, match="device=cuda:1 is one GPU, and there are 2 processes"):
+        rank_device(config, 0, 2)
+
+
+def test_one_process_says_that_it_was_done_before(tmp_path, capsys):
+    (tmp_path / "r.json").write_text('{"protocol": {}}')
+    assert already_done(tmp_path / "r.json", {}, overwrite=False, shown=False)
+    assert capsys.readouterr().out == ""
 
 
 def test_processes_wait_for_each_other_for_hours(evaluate, checkpoint, monkeypatch):

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from nvae.cli import evaluate as evaluate_module
 from nvae.cli.evaluate import main
+from nvae.data.loader import DenseSplit
 from nvae.evaluation import RecordStore
 from tests.evaluation.extractors import Rows
 from tests.training.ranks import free_port
@@ -130,22 +131,27 @@ def test_the_likelihood_survives_a_failure_of_the_metrics(
 
 
 def _process(rank, folder, port, arguments):
-    """evaluate.py as torchrun starts it; writes how many images features were taken of."""
+    """evaluate.py as torchrun starts it; writes of how many images features were taken, and how
+    many were read."""
     torch.set_num_threads(1)
     environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
-    seen, forward = [], Rows.forward
+    seen, forward, read, gather = [], Rows.forward, [], DenseSplit.gather
 
     def counted(self, images):
         seen.append(len(images))
         return forward(self, images)
 
-    Rows.forward = counted
+    def counted_too(self, index, **options):
+        read.append(len(index))
+        return gather(self, index, **options)
+
+    Rows.forward, DenseSplit.gather = counted, counted_too
     if rank != 0:
         evaluate_module.distances = None  # the first one's business alone
     sys.argv = ["evaluate.py", *arguments]
     main()
-    (folder / f"{rank}.json").write_text(json.dumps(seen))
+    (folder / f"{rank}.json").write_text(json.dumps([sum(seen), sum(read)]))
 
 
 @pytest.mark.slow
@@ -162,8 +168,9 @@ def test_two_processes_share_the_data_images_and_agree_with_one(evaluate, checkp
     assert two["samples"] == pytest.approx(one["samples"], rel=1e-4)
     nll = [r["result"]["importance_weighted"][0]["nll"]["mean"] for r in (one, two)]
     assert nll[0] == pytest.approx(nll[1], rel=1e-5)
-    seen = [sum(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(2)]
-    assert seen == [2 + 12 + 16, 2 + 12 + 15]  # the trial, data images, samples
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    # of the trial, data images, samples; of the likelihood and the data images, its share alone
+    assert seen == [[2 + 12 + 16, 6 + 12], [2 + 12 + 15, 6 + 12]]
     # the features that two processes left are those that one finds, image by image
     evaluate(*common, "output=again.json", "reference_cache=two")
     again = json.loads((tmp_path / "again.json").read_text())

@@ -4,16 +4,18 @@ import csv
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
 from nvae.cli import evaluate as evaluate_module
-from nvae.cli.evaluate_config import EvaluateConfig
-from nvae.cli.score_sets import ImageSet, converted
+from nvae.cli.checkpoint_data import open_checkpoint
+from nvae.cli.evaluate_config import _OF_MODE, EvaluateConfig
+from nvae.cli.score_sets import ImageSet, converted, known_data, open_other
 from nvae.data import DataConfig
 from nvae.data.dataset import ImageData
 from nvae.evaluation import RecordStore
@@ -178,6 +180,30 @@ def test_no_typicality_where_the_models_own_images_are_not_here(
     assert "typicality" not in rows_of(tmp_path / "t.csv")[0]
 
 
+def test_typicality_is_of_the_images_that_the_model_was_trained_on(checkpoint, capsys):
+    """Not of others of a set with the same name: those may be the ones to be judged."""
+    data, other = (ImageData(replace(DATA, split_seed=seed)) for seed in (0, 1))
+    for each in (data, other):
+        each.setup()
+
+    def known(of, train_sha256):
+        opened = open_checkpoint(str(checkpoint), "ema")
+        assert opened.train_sha256 == train_sha256
+        return known_data(of, opened, opened.model, shown=True)
+
+    assert known(other, None) is other
+    assert "it is not known which images" in capsys.readouterr().out
+    file, trained = torch.load(checkpoint), data.split("train").sha256
+    torch.save({**file, "fingerprint": {"data": data.fingerprint()}}, checkpoint)
+    assert known(data, trained) is data
+    assert known(other, trained).split("train").sha256 == trained
+    assert capsys.readouterr().out == ""
+    marks = {"data": {"splits": {"train": {"sha256": "0" * 64}}}}
+    torch.save({**file, "fingerprint": marks}, checkpoint)
+    assert known(data, "0" * 64) is None
+    assert "no typicality" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -222,6 +248,12 @@ def test_what_cannot_be_converted_is_refused(changes, words):
         converted("digits", None, replace(DATA, **changes))
 
 
+def test_what_would_be_all_black_is_refused():
+    data = ImageData(replace(DATA, bits=1, likelihood="bernoulli"))
+    with pytest.raises(ValueError, match="images of one bit, half as bright, are all black"):
+        open_other("faded", EvaluateConfig("model.ckpt", mode="scores"), data, None)
+
+
 def test_densities_are_called_so(evaluate, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "normal.ckpt", likelihood="normal", bits=8)
     printed = evaluate(f"checkpoint={checkpoint}", *SCORES, "output=s.json")
@@ -251,7 +283,10 @@ def test_a_protocol_comes_back_from_json_as_it_was():
         ({"mode": "scores", "against": {"a": 1}}, "a list of names"),
         ({"mode": "scores", "against": "noise", "against_root": "x"}, "names none"),
         ({"mode": "scores", "against": ["mnist", "celeba64"], "against_root": "x"}, "one set"),
-        ({"mode": "scores", "metrics": ["fid"]}, "are of mode=likelihood"),
+        ({"mode": "scores", "metrics": ["fid"]}, r"metrics=\[fid\] is of mode=likelihood"),
+        ({"mode": "scores", "generated": 10}, "generated=10 is of mode=likelihood"),
+        ({"bootstrap": 5}, "bootstrap=5 is of mode=scores"),
+        ({"typicality_split": None}, "typicality_split=None is of mode=scores"),
         ({"mode": "scores", "against_split": "some"}, "allowed: train, valid, test, all"),
         ({"mode": "scores", "typicality_split": "all"}, "allowed: train, valid, test"),
         ({"mode": "scores", "ratio_samples": 0}, "at least 1"),
@@ -262,6 +297,13 @@ def test_a_protocol_comes_back_from_json_as_it_was():
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         EvaluateConfig("model.ckpt", **settings)
+
+
+def test_settings_of_one_mode_are_settings():
+    """Statistics of BN are taken at `temperature` in both."""
+    EvaluateConfig("model.ckpt", mode="scores", temperature=0.7, recalibrate_bn=2, labels=False)
+    names = [name for names in _OF_MODE.values() for name in names]
+    assert set(names) <= {field.name for field in fields(EvaluateConfig)}
 
 
 def test_mistakes_are_one_line_and_leave_nothing(evaluate, checkpoint, tmp_path):

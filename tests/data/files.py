@@ -17,7 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
+from nvae.data.config import DataConfig
+from nvae.data.dataset import ImageData
+from nvae.data.loader import Split
+
 Pixels = NDArray[np.uint8]
+
+
+def open_splits(config: DataConfig) -> dict[str, Split]:
+    """What the prepared form of a data set holds."""
+    data = ImageData(config)
+    data.setup()
+    return {name: data.split(name) for name in data.names}
 
 
 def pictures(n: int, size: int, channels: int, seed: int = 0) -> Pixels:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,11 +11,17 @@ import numpy as np
 import pytest
 
 from nvae.data.config import DataError, load_config
-from nvae.data.conversion import prepare, prepare_if_missing
-from nvae.data.dataset import open_splits
+from nvae.data.conversion import picture_names, prepare, prepare_if_missing
 from nvae.data.places import download, listing_digest, prepared_folder
 from nvae.data.prepare import main
-from tests.data.files import idx_bytes, pictures, write_chardata, write_idx, write_pictures
+from tests.data.files import (
+    idx_bytes,
+    open_splits,
+    pictures,
+    write_chardata,
+    write_idx,
+    write_pictures,
+)
 
 
 def config_of(root, **overrides):
@@ -156,6 +163,24 @@ def test_what_was_prepared_from_elsewhere_by_hand_stays(tmp_path):
     assert rows(pixels_of(config)) == rows(images)
 
 
+def test_names_of_pictures_are_those_of_the_source_as_it_was(tmp_path):
+    """A wrong name in the row of a score is worse than none."""
+    source = tmp_path / "root" / "source"
+    write_pictures(source, pictures(10, 8, 3))
+    config = config_of(tmp_path / "root")
+    prepare(config)
+    names = picture_names(config, "train")
+    assert set(names) < {path.name for path in source.iterdir()}
+    moved = config_of((tmp_path / "root").rename(tmp_path / "moved"))
+    assert picture_names(moved, "train") == names
+    first = min((tmp_path / "moved" / "source").iterdir())
+    first.rename(first.with_name("z.png"))
+    assert picture_names(moved, "train") is None
+    shutil.rmtree(first.parent)
+    first.parent.mkdir()
+    assert picture_names(moved, "train") is None
+
+
 def test_a_manifest_that_is_somebody_elses_is_not_taken_for_ours(tmp_path):
     """Preparing into such a folder would delete its arrays."""
     write_pictures(tmp_path, pictures(10, 8, 3))
@@ -271,7 +296,13 @@ def test_the_next_mirror_is_tried(tmp_path, monkeypatch):
     assert calls[0] != calls[1]
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), OSError("reset"), RuntimeError("md5")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(URLError("no network"), OSError("reset"), RuntimeError("md5"), TimeoutError()),
+        IncompleteRead(b""),
+    ],
+)
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "omniglot"])
 def test_without_a_network_the_folder_and_files_are_named(tmp_path, monkeypatch, name, error):
     def fail(*_, **__):
@@ -303,10 +334,13 @@ def test_files_put_there_by_hand_are_used_and_nothing_is_fetched(tmp_path, fetch
 
 def test_a_download_is_used_at_once_and_never_half(tmp_path, monkeypatch):
     def fetch(url, root, filename):
+        assert not Path(root, filename).exists()  # torchvision would take it for the whole
         write_chardata(tmp_path / "made", pictures(9, 28, 1), pictures(4, 28, 1))
         (tmp_path / "made" / "chardata.mat").rename(f"{root}/{filename}")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "chardata.mat.partial").write_bytes(b"half")  # of a killed download
     config = replace(load_config("omniglot"), root=str(tmp_path), train_size=9, test_size=4)
     prepare(config)
     assert [path.name for path in (tmp_path / "source").iterdir()] == ["chardata.mat"]

@@ -15,12 +15,12 @@ from PIL import Image
 
 from nvae.data.config import CONFIG_FOLDER, IN_MEMORY_FORMATS, DataError, config_names, load_config
 from nvae.data.conversion import prepare, prepare_if_missing
-from nvae.data.dataset import open_splits
 from nvae.data.module import ImageDataModule
 from nvae.data.places import prepared_folder
 from nvae.data.prepare import main
 from nvae.data.store import read_manifest
 from tests.data import files
+from tests.data.files import open_splits
 
 
 def batch_of(config, split="train"):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import auc, average_precision_score, roc_curve
 
 from nvae.scores import advise, separate
 
@@ -14,6 +15,33 @@ def test_a_small_case_by_hand():
     assert found.auroc.value == pytest.approx(11 / 12)  # 4 alone scores above 3.5
     assert found.auprc.value == pytest.approx((1 + 1 + 3 / 4) / 3)
     assert found.fpr95.value == pytest.approx(1 / 4)  # all three are found at 3.5, and so is 4
+
+
+def _scikit_learns(inside, outside):
+    belongs_not = np.repeat([0, 1], [len(inside), len(outside)])
+    values = np.concatenate([inside, outside])
+    fpr, tpr, _ = roc_curve(belongs_not, values, drop_intermediate=False)
+    precision = average_precision_score(belongs_not, values)
+    return auc(fpr, tpr), precision, fpr[np.argmax(tpr >= 0.95)]
+
+
+@pytest.mark.parametrize("levels", [3, 20, 10**6])
+def test_numbers_are_scikit_learns(levels):
+    """With few ties and with many, of the images and of every resample."""
+    generator = np.random.default_rng(levels)
+    inside, outside = (
+        generator.integers(low, levels + low, n) / 7.0 for low, n in ((0, 60), (1, 41))
+    )
+    found = separate({"a": inside}, {"a": outside}, resamples=20, seed=3)["a"]
+    drawn, generator = [], np.random.default_rng(3)
+    for _ in range(20):
+        rows, others = generator.integers(60, size=60), generator.integers(41, size=41)
+        drawn.append(_scikit_learns(inside[rows], outside[others]))
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    each = found.auroc, found.auprc, found.fpr95
+    assert [one.value for one in each] == pytest.approx(_scikit_learns(inside, outside), abs=1e-12)
+    assert [one.low for one in each] == pytest.approx(low, abs=1e-12)
+    assert [one.high for one in each] == pytest.approx(high, abs=1e-12)
 
 
 def test_higher_scores_mean_that_an_image_belongs_less():
@@ -53,6 +81,7 @@ def test_a_score_that_separates_in_every_resample_is_surely_good():
     [
         (({"a": np.zeros(0)}, OUTSIDE), "nothing to compare"),
         ((INSIDE, {"b": np.zeros(2)}), "nothing to compare"),
+        ((INSIDE, {"a": np.array([1, np.nan])}), "not finite"),
     ],
 )
 def test_nothing_to_compare_is_refused(arguments, words):

@@ -56,7 +56,9 @@ def test_a_row_an_image_with_every_digit(records, tmp_path):
 
 def test_parquet_holds_the_same(records, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    columns = image_columns(records, (5, 50), score_columns(records, (5, 50)))
+    names = ["a.png"] * 9 + ["b" * 1000]
+    columns = image_columns(records, (5, 50), score_columns(records, (5, 50)), names)
+    assert columns["file"].nbytes < 100  # and not as many of the longest name as there are images
     write_table(tmp_path / "scores.csv", columns)
     found = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
     assert {name: list(each) for name, each in columns.items()} == found
