@@ -333,8 +333,12 @@ class GammaBalanced(Objective):
         self.register_buffer("variables", torch.tensor(variables), persistent=False)
 
     def coefficients(self, step: float, total_steps: int) -> dict[str, float]:
-        """With ``gamma``: 1 while the balancing lasts, then 0."""
-        lasts = step <= round(self.options["portion"] * total_steps)
+        """With ``gamma``: 1 while the balancing lasts, then 0.
+
+        As published it lasts from step 0 to step ``portion * total_steps``, both included.
+        """
+        portion = self.options["portion"]
+        lasts = portion > 0 and step <= round(portion * total_steps)
         return super().coefficients(step, total_steps) | {"gamma": float(lasts)}
 
     def kl_weights(self, output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:

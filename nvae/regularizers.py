@@ -72,7 +72,7 @@ class SpectralNorm(nn.Module):
                 yield (rows, columns, matrix.log_gain is not None), matrix
 
     def forward(self) -> Tensor:
-        """The sum, a differentiable scalar. In training mode the vectors are advanced."""
+        """The sum, a differentiable scalar; the vectors are advanced."""
         by_shape: dict[Shape, list[SpectralMatrix]] = defaultdict(list)
         for shape, matrix in self._matrices():
             by_shape[shape].append(matrix)

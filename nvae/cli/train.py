@@ -39,6 +39,7 @@ from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
 from nvae.cli.report import setting, write_report
 from nvae.cli.training_errors import AGREED, ended, explained, how_to_go_on
 from nvae.command_line import brief
+from nvae.data.config import VALID
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import Shard
 from nvae.ops.library import check_kernels
@@ -205,6 +206,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             data.setup()
             data.check_classes(config.model.num_classes)
             data.train_sampler(Shard(0, config.trainer.world_size))  # are there images for a step?
+            _check_validation(data, config.trainer.world_size)
             marks = fingerprint(config, data)
         folder, changed = open_run_once(
             path, config.resume, config.to_dict(), marks, processes=config.trainer.world_size
@@ -368,6 +370,17 @@ def build_module(
         learning_rate_scale=learning_rate_scale,
         sync_batchnorm=config.trainer.sync_batchnorm,
     )
+
+
+def _check_validation(data: ImageDataModule, processes: int) -> None:
+    """Raise a ValueError where a process would have no validation image; Lightning cannot do so."""
+    valid = data.resolved(VALID)
+    images = len(data.split(VALID)) if valid in data.names else processes
+    if images < processes:
+        raise ValueError(
+            f"{images} images of {valid} are fewer than the {processes} processes that validate; "
+            f"give more (data.{valid}_size) or fewer processes (trainer.devices)"
+        )
 
 
 def _recomputes(config: TrainConfig) -> bool:

@@ -231,15 +231,15 @@ class DataInitConv2d(WeightNormConv2d):
         """As the parent; the first call in training mode initializes."""
         # the flag is read from the device once, not at every step
         if self.training and not self.checked:
-            if not self.initialized:
-                self._initialize(x)
-            self.checked = True
+            self.checked = bool(self.initialized) or self._initialize(x)
         return super().forward(x)
 
     @torch.no_grad()
-    def _initialize(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> bool:
+        """Whether it could: a batch that is not finite says nothing of the scale."""
         assert self.bias is not None
         self.ready = None  # its gain is about to change
+        gain, bias = self.log_gain.clone(), self.bias.clone()
         self.log_gain.zero_()
         self.bias.zero_()
         y = super().forward(x)
@@ -249,10 +249,15 @@ class DataInitConv2d(WeightNormConv2d):
                 dist.all_reduce(statistic, dist.ReduceOp.AVG if y.is_cuda else dist.ReduceOp.SUM)
                 if not y.is_cuda:  # gloo has no average
                     statistic /= dist.get_world_size()
+        if not torch.isfinite(mean + std).all():
+            self.log_gain.copy_(gain)
+            self.bias.copy_(bias)
+            return False
         spread = 5 * std + NORM_EPS
         self.log_gain.copy_(-spread.log())
         self.bias.copy_(-mean / spread)
         self.initialized.fill_(True)
+        return True
 
 
 class BatchNorm(nn.Module):

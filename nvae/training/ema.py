@@ -205,8 +205,10 @@ class MovingAverage(WeightAveraging):
             # where the model is going to be: the strategy moves it only after this hook
             self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
+        if stage == "fit":
+            assert self._average_model is not None
             self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
+            self._latest_update_step = trainer.global_step  # it may have served another run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is on its device: remember its tensors."""
@@ -215,8 +217,14 @@ class MovingAverage(WeightAveraging):
             self._warn_of_short_run(length.total_steps)
         self._settle()
         assert self._average_model is not None
+        self._pairs = []
         own = zip(_places(self._average_model.module), _places(pl_module), strict=True)
-        self._pairs = [(t, place) for (kept, name), place in own if (t := kept[name]) is not None]
+        for (kept, name), (theirs, other) in own:
+            average, weight = kept[name], theirs[other]
+            assert average is not None
+            assert weight is not None
+            average.data = average.data.to(weight.dtype)  # a Trainer of half precision came later
+            self._pairs.append((average, (theirs, other)))
         self._guard = guard_of(trainer)
         self._group()
         apart = any(group.is_apart for group in self._groups)
@@ -301,13 +309,21 @@ class MovingAverage(WeightAveraging):
             update.result()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in; through ``.data``, which derived weights do not see."""
+        """Put the average in; through ``.data``, which derived weights do not see.
+
+        Not where a Trainer validates by itself: the model ended its training with the average, or
+        is another one by now.
+        """
+        if trainer.state.fn != "fit":
+            return
         self._settle()
         super().on_validation_epoch_start(trainer, pl_module)
         forget(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the raw weights back."""
+        if trainer.state.fn != "fit":
+            return
         super().on_validation_epoch_end(trainer, pl_module)
         forget(pl_module)
 
@@ -315,6 +331,14 @@ class MovingAverage(WeightAveraging):
         """The model ends with the average."""
         self._settle()
         super().on_train_end(trainer, pl_module)
+        forget(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from both sets of weights. To be evaluated, a model has the average, as saved."""
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -128,6 +128,10 @@ class BadSteps(pl.Callback):
         self._described = 0  # steps left out at the last look
         self._accepted: int | None = None  # before this start
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """It may have watched another run."""
+        self._steps, self._counters, self._accepted = 0, None, None
+
     def state_dict(self) -> dict[str, Any]:
         """Steps of the run that were not left out."""
         return {"accepted": self._accepted_now()}

@@ -14,7 +14,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import (
+    GradientAccumulationScheduler,
+    RichProgressBar,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -330,13 +335,26 @@ class NVAELightning(pl.LightningModule):
         """Another Trainer may bring other data."""
         self.length = RunLength(self.trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: nothing that belongs to a run, and no graph of a loss."""
+        state = super().__getstate__() | {"last": None, "whole_step": None}
+        return {name: value for name, value in state.items() if name not in ("length", "_noise")}
+
     def on_fit_start(self) -> None:
         """Ranks draw different noise and share batch statistics.
 
         Raises:
-            ValueError: the Trainer counts other micro-batches than the data module makes.
+            ValueError: the Trainer counts other micro-batches than the data module makes, or is to
+                count others in later epochs.
         """
         self.length.check()
+        callbacks: Any = getattr(self.trainer, "callbacks", [])
+        if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
+            raise ValueError(
+                "GradientAccumulationScheduler changes the number of micro-batches while a run "
+                "goes on, which is not done here; give accumulate_grad_batches instead"
+            )
+        self._has_checked_values = False
         span_whole_steps(self.model, self.trainer.accumulate_grad_batches)
         self._noise = TrainingNoise(self.seed, self.global_rank)
         if self.trainer.world_size > 1:

@@ -105,5 +105,7 @@ def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
     # default of eight graphs the rest would silently stay uncompiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for block in model.blocks():
-        # the method and not the module, so that what is recomputed is compiled inside
-        block.forward = torch.compile(block.forward, backend=backend)
+        # the method and not the module, so that what is recomputed is compiled inside; a partial of
+        # the function, since a compiled bound method would stay bound to this block in a copy
+        function = torch.compile(type(block).forward, backend=backend)
+        block.forward = partial(function, block)

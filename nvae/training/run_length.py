@@ -202,7 +202,8 @@ class RunLength:
         """Weight of a micro-batch's mean in the step, and whether the step ends with it.
 
         Lightning divides the sum by the nominal number of micro-batches, and the mean over ranks
-        by theirs; with both undone the step is the mean over its images.
+        by theirs; with both undone the step is the mean over its images. Loaders that are not our
+        data module's do not say how many images are to come: all their micro-batches weigh alike.
 
         Args:
             batch_idx: of the micro-batch, in its epoch.

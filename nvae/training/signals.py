@@ -67,6 +67,10 @@ class StopOnSignal(pl.Callback):
         self._last_time = 0.0
         self._pressed: float | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A signal that ended another run is not for this one."""
+        self._received, self._pressed = 0, None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over from Lightning, which restores the old handlers at the end.
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -126,3 +127,18 @@ def test_a_pass_counts_its_batch_once_in_every_layer() -> None:
     assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1]
     norms[1](torch.randn(2, 3, 3, 3))
     assert [int(norm.num_batches_tracked) for norm in norms] == [1, 2]
+
+
+def test_a_first_batch_that_is_not_finite_initializes_nothing() -> None:
+    """Its step is left out; the next batch sets gain and bias as if it had been the first."""
+    torch.manual_seed(0)
+    layer = DataInitConv2d(2, 3, 3)
+    other = copy.deepcopy(layer)
+    x = torch.randn(4, 2, 5, 5)
+    bad = x.clone()
+    bad[1] = math.nan
+    layer(bad)
+    assert not layer.initialized
+    torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
+    assert layer.initialized
+    assert layer.checked

@@ -25,6 +25,12 @@ from tests.training.test_captured import short_config
 from tests.training.test_guard import Spoil
 
 
+def fitting(device: str) -> SimpleNamespace:
+    """A Trainer that begins to fit there."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, global_step=0, state=SimpleNamespace(fn="fit"))
+
+
 @pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
 def test_the_average_lives_where_it_should(
     tmp_path: Path, device: str | None, expected: str
@@ -33,7 +39,7 @@ def test_the_average_lives_where_it_should(
 
     The meta device stands for a GPU.
     """
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    trainer: Any = fitting("meta")
     average = MovingAverage(0.9, device)
     module = build_module(small_config(tmp_path))
     average.setup(trainer, module, "fit")
@@ -46,7 +52,7 @@ def test_the_average_lives_where_it_should(
 @torch.no_grad()
 def test_swapping_reaches_the_derived_weights(tmp_path: Path) -> None:
     """Weights folded from the average must not be used for the raw weights, nor the reverse."""
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    trainer: Any = fitting("cpu")
     average = MovingAverage(0.9)
     module = build_module(small_config(tmp_path)).eval()
     model = module.model

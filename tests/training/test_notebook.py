@@ -1,12 +1,20 @@
 """The Lightning module by itself: ordinary loaders, callbacks, loggers, no data module of ours."""
 
+import copy
+import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -14,7 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from nvae.checkpoint import load_model
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import ObjectiveConfig
+from nvae.training.ema import MovingAverage
+from nvae.training.guard import BadSteps
 from nvae.training.module import NVAELightning
+from nvae.training.signals import StopOnSignal
 from nvae.training.validation import ValidationSums
 from tests.outside import two_groups
 
@@ -209,6 +220,60 @@ def test_a_stopped_run_goes_on_from_lightnings_checkpoint(tmp_path: Path) -> Non
     trainer.fit(module, DataLoader(data, batch_size=5), ckpt_path=tmp_path / "x.ckpt")  # type: ignore[arg-type]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, module.model.state_dict()[name]), name
+
+
+def test_callbacks_and_module_serve_a_second_fit(tmp_path: Path) -> None:
+    """Nothing of the first one is left: it trains, keeps its average, and ends with it."""
+    average, guard, signals = MovingAverage(0.5), BadSteps(), StopOnSignal()
+    first = fit(tmp_path / "a", list(IMAGES), callbacks=[average, guard, signals])
+    signals._note(signal.SIGUSR1, None)  # too late for the first
+    again = fit(tmp_path / "b", list(IMAGES), callbacks=[average, guard, signals])
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    assert guard.state_dict() == {"accepted": 3}
+    copied = copy.deepcopy(again)
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", callbacks=[MovingAverage(0.5)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(again, DataLoader(list(IMAGES), batch_size=5))  # type: ignore[arg-type]
+    pairs = zip(again.parameters(), copied.parameters(), strict=True)
+    assert not any(torch.equal(ours, theirs) for ours, theirs in pairs)
+    pickle.loads(pickle.dumps(copied))
+
+
+def test_evaluation_after_a_fit_takes_the_model_that_it_is_given(tmp_path: Path) -> None:
+    """Not the average that the Trainer's callback still holds, nor raw weights of a file."""
+    saved = ModelCheckpoint(tmp_path, save_last=True)
+    module = fit(
+        tmp_path, list(IMAGES), callbacks=[MovingAverage(0.5), saved], enable_checkpointing=True
+    )
+    trainer, loader = module.trainer, DataLoader(list(IMAGES), batch_size=5)  # type: ignore[arg-type]
+    alone = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    (wanted,) = alone.test(module, loader, verbose=False)
+    (found,) = trainer.test(module, loader, ckpt_path=saved.last_model_path, verbose=False)
+    assert found == wanted
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.1)
+    (found,) = trainer.validate(module, loader, verbose=False)
+    (wanted,) = alone.validate(module, loader, verbose=False)
+    assert found == wanted
+
+
+def test_a_schedule_of_accumulation_is_refused(tmp_path: Path) -> None:
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="give accumulate_grad_batches instead"):
+        fit(tmp_path, list(IMAGES), callbacks=[scheduler])
+
+
+def test_an_average_in_the_trainers_precision(tmp_path: Path) -> None:
+    """The Trainer converts the module after the average was made."""
+    module = fit(tmp_path, list(IMAGES), callbacks=[MovingAverage(0.5)], precision="64-true")
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {

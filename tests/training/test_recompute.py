@@ -121,11 +121,12 @@ def test_whole_groups_are_recomputed() -> None:
     assert {id(cell) for cell in cells} <= set(inside)
 
 
-def test_copy_recomputes_its_own_weights() -> None:
+@pytest.mark.parametrize("change", [recompute_segments, partial(compile_blocks, backend="eager")])
+def test_a_copy_has_its_own_weights(change: Callable[[NVAE], None]) -> None:
     """A deep copy (the weights' average) must not run the original's cells."""
     torch.manual_seed(0)
     model = NVAE(CONFIG).double()
-    recompute_segments(model)
+    change(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for p in copied.parameters():
