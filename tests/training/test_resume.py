@@ -14,7 +14,7 @@ from benchmarks.kills import VOLATILE
 from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from nvae.training import checkpointing
 from nvae.training.checkpointing import AtomicCheckpointIO, step_checkpoints
-from nvae.training.resuming import check_resumable, conflicts
+from nvae.training.resuming import check_optimizer_shapes, check_resumable, conflicts
 from nvae.training.run_folder import Claim, RunFolder, open_run
 from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
@@ -314,7 +314,7 @@ def test_another_schedule_is_refused(
     assert conflicts({"run_config": configs[0]}, configs[1], None) == told
 
 
-def test_an_optimizer_with_several_groups_resumes(tmp_path: Path) -> None:
+def test_several_groups_and_optimizers_resume(tmp_path: Path) -> None:
     """As torch numbers them: parameters count on from one group to the next."""
     config = small_config(tmp_path)
     folder, _ = run(config, StopAt(1))
@@ -324,7 +324,10 @@ def test_an_optimizer_with_several_groups_resumes(tmp_path: Path) -> None:
     (group,) = state["param_groups"]
     state["param_groups"] = [group | {"params": group["params"][:3]},
                              group | {"params": group["params"][3:]}]  # fmt: skip
-    check_resumable(checkpoint, path)
+    for states in ([state], [state, state]):
+        checkpoint["optimizer_states"] = states
+        check_resumable(checkpoint, path)
+        check_optimizer_shapes(checkpoint, [])
     state["param_groups"].pop(0)
     with pytest.raises(CheckpointError, match="params do not count from 0"):
         check_resumable(checkpoint, path)
