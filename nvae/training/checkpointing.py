@@ -97,8 +97,13 @@ def write_checked(checkpoint: dict[str, Any], path: Path) -> None:
 
 def step_checkpoints(folder: Path) -> list[Path]:
     """The rotating checkpoints of a folder, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("step_*.ckpt") if (m := _STEP_FILE.match(p.name))]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in _by_step(folder)]
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and files of the rotating checkpoints, the lowest step first."""
+    paths = folder.glob("step_*.ckpt")
+    return sorted((int(m[1]), path) for path in paths if (m := _STEP_FILE.match(path.name)))
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,9 @@ class Checkpoints(pl.Callback):
     for, and written by a thread, which the next checkpoint waits for; so does whoever must know
     that it is on disk. What fails there is raised after one of the next steps, or at the end.
 
-    Older files go once a newer one has been read back. While steps are being left out nothing is
-    dropped: they may be the last good ones.
+    Older files go once a newer one has been read back, and so do those of later steps: they are
+    damaged, or of a run that this one does not go on with, and nobody shall resume from them. While
+    steps are being left out nothing is dropped: they may be the last good ones.
 
     Attributes:
         every_epochs: epochs between two checkpoints; one is written at the end, too.
@@ -171,17 +177,22 @@ class Checkpoints(pl.Callback):
                 f"callbacks.checkpoint.every_minutes is {self.every_minutes}; it must be above 0, "
                 "or null"
             )
-        self.best: float | None = None
-        self.best_step = 0
+        self._forget_best()
         self._saved_step = 0
         self._saved_path: Path | None = None
         self._writer = BackgroundWriter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Find the folder; another Trainer's run has a best of its own."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not trainer.global_step:  # else the Trainer goes on where its last fit has ended
+                self._forget_best()
+
+    def _forget_best(self) -> None:
+        self.best: float | None = None
+        self.best_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run beats it or leaves it."""
@@ -307,6 +318,7 @@ class Checkpoints(pl.Callback):
         checkpoint: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
+            "pytorch-lightning_version": pl.__version__,  # without it Lightning reads nothing
             "state_dict": raw,
         }
         for average in averages(trainer):
@@ -344,9 +356,10 @@ class Checkpoints(pl.Callback):
         self.finish()
 
     def _write(self, trainer: pl.Trainer, constant: Iterable[Tensor] = ()) -> None:
-        """Begin `step_N.ckpt`; then drop the oldest beyond `keep_last`, unless steps go bad."""
+        """Begin `step_N.ckpt`; then drop the others beyond `keep_last`, unless steps go bad."""
         self.finish()
-        self._saved_step, self._since = trainer.global_step, time.monotonic()
+        step = trainer.global_step
+        self._saved_step, self._since = step, time.monotonic()
         self._saved_path = path = self._path(trainer)
         constant = list(constant)
         options = self._options(trainer, constant)
@@ -357,16 +370,20 @@ class Checkpoints(pl.Callback):
             if not constant:
                 self._writer.settle()
             if trainer.is_global_zero and not steps_go_bad(trainer):
-                self._writer.submit(self._drop_oldest)
+                self._writer.submit(lambda: self._drop_others(step))
 
     def _options(self, trainer: pl.Trainer, constant: Iterable[Tensor] = ()) -> Any:
         """Another writer of checkpoints than ours knows of no thread, and takes none."""
         ours = isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
         return (self._writer, constant) if ours else None
 
-    def _drop_oldest(self) -> None:
-        for path in step_checkpoints(self.folder)[: -self.keep_last]:
-            path.unlink()
+    def _drop_others(self, written: int) -> None:
+        """Keep the newest up to the step that was written, and none of later steps."""
+        found = _by_step(self.folder)
+        kept = [path for step, path in found if step <= written][-self.keep_last :]
+        for _, path in found:
+            if path not in kept:
+                path.unlink()
 
     def finish(self) -> None:
         """Wait until what was begun is on disk; every rank calls this.

@@ -408,13 +408,14 @@ class NVAELightning(pl.LightningModule):
         Raises:
             CheckpointError: the optimizer's state is of other parameters.
         """
-        if "optimizer_states" in checkpoint:
-            check_optimizer_shapes(checkpoint, list(self.model.parameters()))
         if not self._scale_is_given:
             self.learning_rate_scale = checkpoint.get("learning_rate_scale", 1.0)
         trainer = self._trainer
         if trainer is None or trainer.state.fn != "fit":
             return
+        is_ours = type(self).configure_optimizers is NVAELightning.configure_optimizers
+        if is_ours and "optimizer_states" in checkpoint:
+            check_optimizer_shapes(checkpoint, list(self.model.parameters()))
         keeps_average = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not keeps_average:
             # the optimizer's state belongs to the raw weights; no one else would take them

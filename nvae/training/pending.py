@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 _PROGRESS = "epoch_loop.val_loop.batch_progress"
+_BATCHES = "epoch_loop.batch_progress"
 
 
 def validates_next(trainer: pl.Trainer) -> bool:
@@ -31,6 +32,29 @@ def mark_pending(checkpoint: dict[str, Any]) -> None:
     begun = total | {"ready": total["completed"] + 1, "started": total["completed"] + 1}
     current = dict.fromkeys(loops[_PROGRESS]["current"], 0)
     loops[_PROGRESS] |= {"total": begun, "current": current, "is_last_batch": False}
+
+
+def validates_after(trainer: pl.Trainer, loops: dict[str, Any]) -> bool:
+    """Whether the epoch at which a checkpoint's loops are is to be validated at its end."""
+    epoch = loops["fit_loop"]["epoch_progress"]["current"]["processed"]
+    every = trainer.check_val_every_n_epoch
+    if every is None or trainer.val_check_interval != 1.0:  # counted in batches, not in epochs
+        return False
+    return bool(trainer.enable_validation) and (epoch + 1) % every == 0
+
+
+def end_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that resumes from it find the epoch's last batch done, the validation not.
+
+    Nothing where the checkpoint says so already, or that the epoch's end was passed.
+    """
+    progress = checkpoint["loops"]["fit_loop"][_BATCHES]
+    if progress["is_last_batch"]:
+        return
+    for counters in (progress["total"], progress["current"]):
+        counters |= dict.fromkeys(counters, counters["ready"])
+    progress["is_last_batch"] = True
+    mark_pending(checkpoint)
 
 
 def is_pending(checkpoint: dict[str, Any]) -> bool:

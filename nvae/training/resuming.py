@@ -103,8 +103,14 @@ def _check_content(checkpoint: Plain, path: Path) -> None:
     if not overfits and not checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]:
         raise ValueError("it does not say where in the training images it was")
     _check_epoch(checkpoint)
-    _check_optimizer(checkpoint["optimizer_states"])
-    if not checkpoint["run_config"]["optimizer"].get("schedule"):  # another than ours
+    if not checkpoint["optimizer_states"]:
+        raise ValueError("optimizer_states is empty")
+    for index, state in enumerate(checkpoint["optimizer_states"]):
+        _check_optimizer(state, f"optimizer_states[{index}]")
+    schedule = checkpoint["run_config"]["optimizer"].get("schedule")
+    if schedule:  # another than ours
+        _check_type("run_config.optimizer.schedule", schedule, dict)
+    else:
         _check_schedule(checkpoint["lr_schedulers"], step)
 
 
@@ -239,32 +245,39 @@ def _holders(value: Any, name: str) -> Iterator[tuple[str, Plain]]:
             yield from _holders(entry, f"{name}.{key}")
 
 
-def _check_optimizer(states: list[Any]) -> None:
-    (state,) = states
-    _check_type("optimizer_states[0]", state, dict)
-    (group,) = state["param_groups"]
-    _check_type("optimizer_states[0].param_groups[0]", group, dict)
-    if group["params"] != list(range(len(group["params"]))):
-        raise ValueError("optimizer_states[0].param_groups[0].params do not count from 0")
-    for name, value in group.items():
-        if name != "params" and not _holds_numbers(value):
-            raise ValueError(f"optimizer_states[0].param_groups[0].{name} holds no numbers")
-    _check_type("optimizer_states[0].state", state["state"], dict)
+def _check_optimizer(state: Any, name: str) -> None:
+    _check_type(name, state, dict)
+    _check_type(f"{name}.param_groups", state["param_groups"], list)
+    parameters: list[int] = []
+    for index, group in enumerate(state["param_groups"]):
+        _check_type(f"{name}.param_groups[{index}]", group, dict)
+        parameters += group["params"]
+        for key, value in group.items():
+            if key != "params" and not _holds_numbers(value):
+                raise ValueError(f"{name}.param_groups[{index}].{key} holds no numbers")
+    if parameters != list(range(len(parameters))):
+        raise ValueError(f"{name}.param_groups' params do not count from 0")
+    _check_type(f"{name}.state", state["state"], dict)
     for index, entries in state["state"].items():
-        _check_count("optimizer_states[0].state's key", index, len(group["params"]) - 1)
-        _check_type(f"optimizer_states[0].state[{index}]", entries, dict)
-        for name, value in entries.items():
+        _check_count(f"{name}.state's key", index, len(parameters) - 1)
+        _check_type(f"{name}.state[{index}]", entries, dict)
+        for key, value in entries.items():
             if not isinstance(value, torch.Tensor) and not _is_number(value):
-                raise ValueError(f"optimizer_states[0].state[{index}].{name} is no tensor")
+                raise ValueError(f"{name}.state[{index}].{key} is no tensor")
 
 
 def check_optimizer_shapes(checkpoint: Plain, parameters: list[torch.Tensor]) -> None:
     """Raise unless the optimizer's state is that of these parameters.
 
+    Several groups or optimizers are a subclass's: how they share the parameters, torch compares.
+
     Raises:
         CheckpointError: one line.
     """
-    (state,) = checkpoint["optimizer_states"]
+    states = checkpoint["optimizer_states"]
+    if len(states) != 1 or len(states[0]["param_groups"]) != 1:
+        return
+    (state,) = states
     (group,) = state["param_groups"]
     if len(group["params"]) != len(parameters):
         raise CheckpointError(
@@ -309,7 +322,7 @@ def conflicts(checkpoint: Plain, config: Plain, fingerprint: Plain | None) -> li
         was, now = _lookup(old, name), _lookup(config, name)
         if was != now:
             lines.append(f"{name}: {was} -> {now}")
-    lines += _other_batches(old, config)
+    lines += _other_schedule(old, config) + _other_batches(old, config)
     if before is not None and fingerprint is not None:
         lines += _other_images(before["data"]["splits"], fingerprint["data"]["splits"])
         for name, was, now in (
@@ -319,6 +332,19 @@ def conflicts(checkpoint: Plain, config: Plain, fingerprint: Plain | None) -> li
             if was != now:
                 lines.append(f"{name}: {was} -> {now}")
     return list(dict.fromkeys(lines))
+
+
+def _other_schedule(old: Plain, config: Plain) -> list[str]:
+    """A schedule's state is of its class, and counts steps or epochs; arguments may change."""
+    was, now = (settings["optimizer"].get("schedule") or {} for settings in (old, config))
+    for name, default in (("_target_", None), ("interval", "epoch")):
+        before, after = (
+            str(schedule.get(name, default)).replace(":", ".") for schedule in (was, now)
+        )
+        if before != after:
+            what = "optimizer.schedule" if name == "_target_" else f"optimizer.schedule.{name}"
+            return [f"{what}: {before} -> {after}"]
+    return []
 
 
 def _other_batches(old: Plain, config: Plain) -> list[str]:

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import TrainSampler
+from nvae.training.pending import end_epoch, validates_after
 
 Plain = dict[str, Any]
 
@@ -125,8 +126,10 @@ class RunLength:
             return
         self.steps_ahead = steps_ahead(checkpoint, self.images_per_step, run_config)
         if "loops" in checkpoint:  # Lightning takes weights alone, too
-            batches = int(self.batches_per_epoch)
-            self._resumed_at = recount_batches(checkpoint["loops"], self.sampler, batches)
+            batches, loops = int(self.batches_per_epoch), checkpoint["loops"]
+            self._resumed_at = recount_batches(loops, self.sampler, batches)
+            if self._resumed_at >= batches and validates_after(self._trainer, loops):
+                end_epoch(checkpoint)  # what is left of its images fills no batch of this start
 
     def begin_epoch(self) -> None:
         """An epoch begins at its first micro-batch."""

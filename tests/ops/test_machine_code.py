@@ -21,8 +21,8 @@ LIMITS = {
 REGISTERS_A_MULTIPROCESSOR = 65536
 IS_NEW_COMPILER = [int(n) for n in (torch.version.cuda or "0").split(".")] >= [13, 2]
 MOST_SPILLED = 32 if IS_NEW_COMPILER else 0
-"""Bytes of stack a thread. CUDA 13.2's compiler keeps up to six registers of two kernels there
-(24 bytes of ``bn_swish`` for sm_100, 16 of ``depthwise_backward`` in float32 for sm_80), 13.0's none."""
+"""Bytes of stack a thread. CUDA 13.2's compiler keeps up to six registers of two kernels there:
+24 bytes of ``bn_swish`` for sm_100, 16 of ``depthwise_backward`` in float32 for sm_80."""
 
 
 def tool() -> Path:

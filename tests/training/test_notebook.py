@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from nvae.checkpoint import load_model
 from nvae.models import NVAE, ModelConfig
 from nvae.objective import ObjectiveConfig
+from nvae.training.checkpointing import Checkpoints, step_checkpoints
 from nvae.training.ema import MovingAverage
 from nvae.training.guard import BadSteps
 from nvae.training.module import NVAELightning
@@ -274,6 +275,83 @@ def test_an_average_in_the_trainers_precision(tmp_path: Path) -> None:
     """The Trainer converts the module after the average was made."""
     module = fit(tmp_path, list(IMAGES), callbacks=[MovingAverage(0.5)], precision="64-true")
     assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+def test_a_run_in_the_folder_of_an_earlier_one_has_its_own_checkpoints(tmp_path: Path) -> None:
+    """Those of later steps, which nothing of this run leads to, neither push its own out nor stay.
+
+    And a callback that served another run takes this one's best for the best.
+    """
+    ours = Checkpoints(every_steps=1, keep_last=2)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    (tmp_path / "second/checkpoints").mkdir(parents=True)
+    for step in (10, 12):
+        (tmp_path / f"second/checkpoints/step_{step:08d}.ckpt").write_bytes(b"of another run")
+    for folder in folders:  # alike, so that neither's best is better
+        module = fit(folder, list(IMAGES), callbacks=[ours], val_check_interval=2)
+        names = [path.name for path in step_checkpoints(folder / "checkpoints")]
+        assert names == ["step_00000002.ckpt", "step_00000003.ckpt"]
+        assert (folder / "checkpoints/best.ckpt").exists()
+    best = ours.best
+    ours.setup(module.trainer, module, "fit")  # to go on with the same Trainer
+    assert ours.best == best is not None
+
+
+def test_lightning_reads_the_best_of_a_validation_without_a_checkpoint(tmp_path: Path) -> None:
+    """It holds weights alone: they are tested and loaded; nothing is trained on from them."""
+    ours = Checkpoints(every_epochs=9)
+    module = fit(tmp_path, list(IMAGES), callbacks=[ours], val_check_interval=2)
+    best = tmp_path / "checkpoints/best.ckpt"
+    again = NVAELightning.load_from_checkpoint(best, model=NVAE(CONFIG))
+    loaded = load_model(best)
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    loader = DataLoader(list(IMAGES), batch_size=5)  # type: ignore[arg-type]
+    (tested,) = module.trainer.test(module, loader, ckpt_path=best, verbose=False)
+    assert tested["test/negative_elbo"] == pytest.approx(ours.best, rel=1e-5)
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+        module.trainer.fit(module, loader, ckpt_path=best)
+
+
+class TwoRates(NVAELightning):
+    """Vectors learn at a rate of their own."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        vectors, rest = [], []
+        for parameter in self.model.parameters():
+            (vectors if parameter.ndim == 1 else rest).append(parameter)
+        return torch.optim.SGD(
+            [{"params": rest}, {"params": vectors, "lr": 1e-5}], lr=1e-4, momentum=0.9
+        )
+
+
+class SomeLearn(NVAELightning):
+    """The first parameter does not."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(list(self.model.parameters())[1:], lr=1e-4, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", [TwoRates, SomeLearn])
+def test_a_subclass_with_another_optimizer_reads_its_checkpoints(
+    tmp_path: Path, kind: type[NVAELightning]
+) -> None:
+    """Which parameters it has, in how many groups, is for torch to compare."""
+    loader = DataLoader(list(IMAGES), batch_size=5)  # type: ignore[arg-type]
+    given: dict[str, Any] = {
+        "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False,
+    }  # fmt: skip
+    trainer = pl.Trainer(max_steps=1, **given)
+    trainer.fit(kind(NVAE(CONFIG)), loader)
+    path = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(path)
+    pl.Trainer(**given).test(kind(NVAE(CONFIG)), loader, ckpt_path=path, verbose=False)
+    again = pl.Trainer(max_steps=2, **given)
+    again.fit(kind(NVAE(CONFIG)), loader, ckpt_path=path)
+    assert again.global_step == 2
+    with pytest.raises(ValueError, match=r"parameter groups|of 104 parameters"):
+        pl.Trainer(max_steps=2, **given).fit(NVAELightning(NVAE(CONFIG)), loader, ckpt_path=path)
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from nvae.elbo import kl_coefficient
 from nvae.models.layers import MOMENTUM
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
+from nvae.training.pending import is_pending
 from nvae.training.run_folder import open_run
 from nvae.training.run_length import steps_ahead
 from nvae.training.schedule import learning_rate_factor
@@ -265,3 +266,26 @@ def test_fewer_images_than_a_step_takes_are_one_line(tmp_path: Path) -> None:
     data.setup()
     with pytest.raises(ValueError, match=r"data\.global_batch=67 needs 67 .* there are 66"):
         data.train_sampler()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "validations"), [(1, 1, [4]), (2, 1, [4, 6]), (2, 2, [6])]
+)
+def test_an_epoch_whose_last_images_fill_no_batch_is_validated(
+    tmp_path: Path, epochs: int, every: int, validations: list[int]
+) -> None:
+    """Of 22 images 16 are read in batches of four; the six that are left are no batch of eight."""
+
+    def configured(batch_size: int) -> Any:
+        config = config_of(tmp_path, 1, None, batch_size=batch_size)
+        config.data = dataclasses.replace(config.data, train_size=22)
+        config.trainer.max_epochs, config.trainer.check_val_every_n_epoch = epochs, every
+        return config
+
+    train(configured(4), tmp_path, 4)
+    folder, trainer = run(configured(8))
+    assert (trainer.current_epoch, trainer.global_step) == (epochs, 4 + 2 * (epochs - 1))
+    validated = [line["step"] for line in _schedules(tmp_path) if "train/beta" not in line]
+    assert validated == validations
+    assert (folder / "checkpoints/best.ckpt").exists()
+    assert not is_pending(last_checkpoint(folder))

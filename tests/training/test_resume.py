@@ -14,6 +14,7 @@ from benchmarks.kills import VOLATILE
 from nvae.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from nvae.training import checkpointing
 from nvae.training.checkpointing import AtomicCheckpointIO, step_checkpoints
+from nvae.training.resuming import check_optimizer_shapes, check_resumable, conflicts
 from nvae.training.run_folder import Claim, RunFolder, open_run
 from nvae.training.validation import ValidationSums
 from tests.training.runs import StopAt, assert_identical, last_checkpoint, run, small_config
@@ -272,3 +273,61 @@ def flip_weights(content: bytes) -> bytes:
     middle = len(content) // 2
     turned = bytes(byte ^ 255 for byte in content[middle : middle + 32])
     return content[:middle] + turned + content[middle + 32 :]
+
+
+def test_rotation_leaves_what_it_has_just_written(tmp_path: Path) -> None:
+    """Gone back behind damaged files of later steps, which would fill the places that are kept."""
+    config = small_config(tmp_path)
+    config.callbacks["checkpoint"] |= {"every_steps": 1, "keep_last": 2}
+    folder, _ = run(config, StopAt(2))
+    for step in (4, 6):
+        (folder / f"checkpoints/step_{step:08d}.ckpt").write_bytes(b"damaged")
+    (folder / "checkpoints/step_00000001.ckpt").unlink()
+    run(config, StopAt(3))
+    names = [path.name for path in step_checkpoints(folder / "checkpoints")]
+    assert names == ["step_00000002.ckpt", "step_00000003.ckpt"]
+    assert open_run(folder, "auto", config.to_dict())[0].step == 3
+
+
+STEPS = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (STEPS, None, ["optimizer.schedule: torch.optim.lr_scheduler.StepLR -> None"]),
+        (None, STEPS, ["optimizer.schedule: None -> torch.optim.lr_scheduler.StepLR"]),
+        (STEPS, {**STEPS, "interval": "step"}, ["optimizer.schedule.interval: epoch -> step"]),
+        (STEPS, {**STEPS, "_target_": "torch.optim.lr_scheduler:StepLR", "gamma": 0.5}, []),
+        (STEPS, {**STEPS, "interval": "epoch"}, []),
+        (None, None, []),
+    ],
+)
+def test_another_schedule_is_refused(
+    tmp_path: Path, before: Any, after: Any, told: list[str]
+) -> None:
+    """Its state is of its class: torch fails on another's, or goes on with wrong rates."""
+    configs = []
+    for schedule in (before, after):
+        configs.append(small_config(tmp_path).to_dict())
+        configs[-1]["optimizer"]["schedule"] = schedule
+    assert conflicts({"run_config": configs[0]}, configs[1], None) == told
+
+
+def test_several_groups_and_optimizers_resume(tmp_path: Path) -> None:
+    """As torch numbers them: parameters count on from one group to the next."""
+    config = small_config(tmp_path)
+    folder, _ = run(config, StopAt(1))
+    (path,) = step_checkpoints(folder / "checkpoints")
+    checkpoint = load_checkpoint(path)
+    (state,) = checkpoint["optimizer_states"]
+    (group,) = state["param_groups"]
+    state["param_groups"] = [group | {"params": group["params"][:3]},
+                             group | {"params": group["params"][3:]}]  # fmt: skip
+    for states in ([state], [state, state]):
+        checkpoint["optimizer_states"] = states
+        check_resumable(checkpoint, path)
+        check_optimizer_shapes(checkpoint, [])
+    state["param_groups"].pop(0)
+    with pytest.raises(CheckpointError, match="params do not count from 0"):
+        check_resumable(checkpoint, path)
