@@ -91,7 +91,7 @@ def test_flipped_bits_never_give_wrong_weights(tmp_path: Path, model: NVAE) -> N
     assert _attempts(path, model, range(QUICK)) > QUICK // 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_flipped_bits(tmp_path: Path, model: NVAE) -> None:
     path = tmp_path / "model.ckpt"
     save_model(model, path, {"name": "a"})
@@ -100,7 +100,7 @@ def test_many_flipped_bits(tmp_path: Path, model: NVAE) -> None:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize(
-    "seeds", [range(QUICK), pytest.param(range(1000, 1000 + LONG), marks=pytest.mark.slow)]
+    "seeds", [range(QUICK), pytest.param(range(1000, 1000 + LONG), marks=pytest.mark.exhaustive)]
 )
 def test_flipped_bits_in_a_folder(tmp_path: Path, model: NVAE, file: str, seeds: range) -> None:
     """The checksum in the JSON covers both files."""

@@ -78,7 +78,7 @@ def test_ranks_that_share_no_statistics_stay_equal(tmp_path: Path, spoilt: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_dead_rank_ends_the_job(tmp_path: Path, rank: int) -> None:
     """Before the collective's time-out of 600 seconds, with a code that is not 0, nobody left."""
     job = _job(tmp_path, f"die{rank}")

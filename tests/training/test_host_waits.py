@@ -51,7 +51,10 @@ class ReadsPerStep(pl.Callback):
         self.by_step[trainer.global_step] = self.counter.reads - self.before
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.exhaustive] * (f == "vdvae")) for f in RECIPES],
+)
 def test_no_reads_between_logs(tmp_path: Path, family: str) -> None:
     """Clipping, bad-step guard, KL annealing, spectral norm, average and metrics included.
 

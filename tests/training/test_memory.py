@@ -39,6 +39,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "vdvae": {"precision": "32", "kernels": False},
     "evdvae": {"precision": "bf16-mixed", "kernels": False},
 }
+LIKE_OTHERS = ("float32", "vdvae")
 
 
 def build_of(path: str) -> Callable[[], HierarchicalVAE]:
@@ -119,7 +120,9 @@ def estimated(path: str, synchronized: bool = False) -> tuple[MemoryEstimate, Me
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.exhaustive] * (p in LIKE_OTHERS)) for p in PATHS]
+)
 def test_estimate_is_what_a_step_holds(path: str) -> None:
     """Activations, the loss and the spectral term's stacked weights, on every path of one GPU.
 
@@ -132,7 +135,9 @@ def test_estimate_is_what_a_step_holds(path: str) -> None:
         assert estimate.activations + estimate.regularizers == pytest.approx(real, rel=tolerance)
 
 
-@pytest.mark.parametrize("path", ["bfloat16", "kernels"])
+@pytest.mark.parametrize(
+    "path", ["bfloat16", pytest.param("kernels", marks=pytest.mark.exhaustive)]
+)
 def test_estimate_is_what_a_step_of_several_ranks_holds(path: str) -> None:
     """Statistics that ranks share take another path; gradients are the buckets, once."""
     plain, _ = estimated(path, synchronized=True)
@@ -146,7 +151,7 @@ def test_kernels_keep_less() -> None:
     assert estimated("bfloat16")[0].activations < 0.8 * estimated("float32")[0].activations
 
 
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_auto_recomputes_what_would_not_fit(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
     """By what this machine's GPU would run, for one rank and for several."""
     monkeypatch.setattr(memory, "runs_kernels", lambda: kernels)

@@ -93,7 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(_on_one, _on_two), pytest.param(_on_two, _on_one, marks=pytest.mark.slow)],
+    [(_on_one, _on_two), pytest.param(_on_two, _on_one, marks=pytest.mark.exhaustive)],
     ids=["one to two", "two to one"],
 )
 def test_other_devices_go_on_as_if_nothing_had_changed(

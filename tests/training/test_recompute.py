@@ -166,7 +166,8 @@ def test_ops_move_running_statistics_once_a_step(
 
 
 @pytest.mark.parametrize(
-    "family", ["nvae", "vdvae", pytest.param("evdvae", marks=pytest.mark.slow)]
+    "family",
+    ["nvae", *(pytest.param(f, marks=pytest.mark.exhaustive) for f in ("vdvae", "evdvae"))],
 )
 def test_compiled_blocks_keep_their_names_and_numbers(family: str) -> None:
     """Cells, heads, flows and merges; also where they are recomputed in the backward pass.
@@ -203,6 +204,7 @@ def test_compiled_blocks_keep_their_names_and_numbers(family: str) -> None:
         torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_every_kind_of_block_is_compiled() -> None:
     """More kinds, widths and modes than Dynamo's default limit of graphs for one function.
 

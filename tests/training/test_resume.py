@@ -139,7 +139,9 @@ def test_a_bad_validation_does_not_keep_the_best_away(
     assert load_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] > 8
 
 
-@pytest.mark.parametrize("stored", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "stored", [float("nan"), pytest.param(float("-inf"), marks=pytest.mark.exhaustive)]
+)
 def test_a_stored_best_that_is_no_number_is_beaten(tmp_path: Path, stored: float) -> None:
     """Of a run that an earlier version wrote."""
     config = small_config(tmp_path)

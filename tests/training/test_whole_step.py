@@ -106,7 +106,13 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
 
 
-@pytest.mark.parametrize("case", ["kernels", *RECIPES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "kernels",
+        *(pytest.param(f, marks=[pytest.mark.exhaustive] * (f == "vdvae")) for f in RECIPES),
+    ],
+)
 def test_a_step_has_no_number_of_its_own(no_autocast: None, case: str) -> None:
     """Guard, clipping and two micro-batches included: beta, lambda, weight, learning rate and
     counts differ between the two, the operations and all of their numbers do not; nothing is read
