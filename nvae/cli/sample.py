@@ -33,7 +33,6 @@ from nvae.cli.errors import run_command
 from nvae.cli.sample_config import SampleConfig
 from nvae.cli.schema import build
 from nvae.data.dataset import ImageData
-from nvae.data.loader import RawBatch
 from nvae.files import read_json, replacing, write_json
 from nvae.models import HierarchicalVAE
 from nvae.ops.library import check_kernels
@@ -418,9 +417,7 @@ class _Sampler:
                 f"images names {int(wanted.max())}; split={self.config.split} has {len(split)} "
                 f"images, allowed: 0 to {len(split) - 1}"
             )
-        pixels = split.gather(wanted, epoch=None, seed=0)
-        batch = RawBatch(pixels, wanted, self.config.split, None)
-        images = self.data.to_input(batch)
+        images = self.data.some(self.config.split, wanted)
         labels = self._labels(len(wanted))
         if labels is None and self.model.config.num_classes:
             labels = images.labels
