@@ -212,5 +212,5 @@ def test_transparency_can_be_a_channel(make_config):
 
 def test_a_mode_that_pillow_does_not_convert_is_a_bad_picture(make_config):
     """And no error that would end what may skip it."""
-    with pytest.raises(BadImageError, match="^mode LAB is not read$"):
+    with pytest.raises(BadImageError, match="mode LAB is not read"):
         fit_picture(Image.new("LAB", (8, 8)), make_config(channels=1))
