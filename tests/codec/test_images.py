@@ -285,7 +285,7 @@ def test_nothing_else_is_replaced(tmp_path):
     assert (tmp_path / "b.png").read_text() == "notes"
     (tmp_path / "link.png").symlink_to("b.png")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="link.png .*; remove the link"):
+        with pytest.raises(ValueError, match="else; remove the link"):
             write_image(tmp_path / "link.png", picture, overwrite=overwrite)
     assert (tmp_path / "b.png").read_text() == "notes"
     write_image(tmp_path / "b.png", picture, overwrite=True)
