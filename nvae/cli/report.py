@@ -1,7 +1,6 @@
 """What a finished run says about itself: sample and reconstruction grids, test likelihood."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
