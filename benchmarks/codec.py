@@ -38,6 +38,8 @@ from nvae.codec.codec import Codec
 from nvae.codec.fingerprint import model_sha256, processor
 from nvae.codec.latents import Lattice, fitting
 from nvae.codec.pixels import levels_of
+from nvae.command_line import fail
+from nvae.data.config import SPLITS
 from nvae.data.dataset import ImageBatch
 from nvae.evaluation import evaluate
 from nvae.files import read_json, write_json
@@ -56,9 +58,12 @@ def main() -> None:
     """Print the tables."""
     options = _arguments()
     keep_freed_memory()
-    opened = open_checkpoint(options.checkpoint, options.weights)
     given = {} if options.data_root is None else {"root": options.data_root}
-    data = open_data(choose_data(given, opened.run_config), opened.model.config)
+    try:
+        opened = open_checkpoint(options.checkpoint, options.weights)
+        data = open_data(choose_data(given, opened.run_config), opened.model.config)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise fail(error) from None
     count = min(options.images or len(data.split(options.split)), len(data.split(options.split)))
     x = torch.cat([batch.x for batch in data.batches(options.split)])[:count]
     levels = levels_of(opened.model.config, x)
@@ -92,7 +97,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("checkpoint")
     parser.add_argument("--data-root", help="folder of the data set, if not the configured one")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--images", type=int, help="the first so many; default: all")
     parser.add_argument("--batch", type=int, default=16)

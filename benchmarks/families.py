@@ -28,7 +28,6 @@ machine a run takes longer and gives the same numbers. Stopped or killed? The sa
 where it was. What is in FILE with the same settings is not done again.
 """
 
-import json
 import logging
 import os
 import signal
@@ -47,7 +46,7 @@ from benchmarks.fit import compose_steps, fit_steps
 from benchmarks.measure import SWITCH, read_words
 from nvae.cli.common import versions
 from nvae.cli.config import compose_train
-from nvae.command_line import fail
+from nvae.command_line import fail, setting
 from nvae.data.config import SPLITS
 from nvae.files import read_json, write_json
 from nvae.pictures import save_rows
@@ -138,6 +137,8 @@ class Comparison:
             content = read_json(self.options.out)
         except FileNotFoundError:
             return {}
+        except (ValueError, OSError) as error:
+            raise fail(error) from None
         return dict(content.get(part, {}))
 
     def add(self, part: str, name: str, values: dict[str, Any]) -> None:
@@ -225,7 +226,7 @@ class Comparison:
         if self.options.dry:
             return DRY_DATA
         root = self.options.data_root
-        return [] if root is None else [f"data.root={json.dumps(str(root.resolve()))}"]
+        return [] if root is None else [setting("data.root", root.resolve())]
 
     def _train(self, name: str, words: list[str], steps: int) -> tuple[str, float]:
         """Train, or go on; the run's name and the CPU time of all starts, start-up included.
@@ -236,7 +237,7 @@ class Comparison:
         folder = self.options.folder
         spent = folder / name / "cpu_seconds.json"
         words = [
-            *words, *WHERE, *QUIET, *self._data(), f"name={name}", f"runs_dir={folder}",
+            *words, *WHERE, *QUIET, *self._data(), f"name={name}", setting("runs_dir", folder),
             f"trainer.max_steps={steps}", f"optimizer.warmup_steps={steps // 20}",
             f"data.batch_size={self._batch}",
         ]  # fmt: skip
@@ -248,7 +249,7 @@ class Comparison:
     ) -> dict[str, Any]:
         images = 20 if self.options.dry else images
         output = self.options.folder / name / f"{split}_{images or 'all'}.json"
-        words = [f"split={split}", f"importance_samples={draws}", f"output={output}"]
+        words = [f"split={split}", f"importance_samples={draws}", setting("output", output)]
         words += [f"max_images={images or 'null'}", "overwrite=true"]
         self._call("evaluate.py", [*self._checkpoint(name), *words, *self._data()], name)
         return dict(read_json(output)["result"])
@@ -256,7 +257,7 @@ class Comparison:
     def _sample(self, name: str) -> None:
         words = [
             f"seeds=0-{COLUMNS - 1}", f"temperature={list(TEMPERATURES)}", "npz=true",
-            "single_images=false", f"output={self.options.folder / name / 'samples'}",
+            "single_images=false", setting("output", self.options.folder / name / "samples"),
             "overwrite=true",
         ]  # fmt: skip
         self._call("sample.py", [*self._checkpoint(name), *words], name)
@@ -264,7 +265,7 @@ class Comparison:
     def _checkpoint(self, name: str) -> list[str]:
         found = newest_checkpoint(self.options.folder / name / "checkpoints")
         assert found is not None  # the training has ended well
-        return [f"checkpoint={found.path}", "device=cpu"]
+        return [setting("checkpoint", found.path), "device=cpu"]
 
     def _call(self, program: str, words: list[str], name: str, spent: Path | None = None) -> None:
         """Run a command on one thread; its CPU time is added to a file, however it ends."""

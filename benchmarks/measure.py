@@ -9,8 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.common import keep_freed_memory
+from nvae.cli.config import TrainConfig, compose_train
+from nvae.cli.errors import one_line
 from nvae.command_line import fail
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,8 +88,24 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
+def composed(overrides: Sequence[str]) -> TrainConfig:
+    """What train.py would run with these overrides; a mistake in them is one line and the end."""
+    try:
+        return compose_train(overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise fail(one_line(error, TrainConfig)) from None
+
+
 def set_up(options: argparse.Namespace) -> None:
-    """Apply thread count and allocator settings, as the commands do."""
+    """Apply thread count and allocator settings, as the commands do.
+
+    Raises:
+        SystemExit: no such device; the line is printed.
+    """
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:
+        raise fail(f"--device {options.device}: {str(error).splitlines()[0]}") from None
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
         keep_freed_memory()

@@ -15,7 +15,8 @@ import argparse
 import torch
 
 from benchmarks.fit import compose_steps, fit_steps
-from nvae.cli.config import TrainConfig, averages_on_device, compose_train
+from benchmarks.measure import composed
+from nvae.cli.config import TrainConfig, averages_on_device
 from nvae.cli.train import build_module
 from nvae.training.memory import HALF, MemoryEstimate, estimate_memory, kept_bytes
 from nvae.training.recompute import USABLE_MEMORY
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="of a GPU without our kernels")
     parser.add_argument("--measure", action="store_true", help="run real steps as well")
     options = parser.parse_intermixed_args()
-    config = compose_train(options.overrides)
+    config = composed(options.overrides)
     kernels = not options.eager
     batch, world = config.data.batch_size, config.trainer.world_size
     print(f"{config.name}: batch {batch}, precision {config.trainer.precision}, {world} rank(s)")

@@ -17,8 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.measure import PRECISIONS, Timing, measure, parser, set_up
-from nvae.cli.config import compose_train
+from benchmarks.measure import PRECISIONS, Timing, composed, measure, parser, set_up
 from nvae.models import HierarchicalVAE
 from nvae.sampling import CompiledDecoder
 from nvae.sampling.compiled import PriorDecoder, for_inductor
@@ -40,7 +39,7 @@ def main() -> None:
     if options.compile and options.device == "cpu" and options.precision != "32":
         arguments.error("--compile on the CPU makes float32 code; leave --precision out")
     set_up(options)
-    config = compose_train(options.overrides)
+    config = composed(options.overrides)
     torch.manual_seed(0)
     model = config.build_model().to(options.device).eval()
     print(
@@ -51,7 +50,7 @@ def main() -> None:
     for name in ways:
         check_way(ways, name, options.device)
     dtype = PRECISIONS[options.precision]
-    with torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext():
+    with torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext():
         rounds = [_measured(ways, options) for _ in range(options.rounds)]
     for name in ways:
         timings = [each[name] for each in rounds]

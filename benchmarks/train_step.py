@@ -11,8 +11,7 @@ import contextlib
 
 import torch
 
-from benchmarks.measure import PRECISIONS, measure, parser, set_up
-from nvae.cli.config import compose_train
+from benchmarks.measure import PRECISIONS, composed, measure, parser, set_up
 from nvae.objective import Loss, Objective
 from nvae.training.optimizers import build_optimizer
 from nvae.training.recompute import compile_blocks
@@ -27,7 +26,7 @@ def main() -> None:
     arguments.add_argument("--compile", action="store_true", help="compile every residual cell")
     options = arguments.parse_args()
     set_up(options)
-    config = compose_train(options.overrides)
+    config = composed(options.overrides)
     torch.manual_seed(0)
     model = config.build_model().to(options.device).to(memory_format=torch.channels_last)
     if options.compile:
@@ -38,10 +37,10 @@ def main() -> None:
     x = torch.randint(levels + 1, (options.batch, *config.model.image_shape), device=options.device)
     x = (x / levels).to(memory_format=torch.channels_last)
     dtype = PRECISIONS[options.precision]
-    scaler = torch.amp.GradScaler(options.device, enabled=options.precision == "fp16")
+    scaler = torch.amp.GradScaler(x.device.type, enabled=options.precision == "fp16")
 
     def autocast() -> contextlib.AbstractContextManager[object]:
-        return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
+        return torch.autocast(x.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def forward(*, regularize: bool = False) -> Loss:
         with autocast():

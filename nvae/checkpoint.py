@@ -85,6 +85,10 @@ def load_checkpoint(path: str | Path, entries: Collection[str] | None = None) ->
         CheckpointError: one line that says what is wrong with the file.
     """
     path = Path(path)
+    if path.is_dir():
+        best = (path / "checkpoints" / "best.ckpt", path / "best.ckpt")
+        found = [f"; give {file}" for file in best if file.is_file()]
+        raise CheckpointError(f"no checkpoint at {path}, which is a folder{''.join(found[:1])}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if entries is not None:

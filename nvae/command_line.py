@@ -18,6 +18,9 @@ LONGEST_MESSAGE = 500
 FAILURE = 2
 """Exit code of an error that the user can put right."""
 
+_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
+"""What Hydra takes without quotes; spaces inside are fine."""
+
 
 def brief(message: object, longest: int = LONGEST_MESSAGE) -> str:
     """A message on one line: no addresses of objects, no control characters, not too long."""
@@ -35,6 +38,19 @@ def brief(message: object, longest: int = LONGEST_MESSAGE) -> str:
 def shell(*words: object) -> str:
     """A command to print: every word quoted as a shell needs it."""
     return shlex.join(map(str, words))
+
+
+def setting(key: str, value: object) -> str:
+    """``key=value`` for Hydra; lists of numbers, or of names of Python, keep their brackets."""
+    text = str(value)
+    if isinstance(value, list):
+        entries = (entry if isinstance(entry, str) else f"{entry:g}" for entry in value)
+        return f"{key}=[{','.join(entries)}]"
+    if _PLAIN.fullmatch(text):
+        return f"{key}={text}"
+    # backslashes stand for themselves, except before a quote
+    quoted = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), text)
+    return f'{key}="{quoted}"'
 
 
 def fail(message: object) -> SystemExit:

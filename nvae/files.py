@@ -63,13 +63,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     libraries the format.
 
     Raises:
-        OSError: the file cannot be written; an older one is left as it was.
+        OSError: the file cannot be written, an older one is left as it was; or ``path`` is there
+            and no regular file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
-    )
+    if path.exists() and not path.is_file():  # renaming would do away with a pipe or a device
+        raise OSError(f"{path} is no regular file")
+    # without the stem: file systems take names of 255 bytes
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:

@@ -222,7 +222,9 @@ class Registry(Generic[T]):
 
 def _imported(setting: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
+    if "/" in name or name.startswith("."):
+        raise ValueError(f"{setting}={name}: write package.module:Class, not a path")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{setting}={name} cannot be imported: {error}") from None

@@ -12,13 +12,14 @@ import collections
 import io
 import pickle
 import pickletools
-import stat
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from nvae.files import open_regular
 
 LARGEST_PICKLE = 1 << 27
 """Bytes of what describes a file's tensors; a checkpoint with 10,000 of them has 2 MiB."""
@@ -87,6 +88,12 @@ def inspect_torch_file(path: Path, entries: Collection[str] | None = None) -> di
         TorchFileError: see there.
     """
     try:
+        open_regular(path).close()
+    except ValueError as error:
+        raise TorchFileError(str(error)) from None
+    except OSError as error:
+        raise TorchFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
         with _archive(path) as archive:
             records = _table_of_contents(archive, path)
             structure = _structure(archive, records)
@@ -118,8 +125,6 @@ def stored_tensors(structure: Any) -> Iterator[StoredTensor]:
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file")
     if not zipfile.is_zipfile(path):
         raise ValueError(
             "it is no archive as torch 1.6 and later write them (older files have no checksums: "

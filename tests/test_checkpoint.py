@@ -1,4 +1,5 @@
 import argparse
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path, make, message: str) -
     with pytest.raises(CheckpointError, match=message) as error:
         load_model(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_runs_folder_says_which_file_to_give(saved: Path, tmp_path: Path) -> None:
+    best = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir(parents=True)
+    saved.rename(best)
+    for folder in (best.parent, best.parent.parent):
+        with pytest.raises(CheckpointError, match=rf"{folder}, which is a folder; give {best}$"):
+            load_model(folder)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(saved))
+
+    monkeypatch.setattr("nvae.torch_file.open_regular", refused)  # root may read everything
+    with pytest.raises(CheckpointError) as error:
+        load_model(saved)
+    assert str(error.value) == f"{saved} cannot be read: Permission denied"
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])

@@ -173,6 +173,8 @@ def test_wrong_objectives_are_one_line(settings: dict[str, Any], message: str) -
         ("own_objective:Decorrelated", "is no model, likelihood or cell family"),
         ("own_model:Nothing", "cannot be imported"),
         ("pathlib", "cannot be imported"),
+        (".own_model:Model", "write package.module:Class, not a path"),
+        ("./own_model.py:Model", "write package.module:Class, not a path"),
     ],
 )
 def test_wrong_plugins_are_one_line(plugin: str, message: str, tmp_path: Path) -> None:

@@ -33,6 +33,24 @@ def test_success_replaces_and_makes_folders(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("a" * 251 + ".txt")
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+def test_what_is_no_regular_file_stays(tmp_path):
+    """A device such as /dev/null would be gone."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder"):
+        with pytest.raises(OSError, match=f"^{path} is no regular file$"), replacing(path):
+            pass
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     """A temporary file is private; a result that others cannot read is a nuisance."""
     ordinary = tmp_path / "ordinary"

@@ -19,7 +19,7 @@ from benchmarks.measure import measure
 from benchmarks.sample import UNFOLDED, check_way, ways_to_sample
 from nvae.cli.common import float32_products
 from nvae.cli.config import compose_train
-from nvae.cli.report import setting
+from nvae.command_line import setting
 
 ROOT = Path(__file__).parents[2]
 MARK = "pytest.mark.gpu"

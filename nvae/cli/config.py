@@ -320,11 +320,14 @@ def _arguments(entry: Entries) -> list[str]:
 def _target(group: str, name: str, entry: Any) -> Callable[..., Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("_target_"), str):
         raise ValueError(f"{group}.{name}={entry!r}: it takes a group with _target_, or null")
+    said = f"{group}.{name}._target_={entry['_target_']}"
     module, _, attribute = entry["_target_"].rpartition(".")
+    if "/" in entry["_target_"] or module.startswith("."):
+        raise ValueError(f"{said}: write package.module.Class, not a path")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{group}.{name}._target_={entry['_target_']}: {error}") from None
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{said}: {error}") from None
     return found
 
 

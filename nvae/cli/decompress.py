@@ -63,6 +63,8 @@ def _decompress(config: DecompressConfig) -> None:
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={folder} is no folder")
+    if not Path(config.input).exists():
+        raise ValueError(f"input={config.input} is not there")
     with Archive.open(config.input) as archive:
         wanted = config.numbers
         if wanted is not None and max(wanted) >= len(archive):

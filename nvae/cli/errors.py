@@ -17,17 +17,24 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import lookup, takes_group
-from nvae.command_line import FAILURE, brief, fail, interruptible, shell
+from nvae.command_line import FAILURE, brief, fail, interruptible, setting, shell
 from nvae.settings import CONFIGS, describe_type, did_you_mean, unknown_key
 
 LONGEST_JOB_NAME = 120
 """Characters of the name of a job's folder, a hash apart."""
+
+_KEY = re.compile(r"[~+]*[\w./@:$-]+", re.ASCII)
+_OPENING = ("[", "{", "'", '"', "${")
+"""How a list, a group, a quoted text or an interpolation begins."""
+
+_OPEN_GROUPS = ("callbacks", "logger")
+"""Groups that take entries of any name."""
 
 _CLASS = re.compile(r"^class=")
 """What users write; no field of a dataclass can be called so."""
@@ -224,6 +231,8 @@ def one_line(error: BaseException, schema: type) -> str:
     """The message of an error, its cause's where that says more, on one line."""
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
+    if isinstance(error, OverrideParseException):
+        return _misread(error.override)
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -241,6 +250,20 @@ def _commas(message: str) -> str | None:
     key, value = found.groups()
     text, values = shell(f'{key}="{value}"'), shell(f"{key}=[{value}]")
     return f"{key}={value} has commas: write {text}, for a list {values}; -m makes a run of each"
+
+
+def _misread(override: str) -> str:
+    """What to write where Hydra's grammar means something else by the characters of a value."""
+    key, equals, value = override.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        return f"{override} is no setting: write SETTING=VALUE"
+    if value.startswith(_OPENING):
+        example = shell(f'{key}=["a=b.ckpt"]')
+        return (
+            f"{override} cannot be read: what opens must close, and inside a list or group text "
+            f"with other signs than - _ . / : @ % + takes quotes: {example}"
+        )
+    return f"{override} has signs that Hydra takes for its own: write {shell(setting(key, value))}"
 
 
 def _missing_config(error: MissingConfigException) -> str:
@@ -265,7 +288,9 @@ def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -
     path, in_list, _ = key.partition("[")
     outside = [f.name for f in dataclasses.fields(schema)]
     if "is not in struct" in message and isinstance(error.parent_node, DictConfig):
-        return unknown_key(path, [str(name) for name in error.parent_node])
+        line = unknown_key(path, [str(name) for name in error.parent_node])
+        is_entry = path.rpartition(".")[0] in _OPEN_GROUPS
+        return f"{line}; +{path}._target_=... adds one" if is_entry else line
     if dataclasses.is_dataclass(error.object_type):  # what holds the key
         schema, name = typing.cast(type, error.object_type), path.rpartition(".")[2]
     else:

@@ -1,7 +1,6 @@
 """What a finished run says about itself: sample and reconstruction grids, test likelihood."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.progress import Progress
 
 from nvae.checkpoint import CheckpointError, load_model
 from nvae.cli.common import float32_products, open_device, precision_name
-from nvae.command_line import brief, shell
+from nvae.command_line import brief, setting, shell
 from nvae.data import DataConfig
 from nvae.data.config import IN_MEMORY_FORMATS, is_known, load_config
 from nvae.data.dataset import ImageBatch, ImageData
@@ -302,23 +301,6 @@ def likelihood_lines(result: EvaluationResult) -> list[str]:
     if result.density_of:
         lines.append(f"(of the density of {result.density_of}, x in [0, 1]: no code length)")
     return lines
-
-
-_PLAIN = re.compile(r"[\w./:@%+-]+( [\w./:@%+-]+)*", re.ASCII)
-"""What Hydra takes without quotes; spaces inside are fine."""
-
-
-def setting(key: str, value: object) -> str:
-    """``key=value`` for Hydra; lists of numbers, or of names of Python, keep their brackets."""
-    text = str(value)
-    if isinstance(value, list):
-        entries = (entry if isinstance(entry, str) else f"{entry:g}" for entry in value)
-        return f"{key}=[{','.join(entries)}]"
-    if _PLAIN.fullmatch(text):
-        return f"{key}={text}"
-    # backslashes stand for themselves, except before a quote
-    quoted = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), text)
-    return f'{key}="{quoted}"'
 
 
 def command(script: str, **settings: object) -> str:

@@ -33,7 +33,6 @@ from nvae.cli.errors import run_command
 from nvae.cli.sample_config import SampleConfig
 from nvae.cli.schema import build
 from nvae.data.dataset import ImageData
-from nvae.data.loader import RawBatch
 from nvae.files import read_json, replacing, write_json
 from nvae.models import HierarchicalVAE
 from nvae.ops.library import check_kernels
@@ -58,10 +57,19 @@ from nvae.sampling.grids import (
     spread,
     traversal_grid,
 )
-from nvae.sampling.latents import Latents, decode, encode, interpolate, prior_latents
+from nvae.sampling.latents import (
+    Latents,
+    check_group,
+    check_kept,
+    decode,
+    encode,
+    interpolate,
+    prior_latents,
+)
 
 SCHEMA = with_data(SampleConfig)
 _MOST_ROWS = 8
+_LONGEST_LABEL = 100
 MANIFEST = "manifest.json"
 _CHANGES_NO_PICTURE = (
     "checkpoint", "plugins", "batch_size", "compile", "device", "kernels", "output", "overwrite",
@@ -243,7 +251,13 @@ class _Sampler:
         self.config, self.weights, self.model = config, weights, model
         self.data, self.folder = data, folder
         self.seeds = torch.tensor(config.seed_list)
-        self.temperatures = config.temperatures(model)
+        for keep in config.keep or () if config.mode == "partial" else ():
+            check_kept(keep, model.num_groups)  # and not after minutes of encoding
+        for group in config.groups or () if config.mode == "traverse" else ():
+            check_group(group, model.num_groups)
+        self.temperatures = [
+            (_short(label, values), values) for label, values in config.temperatures(model)
+        ]
         self.classes = config.class_list(model)
         self.decoder = partial(
             decode, pixel_temperature=config.pixels, batch_size=config.batch_size
@@ -418,9 +432,7 @@ class _Sampler:
                 f"images names {int(wanted.max())}; split={self.config.split} has {len(split)} "
                 f"images, allowed: 0 to {len(split) - 1}"
             )
-        pixels = split.gather(wanted, epoch=None, seed=0)
-        batch = RawBatch(pixels, wanted, self.config.split, None)
-        images = self.data.to_input(batch)
+        images = self.data.some(self.config.split, wanted)
         labels = self._labels(len(wanted))
         if labels is None and self.model.config.num_classes:
             labels = images.labels
@@ -432,6 +444,13 @@ class _Sampler:
             source = "index" if self.config.reads_images else "seeds"
             arrays[source] = torch.tensor(self._numbers)
             self.folder.arrays("samples.npz", images=images, **arrays)
+
+
+def _short(label: str, temperatures: Sequence[float]) -> str:
+    """A label that a folder can be called: of many groups the range, and a hash of all."""
+    if len(label) <= _LONGEST_LABEL:
+        return label
+    return f"{min(temperatures):g}-{max(temperatures):g}, {short_hash(label)}"
 
 
 def _counted(batches: Iterator[Any], advance: Any) -> Iterator[Any]:

@@ -36,9 +36,9 @@ from nvae.cli.config import (
     with_objects,
 )
 from nvae.cli.errors import UserError, config_folders, is_out_of_memory, run
-from nvae.cli.report import setting, write_report
+from nvae.cli.report import write_report
 from nvae.cli.training_errors import AGREED, ended, explained, how_to_go_on
-from nvae.command_line import brief
+from nvae.command_line import brief, setting
 from nvae.data.config import VALID
 from nvae.data.module import ImageDataModule
 from nvae.data.samplers import Shard

@@ -290,12 +290,13 @@ def write_image(path: Path, picture: Image.Image | NDArray[Any], *, overwrite: b
     """Write a PNG or an array, atomically; a file that holds these very pixels already stays.
 
     Raises:
-        ValueError: another file is there, and ``overwrite`` is False.
+        ValueError: another file is there, and ``overwrite`` is False; or a link to one.
         OSError: it cannot be written.
     """
     if path.is_symlink() or (path.exists() and not overwrite):
         if not _is_same(path, picture):
-            raise ValueError(f"{path} is there already and holds something else; overwrite=true")
+            advice = "remove the link" if path.is_symlink() else "overwrite=true"
+            raise ValueError(f"{path} is there already and holds something else; {advice}")
         return
     with replacing(path) as temporary:
         if isinstance(picture, Image.Image):

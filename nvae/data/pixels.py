@@ -53,7 +53,11 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """To gray or RGB; what is transparent becomes black."""
+    """To gray or RGB; what is transparent becomes black.
+
+    Raises:
+        BadImageError: the picture's mode has no way there.
+    """
     mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     if image.mode == mode and "transparency" not in image.info:
         return image
@@ -64,7 +68,10 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
+    try:
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError:  # LAB to gray, for one
+        raise BadImageError(f"mode {image.mode} is not read") from None
 
 
 def to_levels(values: Pixels, config: DataConfig) -> Pixels:

@@ -260,6 +260,18 @@ def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
     return (length * (weight_a * unit_a + weight_b * unit_b)).view_as(start)
 
 
+def check_kept(keep: int, groups: int) -> None:
+    """Raise a ValueError unless a model of so many groups can keep the ``keep`` coarsest."""
+    if not 0 <= keep <= groups:
+        raise ValueError(f"keep is {keep}; the model has {groups} groups, allowed: 0 to {groups}")
+
+
+def check_group(group: int, groups: int) -> None:
+    """Raise a ValueError unless a model of so many groups has this one."""
+    if not 0 <= group < groups:
+        raise ValueError(f"group is {group}; allowed: 0 (coarsest) to {groups - 1}")
+
+
 def resample_finer(
     model: HierarchicalVAE,
     latents: Latents,
@@ -275,8 +287,7 @@ def resample_finer(
         ValueError: ``keep`` is not a number of groups.
     """
     groups = len(latents.z)
-    if not 0 <= keep <= groups:
-        raise ValueError(f"keep is {keep}; the model has {groups} groups, allowed: 0 to {groups}")
+    check_kept(keep, groups)
     given = [*latents.z[:keep], *([None] * (groups - keep))]
     noise = seed_noise(model, seeds)
     return from_noise(model, noise, temperature, given, labels=latents.labels)
@@ -304,9 +315,7 @@ def traverse(
     Raises:
         ValueError: no such group, fewer than 2 steps, or a group of a single number.
     """
-    groups = len(latents.z)
-    if not 0 <= group < groups:
-        raise ValueError(f"group is {group}; allowed: 0 (coarsest) to {groups - 1}")
+    check_group(group, len(latents.z))
     _check_steps("a traversal", steps)
     start = latents.noise[group]
     if start[0].numel() < 2:

@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks import families
 from benchmarks.families import FAMILIES, KINDS, Comparison, main, options_of
@@ -107,6 +109,41 @@ def test_the_table_holds_what_was_measured_and_no_more(
     )
     assert row in lines
     assert not any("Efficient" in line or "gray" in line for line in lines)
+
+
+def test_results_that_cannot_be_read_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["table", f"out={tmp_path}"])
+    assert capsys.readouterr().err == f"error: {tmp_path} is no regular file\n"
+
+
+def test_folders_of_any_name_reach_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra reads the words, and takes = and [ for its own."""
+    folder = tmp_path / "a=b [1]"
+    checkpoint = folder / "run" / "checkpoints" / "step.ckpt"
+    said: dict[str, list[str]] = {}
+
+    def called(_: Comparison, program: str, words: list[str], *_more: object) -> None:
+        said[program] = words
+
+    monkeypatch.setattr(Comparison, "_call", called)
+    monkeypatch.setattr(families, "newest_checkpoint", lambda _: SimpleNamespace(path=checkpoint))
+    monkeypatch.setattr(families, "read_json", lambda _: {"result": {}} if len(said) > 1 else [1.0])
+    comparison = Comparison(options_of([f"folder={folder}", f"data_root={folder}"]))
+    comparison._train("run", [], 20)
+    comparison._evaluate("run", "test", None, [])
+    comparison._sample("run")
+    read = OverridesParser.create().parse_overrides(
+        [word for each in said.values() for word in each]
+    )
+    values = {each.key_or_group: str(getattr(v := each.value(), "text", v)) for each in read}
+    assert values["runs_dir"] == values["data.root"] == str(folder)
+    assert values["checkpoint"] == str(checkpoint)
+    assert values["output"] == str(folder / "run" / "samples")
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ def test_samples_of_classes(tmp_path, monkeypatch, capsys, checkpoint):
     assert (tmp_path / "two" / "grid.png").is_file()
     command(f"checkpoint={checkpoint}", "mode=reconstruct", "images=0-2", "output=own")
     command(f"checkpoint={checkpoint}", "mode=reconstruct", "images=0-2", "class=3", "output=given")
+    command(f"checkpoint={checkpoint}", "mode=reconstruct", "images=0-2", "data.test_size=0",
+            "data.train_size=1697", "output=of_valid")  # fmt: skip
     own, given = (tmp_path / name / "reconstructions.png" for name in ("own", "given"))
     assert own.read_bytes() != given.read_bytes()
 

@@ -180,6 +180,8 @@ def test_impossible_settings(compress, settings, line):
 def test_what_cannot_be_decompressed(compress, decompress, tmp_path):
     compress(MODEL, "split=test", "output=a.nvae")
     assert "no archive" in decompress.fails(MODEL, "input=model.ckpt", "output=out")
+    error = decompress.fails(MODEL, "input=missing.nvae", "output=out")
+    assert error == "error: input=missing.nvae is not there\n"
     assert "the archive has 12 images" in decompress.fails(
         MODEL, "input=a.nvae", "output=out", "images=12"
     )

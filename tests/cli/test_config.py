@@ -201,6 +201,12 @@ MISTAKES = {
     "report.temperatures=[-1]": "must be at least 0",
     "name=a/b": "is no folder name",
     "name=a,b": "name=a,b has commas: write 'name=\"a,b\"', for a list 'name=[a,b]'; -m makes",
+    "name=epoch=3 a": "name=epoch=3 a has signs that Hydra takes for its own: write "
+    "'name=\"epoch=3 a\"'",
+    "name=ü": "write 'name=\"ü\"'",
+    "name": "name is no setting: write SETTING=VALUE",
+    "a b=1": "a b=1 is no setting",
+    "report.temperatures=[1": "report.temperatures=[1 cannot be read: what opens must close",
     "trainer=slurm": "start it with srun",
     "trainer.devices=all": "trainer.devices='all' is unknown; allowed: auto",
     "trainer.num_nodes=3": "was started alone: start it with torchrun --nnodes 3 or srun",
@@ -216,7 +222,10 @@ MISTAKES = {
         (["trainer.devices=128"], "leaves some of 128 devices without an image"),
     ],
 )
-def test_a_step_that_cannot_be_shared_is_one_line(overrides: list[str], words: str) -> None:
+def test_a_step_that_cannot_be_shared_is_one_line(
+    overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
     overrides = ["data.global_batch=100", "data.batch_size=16", *overrides]
     with pytest.raises(ValueError, match=words) as caught:
         composed(*overrides)

@@ -8,7 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae.cli.report import command, root_to_give, setting, tensorboard
+from nvae.cli.report import command, root_to_give, tensorboard
+from nvae.command_line import setting
 from nvae.data import DataConfig
 
 VALUES = (

@@ -221,6 +221,34 @@ def test_mistakes_are_one_line_and_write_nothing(sample, checkpoint, tmp_path, a
     assert [f.name for f in tmp_path.iterdir()] == ["model.ckpt"]
 
 
+@pytest.mark.parametrize(
+    "arguments", [("mode=partial", "keep=[0,4]"), ("mode=traverse", "groups=[3]")]
+)
+def test_groups_that_are_none_are_told_before_anything_is_encoded(
+    sample, checkpoint, monkeypatch, arguments
+):
+    def encoded(*_args, **_kwargs):
+        raise AssertionError("encoded all the same")
+
+    monkeypatch.setattr("nvae.cli.sample.encode", encoded)
+    assert "allowed: 0" in sample.fails(
+        f"checkpoint={checkpoint}", *arguments, "source=images", "images=0-1"
+    )
+
+
+def test_a_folder_is_not_called_by_the_temperatures_of_all_groups(
+    sample, checkpoint, tmp_path, monkeypatch
+):
+    """Of forty groups the name would be longer than file systems take."""
+    monkeypatch.setattr("nvae.cli.sample._LONGEST_LABEL", 10)
+    common = (f"checkpoint={checkpoint}", "seeds=0", "output=out", "overwrite=true")
+    for values in ("0.5,0.6,0.9", "0.5,0.7,0.9"):
+        sample(*common, f"group_temperatures=[{values}]")
+    names = [each.name for each in (tmp_path / "out").iterdir() if each.is_dir()]
+    assert len(names) == 2
+    assert all(re.fullmatch(r"t0\.5-0\.9_[0-9a-f]{8}", name) for name in names)
+
+
 def test_bad_checkpoints_are_one_line(sample, checkpoint, tmp_path):
     assert "no checkpoint at" in sample.fails("checkpoint=missing.ckpt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-200])

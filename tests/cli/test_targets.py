@@ -75,7 +75,12 @@ MISTAKES: dict[str, str] = {
     "callbacks.signals.requeue=3": "callbacks.signals.requeue=3 is not true or false",
     "callbacks.progress=false": "callbacks.progress=False: it takes a group with _target_, or null",
     "+callbacks.mine._target_=no.such.Thing": "callbacks.mine._target_=no.such.Thing: No module",
+    "callbacks.mine._target_=math.gcd": "unknown key callbacks.mine; allowed here: pictures, ema, "
+    "guard, checkpoint, signals, progress; +callbacks.mine._target_=... adds one",
+    "logger.csv.color=red": "unknown key logger.csv.color; allowed here: ",
     "+callbacks.mine._target_=math.gcd": "callbacks.mine",
+    "+callbacks.mine._target_=./mine.py": "mine._target_=./mine.py: write package.module.Class, no",
+    "+callbacks.mine._target_=.mine.Thing": "write package.module.Class, not a path",
     "+logger.csv.color=red": "",  # Lightning's take any
     "+logger.jsonl.color=red": "unknown key logger.jsonl.color; allowed here: save_dir",
     "optimizer.name=torch.optim:Sgd": "optimizer.name=torch.optim:Sgd cannot be imported",

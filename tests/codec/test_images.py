@@ -283,5 +283,10 @@ def test_nothing_else_is_replaced(tmp_path):
     with pytest.raises(ValueError, match="holds something else"):
         write_image(tmp_path / "b.png", picture, overwrite=False)
     assert (tmp_path / "b.png").read_text() == "notes"
+    (tmp_path / "link.png").symlink_to("b.png")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="else; remove the link"):
+            write_image(tmp_path / "link.png", picture, overwrite=overwrite)
+    assert (tmp_path / "b.png").read_text() == "notes"
     write_image(tmp_path / "b.png", picture, overwrite=True)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), PIXELS)

@@ -208,3 +208,9 @@ def test_transparency_can_be_a_channel(make_config):
     assert np.array_equal(fit_picture(Image.fromarray(pixels), make_config(channels=4)), pixels)
     with pytest.raises(BadImageError, match=r"3 channels, and data\.channels=4"):
         fit_picture(Image.new("RGB", (8, 8)), make_config(channels=4))
+
+
+def test_a_mode_that_pillow_does_not_convert_is_a_bad_picture(make_config):
+    """And no error that would end what may skip it."""
+    with pytest.raises(BadImageError, match="mode LAB is not read"):
+        fit_picture(Image.new("LAB", (8, 8)), make_config(channels=1))

@@ -30,6 +30,14 @@ def test_auto_takes_every_gpu_and_one_process_on_the_cpu() -> None:
     assert count_processes(2, 1, "gpu") == (2, 1)
 
 
+def test_the_cpu_takes_a_few_processes_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, most in ((1, 8), (2, 8), (16, 64)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert TrainerConfig(accelerator="cpu", devices=most).devices == most
+        with pytest.raises(ValueError, match=f"at most {most} processes, for {cores} cores"):
+            TrainerConfig(accelerator="cpu", devices=most + 1)
+
+
 def test_auto_takes_what_torchrun_started(monkeypatch: pytest.MonkeyPatch) -> None:
     _torchrun(monkeypatch, 24, 8)
     assert count_processes("auto", 1, "gpu") == count_processes("auto", 3, "gpu") == (8, 3)
