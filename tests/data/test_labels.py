@@ -70,6 +70,14 @@ def test_the_class_is_the_first_folder_below_the_split(tmp_path):
     assert by_class(data) == wanted(b=[0, 1, 4, 5, 8, 9], a=[2, 3, 6, 7, 10, 11])
 
 
+def test_a_class_may_be_called_as_splits_are(tmp_path):
+    write(tmp_path / "car", [0, 1, 2])
+    write(tmp_path / "train", [3, 4, 5])
+    write(tmp_path / "train_station", [6, 7, 8])
+    found = by_class(opened(folder(tmp_path, labels=True)))
+    assert found == wanted(car=[0, 1, 2], train=[3, 4, 5], train_station=[6, 7, 8])
+
+
 def test_a_folder_around_everything_is_no_class(tmp_path):
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
         for i, image in enumerate(IMAGES):

@@ -31,7 +31,9 @@ class FolderLabels:
     def __init__(self, root: Path, names: list[str], tables: list[Path]) -> None:
         self._names, self._root = names, root
         self._listed = {name: label for path in tables for name, label in _rows(path, root)}
-        self._skip = 0 if tables else _shared_depth(names)
+        # A class may be called train; such a folder is a split only where every picture is in one.
+        self._has_splits = all(_below_split(name.split("/")[:-1]) for name in names)
+        self._skip = 0 if tables else self._shared_depth()
         self._has_table = bool(tables)
 
     def of(self, position: int) -> str | None:
@@ -39,30 +41,33 @@ class FolderLabels:
         name = self._names[position]
         if self._has_table:
             return self._listed.get(name)
-        folders = _folders(name)[self._skip :]
+        folders = self._folders(name)[self._skip :]
         return folders[0] if folders else None
 
+    def _folders(self, name: str) -> list[str]:
+        """The folders of a picture below its split; an archive is no folder."""
+        words = name.split("/")[:-1]
+        below = _below_split(words) if self._has_splits else 0
+        return [word for word in words[below:] if not word.lower().endswith(_ARCHIVES)]
 
-def _folders(name: str) -> list[str]:
-    """The folders of a picture below its split; an archive is no folder."""
-    words = name.split("/")[:-1]
-    below = next((i + 1 for i, word in enumerate(words) if split_of_word(word)), 0)
-    return [word for word in words[below:] if not word.lower().endswith(_ARCHIVES)]
+    def _shared_depth(self) -> int:
+        """How many folders all pictures share: an archive often has one around everything."""
+        shared: list[str] | None = None
+        for name in self._names:
+            # The last folder is never left out: it may be the one class that there is.
+            folders = self._folders(name)[:-1]
+            if shared is None:
+                shared = folders
+            same = [one == other for one, other in zip(shared, folders, strict=False)]
+            shared = shared[: same.index(False) if False in same else len(same)]
+            if not shared:
+                return 0
+        return len(shared or ())
 
 
-def _shared_depth(names: list[str]) -> int:
-    """How many folders all pictures share: an archive often has one around everything."""
-    shared: list[str] | None = None
-    for name in names:
-        # The last folder is never left out: it may be the one class that there is.
-        folders = _folders(name)[:-1]
-        if shared is None:
-            shared = folders
-        same = [one == other for one, other in zip(shared, folders, strict=False)]
-        shared = shared[: same.index(False) if False in same else len(same)]
-        if not shared:
-            return 0
-    return len(shared or ())
+def _below_split(words: list[str]) -> int:
+    """Where the folders below the first that names a split begin; 0 where none does."""
+    return next((i for i, word in enumerate(words, 1) if split_of_word(word)), 0)
 
 
 def _rows(path: Path, root: Path) -> Iterator[tuple[str, str]]:
