@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from nvae.cli.sample import main
+from nvae.cli.sample import SampleFolder, main
 from nvae.cli.sample_config import SampleConfig, integers
 from nvae.export.folder import export
+from nvae.pictures import View
 
 from .checkpoints import write_checkpoint
 from .commands import Commands
@@ -237,6 +239,27 @@ def test_a_folder_of_something_else_is_not_touched(sample, checkpoint, tmp_path)
     assert (tmp_path / "out" / "grid.png").read_text() == "mine"
     sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out", "overwrite=true")
     assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
+
+
+def test_pictures_of_two_requests_do_not_mix(tmp_path):
+    """Only what the older manifest lists is deleted, and nothing outside of the folder."""
+
+    def write(request, *names):
+        folder = SampleFolder(tmp_path / "out", {"of": request}, overwrite=True, view=View())
+        for name in names:
+            folder.image(name, torch.zeros(1, 4, 4))
+        folder.manifest({})
+
+    write(1, "t1/a.png", "t1/b.png", "t2/a.png")
+    content = _manifest(tmp_path / "out")
+    (tmp_path / "out" / "mine.png").write_text("mine")
+    (tmp_path / "other.png").write_text("mine")
+    names = [*content["files"], "../other.png", str(tmp_path / "other.png"), "none.png", "\0", 7]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**content, "files": names}))
+    write(2, "t1/a.png")
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert left == ["other.png", "out/manifest.json", "out/mine.png", "out/t1/a.png"]
+    assert not (tmp_path / "out" / "t2").exists()
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])
