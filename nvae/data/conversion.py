@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nvae.command_line import brief
 from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TRAIN, DataConfig, DataError
 from nvae.data.decoding import decode, decode_deep
 from nvae.data.labels import Label, LabelTable
@@ -246,6 +248,8 @@ def _prepare(
             workers=workers,
             progress=progress,
         )
+        if table.why_lost:
+            print(f"note: labels are not kept: {brief(table.why_lost)}", file=sys.stderr)
         classes, labels = table.finish()
         manifest = Manifest(
             name=config.name,

@@ -2,12 +2,11 @@
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from nvae.data.config import DataError
-from nvae.data.readers import read_whole
 from nvae.data.readers.splits import split_of_word
-from nvae.files import LARGEST_TEXT
 
 LABEL_FILES = ("labels.csv", "metadata.csv")
 """Read where they lie among the pictures; the second is what Hugging Face calls them."""
@@ -16,11 +15,24 @@ _LABEL_COLUMNS = ("label", "class")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 
 
+class Table(NamedTuple):
+    """A CSV file of labels.
+
+    Attributes:
+        title: for error messages.
+        place: the folder that it lies in, named as the pictures are.
+        content: of the file.
+    """
+
+    title: str
+    place: str
+    content: bytes
+
+
 class FolderLabels:
     """The label of every picture of a source.
 
     Args:
-        root: what the names are relative to.
         names: of the pictures, with slashes.
         tables: CSV files among them. Where there is one, folders say nothing.
 
@@ -28,9 +40,9 @@ class FolderLabels:
         DataError: A CSV file is not one of file names and labels.
     """
 
-    def __init__(self, root: Path, names: list[str], tables: list[Path]) -> None:
-        self._names, self._root = names, root
-        self._listed = {name: label for path in tables for name, label in _rows(path, root)}
+    def __init__(self, names: list[str], tables: list[Table]) -> None:
+        self._names = names
+        self._listed = {name: label for table in tables for name, label in _rows(table)}
         # A class may be called train; such a folder is a split only where every picture is in one.
         self._has_splits = all(_below_split(name.split("/")[:-1]) for name in names)
         self._skip = 0 if tables else self._shared_depth()
@@ -70,10 +82,10 @@ def _below_split(words: list[str]) -> int:
     return next((i for i, word in enumerate(words, 1) if split_of_word(word)), 0)
 
 
-def _rows(path: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """(name relative to the root, label) of every line of a CSV file."""
-    text = read_whole(path, LARGEST_TEXT).decode("utf-8-sig", "replace")
-    lines = csv.reader(text.splitlines())
+def _rows(table: Table) -> Iterator[tuple[str, str]]:
+    """(name of the picture, label) of every line of a CSV file."""
+    title, place, content = table
+    lines = csv.reader(content.decode("utf-8-sig", "replace").splitlines())
     try:
         header = [word.strip().lower() for word in next(lines, [])]
         columns = [
@@ -82,16 +94,15 @@ def _rows(path: Path, root: Path) -> Iterator[tuple[str, str]]:
         ]
         if None in columns:
             raise DataError(
-                f"{path} must begin with a line that names its columns: file,label (it begins "
-                f"with {','.join(header)[:100]!r})"
+                f"{title} must begin with a line that names its columns: file,label (it begins "
+                f"with {','.join(header)[:100]!r}); data.labels=false passes over it"
             )
         of_file, of_label = (int(column or 0) for column in columns)
-        place = path.parent.relative_to(root).as_posix()
         for row in lines:
             if not row:
                 continue
             if len(row) <= max(of_file, of_label):
-                raise DataError(f"{path}, line {lines.line_num}: it has {len(row)} columns")
+                raise DataError(f"{title}, line {lines.line_num}: it has {len(row)} columns")
             yield str(PurePosixPath(place, row[of_file].strip())), row[of_label].strip()
     except csv.Error as error:
-        raise DataError(f"{path}, line {lines.line_num}: {error}") from error
+        raise DataError(f"{title}, line {lines.line_num}: {error}") from error
