@@ -7,7 +7,6 @@ torchvision's needs the attribute files and its own folders, and cannot read the
 import bz2
 import gzip
 import lzma
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +29,14 @@ from nvae.data.readers import (
     file_item,
     find_files,
     labeled_item,
+    linked_folder,
     list_part,
     loaded_item,
     open_source,
     read_pieces,
     read_whole,
     unpacked_limit,
+    walk,
 )
 from nvae.data.readers.folder_labels import LABEL_FILES, FolderLabels, Table
 from nvae.data.readers.splits import group_by_split
@@ -101,9 +102,11 @@ class Folder(Reader):
         all_names = [name for names, _ in found for name in names]
         groups = group_by_split(all_names)
         if not any(groups.values()):
+            link = linked_folder(source) if source.is_dir() else None
+            hint = f"; links to folders are not followed, and {link} is one" if link else ""
             raise MissingSourceError(
                 f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
-                "also inside zip and tar archives)"
+                f"also inside zip and tar archives){hint}"
             )
         labels = FolderLabels(all_names, tables) if has_labels else None
         parts = [part for _, part in found]
@@ -126,10 +129,7 @@ def _is_list(name: str) -> bool:
 
 def _walk(folder: Path) -> list[Path]:
     """All files below, sorted by relative path, without hidden folders and links to folders."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files]
+    found = [Path(place, name) for place, _, files in walk(folder) for name in files]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 

@@ -141,6 +141,14 @@ def test_a_folder_without_pictures_is_named(tmp_path, make_config, files):
         read_source(tmp_path, "folder", make_config())
 
 
+def test_links_to_folders_are_named_where_nothing_else_is_found(tmp_path, make_config):
+    write_pictures(tmp_path / "there", pictures(2, 4, 3))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(MissingSourceError, match=r"links to folders are not followed, .*/link is"):
+        read_source(tmp_path / "here", "folder", make_config())
+
+
 def test_a_missing_folder_is_named(tmp_path, make_config):
     with pytest.raises(MissingSourceError, match="does not exist"):
         read_source(tmp_path / "nowhere", "folder", make_config())
