@@ -191,6 +191,19 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
         ({"mode": "interpolate", "temperature": [0.5, 1]}, "one temperature"),
         ({"mode": "reconstruct", "recalibrate_bn": 5}, "fits the prior"),
         ({"mode": "traverse", "compile": True}, "not for mode=traverse"),
+        ({"source": "images"}, "mode=prior starts from seeds"),
+        ({"mode": "nearest", "source": "images"}, "mode=nearest starts from seeds"),
+        ({"mode": "reconstruct", "seeds": 3}, "takes images=..., not seeds"),
+        ({"mode": "partial", "source": "images", "seeds": 3}, "takes images=..., not seeds"),
+        ({"mode": "reconstruct", "temperature": 0.7}, "temperature changes nothing of mode=reco"),
+        ({"mode": "reconstruct", "group_temperatures": [1.0]}, "group_temperatures changes"),
+        ({"mode": "reconstruct", "pixel_temperature": 1.0}, "pixel_temperature changes"),
+        ({"mode": "traverse", "source": "images", "temperature": 0.7}, "temperature changes"),
+        ({"classes": "all", "columns": 3}, "columns and classes exclude each other"),
+        ({"mode": "nearest", "columns": 3}, "columns is for mode=prior"),
+        ({"full_depth": True, "single_images": False}, "full_depth=true is for single images"),
+        ({"mode": "partial", "full_depth": True}, "full_depth=true is for mode=prior"),
+        ({"classes": 3, "recalibrate_bn": 5}, "samples without a class"),
         ({"animation": "webm"}, "allowed: gif, mp4"),
         ({"weights": "best"}, "allowed: ema, raw"),
         ({"split": "all"}, "allowed: train"),
@@ -201,6 +214,19 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         SampleConfig("model.ckpt", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "reconstruct", "temperature": [1], "seeds": None, "source": "images"},
+        {"mode": "partial", "source": "images", "temperature": 0.7, "pixel_temperature": 0},
+        {"mode": "interpolate", "temperature": 0.7, "recalibrate_bn": 5},
+        {"classes": 3, "full_depth": True},
+    ],
+)
+def test_settings_that_are_used_are_taken(settings):
+    SampleConfig("model.ckpt", **settings)
 
 
 @pytest.mark.parametrize(
