@@ -158,14 +158,18 @@ def save_grids_side_by_side(
         raise ValueError(f"{len(labels)} labels for {len(grids)} grids; give one each")
     pictures = [grid(images, columns=columns) for images in grids]
     title, spacing = _FONT_SIZE + 2 * _GAP, 6 * _GAP
-    width = sum(picture.width + spacing for picture in pictures) - spacing
+    widths = [
+        max(picture.width, _text_width(label) + 2 * _GAP)
+        for picture, label in zip(pictures, labels, strict=True)
+    ]
+    width = sum(widths) + spacing * (len(widths) - 1)
     height = title + max(picture.height for picture in pictures)
     canvas = Image.new(pictures[0].mode, (width, height), "white")
     left = 0
-    for picture, label in zip(pictures, labels, strict=True):
+    for picture, label, own_width in zip(pictures, labels, widths, strict=True):
         _write(canvas, left + _GAP, _GAP, label)
         canvas.paste(picture, (left, title))
-        left += picture.width + spacing
+        left += own_width + spacing
     _save(canvas, path)
 
 
@@ -180,7 +184,7 @@ def grid(
 
     Args:
         images: all of one shape.
-        columns: images in a row; None: about as many as rows.
+        columns: images in a row, or all where they are fewer; None: about as many as rows.
         row_labels: text left of every row.
         column_labels: text above every column.
 
@@ -191,13 +195,13 @@ def grid(
         raise ValueError("no images for a grid")
     pixels = np.stack([_enlarged(_pixels(image)) for image in images])
     count, height, width, channels = pixels.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = -(-count // columns)
     for labels, places, name in ((row_labels, rows, "rows"), (column_labels, columns, "columns")):
         if labels is not None and len(labels) != places:
             raise ValueError(f"{len(labels)} labels for {places} {name}")
     cell_height, cell_width = height + _GAP, width + _GAP
-    left = int(max(map(_font().getlength, row_labels))) + 3 * _GAP if row_labels else 0
+    left = max(map(_text_width, row_labels)) + 3 * _GAP if row_labels else 0
     top = _FONT_SIZE + 2 * _GAP if column_labels else 0
     shape = (top + rows * cell_height + _GAP, left + columns * cell_width + _GAP, channels)
     canvas = np.full(shape, _PAPER, np.uint8)
@@ -299,6 +303,10 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(_FONT_SIZE)
+
+
+def _text_width(text: str) -> int:
+    return math.ceil(_font().getlength(text))
 
 
 def _write(picture: Image.Image, x: int, y: int, text: str) -> None:

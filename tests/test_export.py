@@ -201,6 +201,50 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert re.fullmatch(r"error: .*out cannot be written: .*\n", capsys.readouterr().err)
 
 
+def test_an_empty_folder_that_is_there_is_filled(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the current one, or where a disk is mounted: it cannot be replaced."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(here)
+    place = here.stat().st_ino
+    monkeypatch.chdir(here)
+    for name in (".", str(tmp_path / "link")):
+        main([str(checkpoint), "--to", name, "--no-sampler"])
+        found = sorted(file.name for file in here.iterdir())
+        assert found == ["README.md", "config.json", "model.safetensors"]
+        assert here.stat().st_ino == place
+        for file in here.iterdir():
+            file.unlink()
+
+    def full_disk(file: Path, target: Path) -> Path:
+        if file.name == CONFIG_FILE:
+            raise OSError(28, "No space left on device")
+        return real(file, target)
+
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(OSError, match=r"here cannot be written: .*No space left"):
+        export(checkpoint, here, with_sampler=False)
+    assert not list(here.iterdir())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "link"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_the_folders_fault(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error", str(checkpoint))
+
+    monkeypatch.setattr("nvae.export.folder.load_model", broken)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(checkpoint), "--to", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert "model.ckpt" in error
+    assert "cannot be written" not in error
+
+
 def test_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none.ckpt"), "--to", str(tmp_path / "out")])

@@ -66,6 +66,25 @@ def test_grids_side_by_side(tmp_path):
         save_grids_side_by_side(tmp_path / "s.png", grids, ["x"])
 
 
+def test_titles_of_narrow_grids_do_not_run_over_each_other(tmp_path):
+    """One small image a temperature: every title is whole, with white before the next."""
+    titles = ["temperature 0.5", "temperature 0.75"]
+    save_grids_side_by_side(tmp_path / "s.png", [torch.zeros(1, 1, 64, 64)] * 2, titles)
+    picture = _read(tmp_path / "s.png")
+    starts = np.flatnonzero((picture[-30] == 0) & (np.roll(picture[-30], 1) != 0))
+    first, second = picture[:16, : starts[1]], picture[:16, starts[1] :]
+    for one in (first, second):
+        inked = np.flatnonzero((one < 128).any(axis=0))
+        assert inked[-1] - inked[0] > 80
+        assert inked[-1] < one.shape[1] - 2
+    assert np.flatnonzero((first < 128).any(axis=0))[-1] < starts[1] - 10
+
+
+def test_more_columns_than_images_leave_no_band():
+    images = torch.zeros(4, 1, 64, 64)
+    assert grid(images, columns=100).size == grid(images, columns=4).size
+
+
 def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "g.png"
     save_rows(path, [torch.zeros(1, 1, 8, 8)], ["a"])

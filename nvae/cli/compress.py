@@ -1,6 +1,7 @@
 """`compress.py`: files of images, or a data set's split, to one archive."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,24 @@ def _summary(sizes: list[BlockSize], written: int, pixels: int, seconds: float) 
     return "\n".join(lines)
 
 
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All files below a folder, sorted, and the links to folders, which are not followed.
+
+    Raises:
+        ValueError: A folder cannot be read; an archive without its images would be no copy.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+    files: list[Path] = []
+    links: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        files += (path for name in names if (path := Path(place, name)).is_file())
+        links += (path for name in folders if (path := Path(place, name)).is_symlink())
+    return sorted(files), sorted(links)
+
+
 class _Files:
     """The pictures and arrays of a folder; all are read once before anything is written."""
 
@@ -143,8 +162,10 @@ class _Files:
         self._codec = codec
         self._wanted = Wanted(*codec.image_shape, codec.bits)
         if place.is_dir():
-            files = sorted(path for path in place.rglob("*") if path.is_file())
+            files, links = _files_below(place)
             images = [path for path in files if is_image_file(path.name)]
+            if links:
+                print(f"note: links to folders are not followed: {', '.join(map(str, links))}")
             if not images:
                 raise ValueError(f"there are no images in {place}")
             if len(images) < len(files):

@@ -130,7 +130,7 @@ class SampleFolder:
     Args:
         path: made when the first file is written.
         request: everything that the pictures depend on.
-        overwrite: accept a folder that holds something else.
+        overwrite: accept a folder that holds something else; the files of another request go.
         view: what pictures show of an image.
 
     Raises:
@@ -159,17 +159,36 @@ class SampleFolder:
             return True
         if not self.path.is_dir():
             return False
-        manifest = self.path / MANIFEST
-        if not manifest.exists():
+        if not (self.path / MANIFEST).exists():
             return not any(self.path.iterdir())
+        return self._found().get("request") == self.request
+
+    def _found(self) -> dict[str, Any]:
+        """The manifest that is there; nothing where there is none that can be read."""
         try:
-            found = read_json(manifest)
-        except ValueError:
-            return False
-        return isinstance(found, dict) and found.get("request") == self.request
+            found = read_json(self.path / MANIFEST)
+        except (ValueError, FileNotFoundError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _delete_older(self) -> None:
+        """Delete the files of another request, which would pass for some of this one's."""
+        found = self._found()
+        names = found.get("files")
+        if found.get("request") == self.request or not isinstance(names, list):
+            return
+        # The manifest may be anybody's.
+        usable = (name for name in names if isinstance(name, str) and name.isprintable())
+        for file in (self.path / name for name in usable):
+            inside = file.parent.resolve().is_relative_to(self.path.resolve())
+            if inside and (file.is_file() or file.is_symlink()):
+                file.unlink()
+                if file.parent != self.path and not any(file.parent.iterdir()):
+                    file.parent.rmdir()
 
     def _file(self, name: str) -> Path:
         if not self.files:  # an interrupted request finds its own folder again
+            self._delete_older()
             write_json(self.path / MANIFEST, {"request": self.request, "complete": False})
         self.files.append(name)
         return self.path / name

@@ -97,6 +97,7 @@ class SampleConfig:
                 raise ValueError(f"{name} is empty; give at least one number, or leave it out")
         self._check_temperatures()
         self._check_classes()
+        self._check_used()
         if self.compile and self.mode not in ("prior", "nearest"):
             raise ValueError(
                 f"compile=true is for the many images of mode=prior and mode=nearest, not for "
@@ -137,6 +138,44 @@ class SampleConfig:
             return
         if len(integers("classes", self.classes)) > 1 and self.mode != "prior":
             raise ValueError(f"mode={self.mode} takes one class")
+
+    def _check_used(self) -> None:
+        """Refuse what would change no picture: who sets it expects that it does."""
+        if self.source == "images" and self.mode in ("prior", "nearest"):
+            raise ValueError(
+                f"source=images is for mode=interpolate, partial and traverse; mode={self.mode} "
+                "starts from seeds"
+            )
+        if self.reads_images:
+            self._check_used_with_images()
+        if self.columns is not None and self.mode != "prior":
+            raise ValueError(f"columns is for mode=prior, not for mode={self.mode}")
+        if self.columns is not None and self.classes is not None:
+            raise ValueError("columns and classes exclude each other: a class is one row")
+        if self.full_depth and self.mode != "prior":
+            raise ValueError(f"full_depth=true is for mode=prior, not for mode={self.mode}")
+        if self.full_depth and not self.single_images:
+            raise ValueError("full_depth=true is for single images; leave out single_images=false")
+        if self.recalibrate_bn and self.classes is not None:
+            raise ValueError(
+                "recalibrate_bn takes statistics of samples without a class; leave out it or class"
+            )
+
+    def _check_used_with_images(self) -> None:
+        if self.seeds is not None:
+            raise ValueError(
+                f"mode={self.mode} takes images=..., not seeds, for the images that it reads"
+            )
+        unused = {"pixel_temperature": self.mode == "reconstruct" and self.pixels != "mean"}
+        if self.mode != "partial":  # which draws from the prior too
+            unused["temperature"] = _numbers("temperature", self.temperature) != [1.0]
+            unused["scale_temperatures"] = self.scale_temperatures is not None
+            unused["group_temperatures"] = self.group_temperatures is not None
+        for name, is_given in unused.items():
+            if is_given:
+                raise ValueError(
+                    f"{name} changes nothing of mode={self.mode} with images; leave it out"
+                )
 
     def class_list(self, model: HierarchicalVAE) -> list[int]:
         """The classes asked for, in the order given; empty where none are.

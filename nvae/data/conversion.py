@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, TRAIN, DataConfig, DataError
+from nvae.command_line import brief
+from nvae.data.config import IN_MEMORY_FORMATS, SPLITS, DataConfig, DataError
 from nvae.data.decoding import decode, decode_deep
 from nvae.data.labels import Label, LabelTable
 from nvae.data.loader import read_ahead
@@ -125,7 +127,7 @@ def _convert(
         The first pictures that were left out, with the reason.
 
     Raises:
-        DataError: An unreadable picture, or nothing is left of the training split.
+        DataError: An unreadable picture, or nothing is left of a split.
     """
     writers = {
         SPLITS.index(split): writer.split(
@@ -152,8 +154,12 @@ def _convert(
             done += 1
             if progress is not None and (done % _CHUNK == 0 or done == total):
                 progress(done, total)
-    if not writers[SPLITS.index(TRAIN)].count:
-        raise DataError(f"none of the {total} pictures can be read; {skipped[0]}")
+    for number, made in writers.items():
+        if not made.count:
+            raise DataError(
+                f"none of the {made.skipped} {SPLITS[number]} pictures can be read; the first that "
+                f"cannot is {skipped[0]}"
+            )
     return skipped
 
 
@@ -246,6 +252,8 @@ def _prepare(
             workers=workers,
             progress=progress,
         )
+        if table.why_lost:
+            print(f"note: labels are not kept: {brief(table.why_lost)}", file=sys.stderr)
         classes, labels = table.finish()
         manifest = Manifest(
             name=config.name,

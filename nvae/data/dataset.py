@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,11 +269,17 @@ def _open(config: DataConfig) -> tuple[dict[str, Split], list[str]]:
                 for values in (manifest.geometry, geometry(config))
             )
             raise DataError(
-                f"{folder} was prepared with {found}, the config says {wanted}: "
-                "prepare it again or change the config"
+                f"{folder} was prepared with {found}, the config says {wanted}: {_again(config)}"
             )
     _check(config, splits, skipped)
     return splits, classes
+
+
+def _again(config: DataConfig) -> str:
+    """What to do where the prepared form is another than the config describes."""
+    if prepared_folder(config) == Path(config.root):  # where its source is, nobody says
+        return "prepare it again or change the config"
+    return f"change the config, or prepare it again: {prepare_command(config)}"
 
 
 def _check(config: DataConfig, splits: dict[str, Split], skipped: dict[str, int]) -> None:
@@ -296,7 +303,7 @@ def _check(config: DataConfig, splits: dict[str, Split], skipped: dict[str, int]
         if asked is not None and asked != have + skipped.get(name, 0):
             raise DataError(
                 f"{config.name} has {have} {name} images, the config says "
-                f"data.{name}_size={asked}: prepare it again or change the config"
+                f"data.{name}_size={asked}: {_again(config)}"
             )
     if TRAIN not in splits:
         raise DataError(f"{config.name} has no training images")

@@ -67,6 +67,8 @@ class LabelTable:
         self._numbers: dict[Label, int] = {}
         self._of_split: dict[str, array[int]] = {}
         self._is_on = wanted is not False
+        self._has_labels = False
+        self._first_fault: str | None = None
 
     def add(self, split: str, label: Label | None, name: str) -> None:
         """Note the label of the next picture of a split.
@@ -74,12 +76,13 @@ class LabelTable:
         Raises:
             DataError: There is none, or a bad one, and labels are needed.
         """
+        self._has_labels |= label is not None
         if not self._is_on:
             return
         if reason := self._fault(label):
             if self._wanted is True:
                 raise DataError(f"{name} {reason}, and data.labels=true needs one of every picture")
-            self._is_on = False
+            self._is_on, self._first_fault = False, f"{name} {reason}"
             return
         assert label is not None
         number = self._numbers.setdefault(label, len(self._numbers))
@@ -96,6 +99,12 @@ class LabelTable:
         if is_number and not 0 <= int(label) < len(self._names or ()):
             return f"has the label {label}, and there are {len(self._names or ())} classes"
         return None
+
+    @property
+    def why_lost(self) -> str | None:
+        """The first picture that keeps the labels of the others from being kept, and why; None
+        where they are kept, are not wanted, or where there are none."""
+        return self._first_fault if self._has_labels else None
 
     def finish(self) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
         """The classes' names, and each split's class numbers, (N,); nothing where not all have one.

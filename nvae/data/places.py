@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nvae.data.config import DataConfig, DataError
+from nvae.data.readers import walk
 from nvae.data.readers.folder_labels import LABEL_FILES
 from nvae.data.readers.pictures import ARCHIVE_SUFFIXES, is_picture
 from nvae.data.store import MANIFEST_NAME, own_files, read_manifest
@@ -153,11 +154,10 @@ def _files(source: Path) -> Iterator[tuple[str, str]]:
     if not source.is_dir():
         yield source.name, str(source)
         return
-    for place, folders, files in os.walk(source):
+    for place, folders, files in walk(source):
         if MANIFEST_NAME in files and _PREPARED.fullmatch(os.path.basename(place)):
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
         below = "" if place == str(source) else f"{os.path.relpath(place, source)}/"
         for name in files:
             if not name.startswith(".") and name not in _NO_SOURCE:

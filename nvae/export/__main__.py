@@ -89,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with_sampler=not given.no_sampler,
                 compiled_batch=given.compile,
             )
-    except OSError as error:
-        raise fail(f"{given.to} cannot be written: {error}") from None
-    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         raise fail(error) from None
     except (RecursionError, MemoryError) as error:
         raise fail(f"the checkpoint asks for too much: {type(error).__name__}") from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae.checkpoint import Weights, load_checkpoint, load_model, write_weights
+from nvae.checkpoint import CONFIG_FILE, Weights, load_checkpoint, load_model, write_weights
 from nvae.command_line import brief
 from nvae.export.sampler import (
     TOLERANCE,
@@ -67,7 +67,8 @@ def export(
             compiler.
         ModuleNotFoundError: safetensors is not installed.
         FloatingPointError: pictures are not made of finite numbers.
-        OSError: the disk is full or the folder cannot be written to.
+        OSError: the disk is full or the folder cannot be written to; the message names it. Or the
+            checkpoint cannot be read.
     """
     _refuse_used(folder)
     check_pixel_temperature(pixel_temperature)
@@ -134,16 +135,50 @@ def _refuse_used(folder: Path) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place if the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """A folder whose files are those of ``folder`` if the block succeeds.
+
+    It takes the place of ``folder``. One that is there stays, since it may be the current folder or
+    where a disk is mounted; the files are moved into it.
+
+    Raises:
+        OSError: one of the folders cannot be written to.
+    """
+    folder = folder.resolve()
+    is_there = folder.exists()
+    building = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder if is_there else folder.parent
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
         yield building
-        building.chmod(0o755)
-        os.replace(building, folder)  # refuses a folder that has been filled meanwhile
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        if is_there:
+            _move_up(building)
+        else:
+            building.chmod(0o755)
+            os.replace(building, folder)  # refuses a folder that has been filled meanwhile
+    except BaseException as error:
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{folder} cannot be written: {error}") from error
         raise
+
+
+def _move_up(building: Path) -> None:
+    """Move all files to the folder around, which holds nothing else, and the configuration last:
+    without it the others are no model."""
+    folder = building.parent
+    if list(folder.iterdir()) != [building]:
+        raise FileExistsError("it has been filled meanwhile")
+    files = sorted(building.iterdir(), key=lambda file: file.name == CONFIG_FILE)
+    try:
+        for file in files:
+            file.rename(folder / file.name)
+    except BaseException:
+        for file in files:
+            (folder / file.name).unlink(missing_ok=True)
+        raise
+    building.rmdir()
 
 
 def model_card(model: HierarchicalVAE, run_config: dict[str, Any] | None = None) -> str:

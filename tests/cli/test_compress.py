@@ -10,6 +10,7 @@ from PIL import Image
 from nvae.cli.compress import main as compress_main
 from nvae.cli.decompress import main as decompress_main
 from nvae.data.dataset import ImageData
+from tests.data.files import refuse_folder
 from tests.data.test_decoding import png16
 
 from .checkpoints import DATA, write_checkpoint
@@ -157,6 +158,19 @@ def test_a_picture_that_does_not_fit_is_named(compress, pictures, tmp_path):
     error = compress.fails(MODEL, "input=pictures", "output=a.nvae")
     assert "7.png is 8x9 (height x width); the model codes 8x8 gray, 4 bits" in error
     assert not (tmp_path / "a.nvae").exists()
+
+
+def test_folders_that_are_not_read_are_not_passed_over_in_silence(
+    compress, pictures, tmp_path, monkeypatch
+):
+    (pictures / "linked").symlink_to(tmp_path)
+    assert "links to folders are not followed: pictures/linked\n" in compress(
+        MODEL, "input=pictures", "output=a.nvae"
+    )
+    refuse_folder(monkeypatch, pictures / "more")
+    error = compress.fails(MODEL, "input=pictures", "output=b.nvae")
+    assert "pictures/more cannot be read: Permission denied" in error
+    assert not (tmp_path / "b.nvae").exists()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def test_samples_are_shown_in_color_and_kept_whole(tall, tmp_path, monkeypatch, 
 def test_every_mode_draws_rectangles(tall, tmp_path, monkeypatch, capsys, mode):
     command = Commands(sample.main, monkeypatch, capsys, tmp_path)
     more = {"interpolate": ["frames=3", "steps=3"], "traverse": ["steps=3"]}.get(mode, [])
-    command(f"checkpoint={tall}", f"mode={mode}", "seeds=0-1", "images=0-1", "output=a", *more)
+    which = "images=0-1" if mode == "reconstruct" else "seeds=0-1"
+    command(f"checkpoint={tall}", f"mode={mode}", which, "output=a", *more)
     pictures = sorted((tmp_path / "a").glob("*.png"))
     assert pictures
     assert all(Image.open(path).mode == "RGB" for path in pictures)

@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from nvae.cli.sample import main
+from nvae.cli.sample import SampleFolder, main
 from nvae.cli.sample_config import SampleConfig, integers
 from nvae.export.folder import export
+from nvae.pictures import View
 
 from .checkpoints import write_checkpoint
 from .commands import Commands
@@ -189,6 +191,19 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
         ({"mode": "interpolate", "temperature": [0.5, 1]}, "one temperature"),
         ({"mode": "reconstruct", "recalibrate_bn": 5}, "fits the prior"),
         ({"mode": "traverse", "compile": True}, "not for mode=traverse"),
+        ({"source": "images"}, "mode=prior starts from seeds"),
+        ({"mode": "nearest", "source": "images"}, "mode=nearest starts from seeds"),
+        ({"mode": "reconstruct", "seeds": 3}, "takes images=..., not seeds"),
+        ({"mode": "partial", "source": "images", "seeds": 3}, "takes images=..., not seeds"),
+        ({"mode": "reconstruct", "temperature": 0.7}, "temperature changes nothing of mode=reco"),
+        ({"mode": "reconstruct", "group_temperatures": [1.0]}, "group_temperatures changes"),
+        ({"mode": "reconstruct", "pixel_temperature": 1.0}, "pixel_temperature changes"),
+        ({"mode": "traverse", "source": "images", "temperature": 0.7}, "temperature changes"),
+        ({"classes": "all", "columns": 3}, "columns and classes exclude each other"),
+        ({"mode": "nearest", "columns": 3}, "columns is for mode=prior"),
+        ({"full_depth": True, "single_images": False}, "full_depth=true is for single images"),
+        ({"mode": "partial", "full_depth": True}, "full_depth=true is for mode=prior"),
+        ({"classes": 3, "recalibrate_bn": 5}, "samples without a class"),
         ({"animation": "webm"}, "allowed: gif, mp4"),
         ({"weights": "best"}, "allowed: ema, raw"),
         ({"split": "all"}, "allowed: train"),
@@ -199,6 +214,19 @@ def test_reconstructions_show_the_images_asked_for(sample, checkpoint, tmp_path)
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         SampleConfig("model.ckpt", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "reconstruct", "temperature": [1], "seeds": None, "source": "images"},
+        {"mode": "partial", "source": "images", "temperature": 0.7, "pixel_temperature": 0},
+        {"mode": "interpolate", "temperature": 0.7, "recalibrate_bn": 5},
+        {"classes": 3, "full_depth": True},
+    ],
+)
+def test_settings_that_are_used_are_taken(settings):
+    SampleConfig("model.ckpt", **settings)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +293,27 @@ def test_a_folder_of_something_else_is_not_touched(sample, checkpoint, tmp_path)
     assert (tmp_path / "out" / "grid.png").read_text() == "mine"
     sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out", "overwrite=true")
     assert "overwrite=true" in sample.fails(f"checkpoint={checkpoint}", "seeds=0-2", "output=out")
+
+
+def test_pictures_of_two_requests_do_not_mix(tmp_path):
+    """Only what the older manifest lists is deleted, and nothing outside of the folder."""
+
+    def write(request, *names):
+        folder = SampleFolder(tmp_path / "out", {"of": request}, overwrite=True, view=View())
+        for name in names:
+            folder.image(name, torch.zeros(1, 4, 4))
+        folder.manifest({})
+
+    write(1, "t1/a.png", "t1/b.png", "t2/a.png")
+    content = _manifest(tmp_path / "out")
+    (tmp_path / "out" / "mine.png").write_text("mine")
+    (tmp_path / "other.png").write_text("mine")
+    names = [*content["files"], "../other.png", str(tmp_path / "other.png"), "none.png", "\0", 7]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**content, "files": names}))
+    write(2, "t1/a.png")
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert left == ["other.png", "out/manifest.json", "out/mine.png", "out/t1/a.png"]
+    assert not (tmp_path / "out" / "t2").exists()
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])

@@ -5,14 +5,17 @@ Protocol buffers and TFRecords are written here by hand, apart from the code und
 
 import gzip
 import io
+import os
 import pickle
 import struct
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
@@ -29,6 +32,18 @@ def open_splits(config: DataConfig) -> dict[str, Split]:
     data = ImageData(config)
     data.setup()
     return {name: data.split(name) for name in data.names}
+
+
+def refuse_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make a folder unreadable, also for root."""
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(path) == folder or Path(path).absolute() == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
 
 
 def pictures(n: int, size: int, channels: int, seed: int = 0) -> Pixels:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import struct
+import tarfile
 import zipfile
 from dataclasses import replace
 
@@ -70,6 +71,14 @@ def test_the_class_is_the_first_folder_below_the_split(tmp_path):
     assert by_class(data) == wanted(b=[0, 1, 4, 5, 8, 9], a=[2, 3, 6, 7, 10, 11])
 
 
+def test_a_class_may_be_called_as_splits_are(tmp_path):
+    write(tmp_path / "car", [0, 1, 2])
+    write(tmp_path / "train", [3, 4, 5])
+    write(tmp_path / "train_station", [6, 7, 8])
+    found = by_class(opened(folder(tmp_path, labels=True)))
+    assert found == wanted(car=[0, 1, 2], train=[3, 4, 5], train_station=[6, 7, 8])
+
+
 def test_a_folder_around_everything_is_no_class(tmp_path):
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
         for i, image in enumerate(IMAGES):
@@ -103,6 +112,33 @@ def test_csv_files_lie_beside_their_pictures(tmp_path):
     data = opened(folder(tmp_path, labels=True))
     assert data.split("test").labels.tolist() == [0, 1, 0, 1]  # 10, 11, 8, 9 by name
     assert by_class(data) == wanted(even=range(0, 12, 2), odd=range(1, 12, 2))
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_csv_files_in_archives_are_read(tmp_path, suffix, inside):
+    lines = ["file,label", *(f"{i}.png,{'odd' if i % 2 else 'even'}" for i in range(12))]
+    members = {f"set/{i}.png": files.encoded(image) for i, image in enumerate(IMAGES)}
+    members |= {"set/labels.csv": "\n".join(lines).encode(), "__MACOSX/labels.csv": b"x"}
+    path = tmp_path / f"set.{suffix}"
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name, data in members.items():
+                files.add_to_tar(archive, name, data)
+    data = opened(folder(tmp_path if inside else path, labels=True))
+    assert by_class(data) == wanted(even=range(0, 12, 2), odd=range(1, 12, 2))
+
+
+def test_a_bad_csv_file_in_an_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("0.png", files.encoded(IMAGES[0]))
+        archive.writestr("metadata.csv", "a,b\n")
+    with pytest.raises(DataError, match=r"set\.zip: metadata\.csv must begin .*labels=false"):
+        prepare_if_missing(folder(tmp_path))
 
 
 def test_a_changed_csv_file_is_seen(tmp_path):
@@ -238,6 +274,23 @@ def test_labels_that_are_not_there_are_missed_only_where_needed(tmp_path):
     assert opened(folder(tmp_path)).classes == []
     with pytest.raises(DataError, match=r"png has no label, and data\.labels=true needs one"):
         opened(folder(tmp_path, labels=True))
+
+
+def test_a_picture_that_costs_the_others_their_labels_is_named(tmp_path, capsys):
+    write(tmp_path / "a", range(3))
+    write(tmp_path / "b", range(3, 6))
+    write(tmp_path, [6])
+    assert opened(folder(tmp_path)).classes == []
+    assert capsys.readouterr().err == "note: labels are not kept: 6.png has no label\n"
+    (tmp_path / "6.png").unlink()
+    assert opened(folder(tmp_path)).classes == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+def test_pictures_without_any_labels_lose_none(tmp_path, capsys):
+    write(tmp_path, range(6))
+    opened(folder(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_one_class_is_none(tmp_path):

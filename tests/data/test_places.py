@@ -18,6 +18,7 @@ from tests.data.files import (
     idx_bytes,
     open_splits,
     pictures,
+    refuse_folder,
     write_chardata,
     write_idx,
     write_pictures,
@@ -256,6 +257,18 @@ def test_a_single_file_and_links_that_lead_nowhere(tmp_path):
     (tmp_path / "a.png").symlink_to("nowhere")
     (tmp_path / "b.png").symlink_to("b.png")
     assert listing_digest(tmp_path, "folder") != before
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "a", pictures(3, 8, 3))
+    write_pictures(tmp_path / "b", pictures(3, 8, 3))
+    write_pictures(tmp_path / "lost+found", pictures(3, 8, 3))
+    refuse_folder(monkeypatch, tmp_path / "lost+found")
+    assert sum(split.count for split in prepare(config_of(tmp_path)).splits.values()) == 6
+    refuse_folder(monkeypatch, tmp_path / "b")
+    for work in (prepare, prepare_if_missing):
+        with pytest.raises(DataError, match=r"/b cannot be read: Permission denied"):
+            work(config_of(tmp_path))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every source format, by the command, all the way to a batch; and what can go wrong on the way."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,8 +244,10 @@ def test_other_geometry_than_prepared_is_refused(tmp_path):
     files.write_pictures(tmp_path, files.pictures(10, 12, 3))
     assert run(tmp_path, "--size", 8, "--resize", "box") == 0
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8)
-    with pytest.raises(DataError, match=r"resize=box, the config says .*resize=bilinear"):
+    with pytest.raises(DataError, match=r"resize=box, the config says .*resize=bilinear") as error:
         open_splits(config)
+    assert run(*shlex.split(str(error.value).partition("nvae.data.prepare ")[2])) == 0
+    open_splits(config)
 
 
 def test_other_sizes_than_prepared_are_refused(tmp_path):
@@ -253,6 +256,11 @@ def test_other_sizes_than_prepared_are_refused(tmp_path):
     config = replace(load_config("folder"), root=str(tmp_path), image_size=8, train_size=10)
     with pytest.raises(DataError, match=r"has 9 train images, the config says data\.train_size=10"):
         open_splits(config)
+    other = replace(config, train_size=None, valid_size=3)
+    with pytest.raises(DataError, match=r"has 1 valid images, .*data\.valid_size=3") as error:
+        open_splits(other)
+    assert run(*shlex.split(str(error.value).partition("nvae.data.prepare ")[2])) == 0
+    assert len(open_splits(other)["valid"]) == 3
     direct = replace(config, root=str(place(tmp_path)), train_size=None, channels=1)
     with pytest.raises(DataError, match="are 8x8x3, the config wants 8x8x1"):
         open_splits(direct)
@@ -290,7 +298,18 @@ def test_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):
     tmp_path.joinpath("a.png").write_bytes(b"")
     tmp_path.joinpath("b.png").write_bytes(b"")
     assert run(tmp_path, "--size", 8, "--on-corrupt", "skip") == 1
-    assert "none of the 2 pictures can be read" in capsys.readouterr().err
+    assert "none of the 1 train pictures can be read" in capsys.readouterr().err
+
+
+def test_a_split_of_nothing_but_bad_pictures_is_an_error(tmp_path, capsys):
+    files.write_pictures(tmp_path / "train", files.pictures(4, 8, 3))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.png").write_bytes(b"")
+    assert run(tmp_path, "--size", 8, "--on-corrupt", "skip") == 1
+    assert capsys.readouterr().err == (
+        "error: none of the 1 test pictures can be read; the first that cannot is test/a.png: it "
+        "is empty\n"
+    )
 
 
 @pytest.mark.parametrize(

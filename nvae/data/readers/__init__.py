@@ -1,5 +1,6 @@
 """Readers of source files: what each gives, and one door to them all."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,6 +251,33 @@ def open_source(path: Path) -> BinaryIO:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise DataError(error) from error
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` without hidden folders; links to folders are not followed.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        # The second is found where a disk is mounted, for its administrator alone.
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        yield place, folders, files
+
+
+def linked_folder(folder: str | Path) -> Path | None:
+    """The first link to a folder that :func:`walk` meets; None where there is none."""
+    links = (
+        Path(place, name)
+        for place, folders, _ in walk(folder)
+        for name in folders
+        if os.path.islink(os.path.join(place, name))
+    )
+    return next(links, None)
 
 
 def read_whole(path: Path, largest: int) -> bytes:

@@ -7,7 +7,6 @@ torchvision's needs the attribute files and its own folders, and cannot read the
 import bz2
 import gzip
 import lzma
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,14 +29,16 @@ from nvae.data.readers import (
     file_item,
     find_files,
     labeled_item,
+    linked_folder,
     list_part,
     loaded_item,
     open_source,
     read_pieces,
     read_whole,
     unpacked_limit,
+    walk,
 )
-from nvae.data.readers.folder_labels import LABEL_FILES, FolderLabels
+from nvae.data.readers.folder_labels import LABEL_FILES, FolderLabels, Table
 from nvae.data.readers.splits import group_by_split
 from nvae.files import LARGEST_TEXT
 
@@ -79,40 +80,56 @@ class Folder(Reader):
             if is_picture(path.name)
         ]
         found = [([item.name for item in loose], list_part(loose))]
+        has_labels = self.config.labels is not False
+        tables = [
+            Table(
+                str(path), path.parent.relative_to(root).as_posix(), read_whole(path, LARGEST_TEXT)
+            )
+            for path in files
+            if has_labels and path.name in LABEL_FILES
+        ]
         for path in files:
             # The archive's own name may tell the split: train_32x32.tar.
             stem = "" if path == source else f"{path.relative_to(root).as_posix()}/"
             if path.name.lower().endswith(ARCHIVE_SUFFIXES):
-                names, part = _archive(path)
+                names, part, lists = _archive(path)
                 found.append(([f"{stem}{name}" for name in names], part))
+                tables += [
+                    Table(f"{path}: {name}", str(PurePosixPath(f"{stem}{name}").parent), content)
+                    for name, content in lists.items()
+                    if has_labels
+                ]
         all_names = [name for names, _ in found for name in names]
         groups = group_by_split(all_names)
         if not any(groups.values()):
+            link = linked_folder(source) if source.is_dir() else None
+            hint = f"; links to folders are not followed, and {link} is one" if link else ""
             raise MissingSourceError(
                 f"no pictures found in {source} (looked for {', '.join(PICTURE_SUFFIXES)}, "
-                "also inside zip and tar archives)"
+                f"also inside zip and tar archives){hint}"
             )
-        tables = [path for path in files if path.name in LABEL_FILES]
-        labels = FolderLabels(root, all_names, tables) if self.config.labels is not False else None
+        labels = FolderLabels(all_names, tables) if has_labels else None
         parts = [part for _, part in found]
         return {split: _chosen(parts, positions, labels) for split, positions in groups.items()}
 
 
-def _archive(path: Path) -> tuple[list[str], Part]:
-    """The names of an archive's pictures, and the pictures."""
+def _archive(path: Path) -> tuple[list[str], Part, dict[str, bytes]]:
+    """The names of an archive's pictures, the pictures, and its CSV files of labels by name."""
     if path.name.lower().endswith(".zip"):
         items = zip_items(path)
-        return [item.name for item in items], list_part(items)
-    names = tar_names(path)
-    return names, _tar_part(path, len(names))
+        return [item.name for item in items], list_part(items), _zip_lists(path)
+    names, lists = tar_listing(path)
+    return names, _tar_part(path, len(names)), lists
+
+
+def _is_list(name: str) -> bool:
+    """Whether the name is that of a file of labels."""
+    return name.rpartition("/")[2] in LABEL_FILES and "__MACOSX" not in name
 
 
 def _walk(folder: Path) -> list[Path]:
     """All files below, sorted by relative path, without hidden folders and links to folders."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files]
+    found = [Path(place, name) for place, _, files in walk(folder) for name in files]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -156,6 +173,22 @@ def zip_items(path: Path) -> list[Item]:
         else:
             _check_passed_over(archive, member, path)
     return items
+
+
+def _zip_lists(path: Path) -> dict[str, bytes]:
+    """The files of labels in a zip archive."""
+    lists = {}
+    with damage_named(path), zipfile.ZipFile(open_source(path)) as archive:
+        for member in archive.infolist():
+            if not _is_list(member.filename):
+                continue
+            if member.file_size > LARGEST_TEXT:
+                raise DataError(
+                    f"{path}: {member.filename} is to unpack to {member.file_size} bytes"
+                )
+            with open_member(archive, member) as file:
+                lists[member.filename] = read_pieces(file, LARGEST_TEXT)
+    return lists
 
 
 def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Labeled:
@@ -275,12 +308,16 @@ def _check_end(file: _Unpacked, position: int) -> None:
         raise tarfile.ReadError("it is cut short")
 
 
-def tar_names(path: Path) -> list[str]:
-    """Names of the pictures in a tar archive, in its own order."""
-    names = [name for name, _ in tar_members(path)]
+def tar_listing(path: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Names of the pictures in a tar archive, in its own order, and its files of labels."""
+    names, lists = [], {}
+    for name, read in tar_members(path):
+        names.append(name)
+        if _is_list(name):
+            lists[name] = read()
     for name in names:
         _check_name(name, path)
-    return [name for name in names if is_picture(name)]
+    return [name for name in names if is_picture(name)], lists
 
 
 def _tar_part(path: Path, count: int) -> Part:

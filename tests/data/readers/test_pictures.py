@@ -8,7 +8,7 @@ import pytest
 from nvae.data.config import DataError
 from nvae.data.pixels import BadImageError
 from nvae.data.readers import MissingSourceError, read_source
-from nvae.data.readers.pictures import tar_names, zip_items
+from nvae.data.readers.pictures import tar_listing, zip_items
 from nvae.data.readers.splits import group_by_split, split_of_word
 from tests.data.files import add_to_tar, encoded, pictures, write_celeba, write_pictures
 
@@ -141,6 +141,14 @@ def test_a_folder_without_pictures_is_named(tmp_path, make_config, files):
         read_source(tmp_path, "folder", make_config())
 
 
+def test_links_to_folders_are_named_where_nothing_else_is_found(tmp_path, make_config):
+    write_pictures(tmp_path / "there", pictures(2, 4, 3))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(MissingSourceError, match=r"links to folders are not followed, .*/link is"):
+        read_source(tmp_path / "here", "folder", make_config())
+
+
 def test_a_missing_folder_is_named(tmp_path, make_config):
     with pytest.raises(MissingSourceError, match="does not exist"):
         read_source(tmp_path / "nowhere", "folder", make_config())
@@ -162,7 +170,7 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
     with tarfile.open(path) as archive:
         assert len(archive.getnames()) == 2
     with pytest.raises(DataError, match="something other than a header at byte 3072"):
-        tar_names(path)
+        tar_listing(path)
 
 
 @pytest.mark.parametrize("keep", [1536 * 2, 1536 * 2 + 100, 1536 * 2 + 512, 1536 * 2 + 700])
@@ -170,18 +178,18 @@ def test_a_tar_that_is_cut_short_is_not_a_shorter_one(tmp_path, keep):
     path = tar(tmp_path / "a.tar")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match="is damaged"):
-        tar_names(path)
+        tar_listing(path)
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
 def test_the_checksum_at_the_end_of_a_packed_tar_is_compared(tmp_path, mode):
     path = tar(tmp_path / "a.tar.x", mode)
-    assert len(tar_names(path)) == 5
+    assert len(tar_listing(path)[0]) == 5
     data = bytearray(path.read_bytes())
     data[-6 if mode == "w:gz" else -16] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match="is damaged"):
-        tar_names(path)
+        tar_listing(path)
 
 
 def test_a_damaged_name_in_a_zip_drops_no_picture(tmp_path):
