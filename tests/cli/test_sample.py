@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nvae.cli.sample import SampleFolder, main
+from nvae.cli.sample import main
 from nvae.cli.sample_config import SampleConfig, integers
+from nvae.cli.sample_folder import SampleFolder
 from nvae.export.folder import export
 from nvae.pictures import View
 
@@ -338,7 +339,7 @@ def test_an_interrupted_request_is_finished_by_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("nvae.cli.sample.SampleFolder.grids", killed)
+        patched.setattr("nvae.cli.sample_folder.SampleFolder.grids", killed)
         with pytest.raises(SystemExit, match="130"):
             sample(f"checkpoint={checkpoint}", "seeds=0-1", "output=out")
     capsys.readouterr()

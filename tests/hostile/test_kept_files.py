@@ -29,8 +29,8 @@ from nvae.bn_recalibration import (
 from nvae.checkpoint import CheckpointError, save_model
 from nvae.cli.evaluate import main as evaluate_main
 from nvae.cli.evaluation_run import already_done
-from nvae.cli.sample import SampleFolder
 from nvae.cli.sample import main as sample_main
+from nvae.cli.sample_folder import SampleFolder
 from nvae.evaluation import RecordStore, evaluate
 from nvae.evaluation.extractors import load_extractor
 from nvae.evaluation.features import image_features, reference_features, reference_path
