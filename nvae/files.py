@@ -70,8 +70,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # renaming would do away with a pipe or a device
         raise OSError(f"{path} is no regular file")
-    # without the stem: file systems take names of 255 bytes
-    descriptor, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    # not the whole stem: file systems take names of 255 bytes
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.stem[:50]}.", suffix=path.suffix, dir=path.parent
+    )
     os.close(descriptor)
     temporary = Path(name)
     try:

@@ -126,7 +126,7 @@ def test_export(model, tmp_path):
     )
     card = (folder / "README.md").read_text()
     assert "| latent channels of a group | 2, 3 |" in card
-    assert f"MODELS['{NAME}']" in card
+    assert f"plugins=['{NAME}']" in card
     assert "Vahdat" not in card
     description = json.loads((folder / "sampler.json").read_text())
     assert description["noise"] == [["B", 3, 2, 2], ["B", 2, 4, 4]]

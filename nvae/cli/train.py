@@ -201,6 +201,7 @@ def _train_in(path: Path, config: TrainConfig) -> None:
             with own_gpu():
                 name = "cuda" if config.trainer.resolved_accelerator() == "gpu" else "cpu"
                 check_kernels(config.kernels, torch.device(name))
+            _check_processes(config.trainer)
             data = ImageDataModule(config.data)
             data.prepare_data()
             data.setup()
@@ -370,6 +371,16 @@ def build_module(
         learning_rate_scale=learning_rate_scale,
         sync_batchnorm=config.trainer.sync_batchnorm,
     )
+
+
+def _check_processes(trainer: TrainerConfig) -> None:
+    """Raise a ValueError where processes on a CPU would only wait for each other."""
+    most = max(8, 4 * (cores := os.cpu_count() or 1))
+    if trainer.resolved_accelerator() == "cpu" and int(trainer.devices) > most:
+        raise ValueError(
+            f"trainer.devices={trainer.devices} starts more processes than {cores} cores can "
+            f"serve; give at most {most}"
+        )
 
 
 def _check_validation(data: ImageDataModule, processes: int) -> None:

@@ -156,9 +156,9 @@ def _convert(
                 progress(done, total)
     for number, made in writers.items():
         if not made.count:
+            first = f"; the first that cannot is {skipped[0]}" if skipped else ""
             raise DataError(
-                f"none of the {made.skipped} {SPLITS[number]} pictures can be read; the first that "
-                f"cannot is {skipped[0]}"
+                f"none of the {made.skipped} {SPLITS[number]} pictures can be read{first}"
             )
     return skipped
 

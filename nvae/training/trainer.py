@@ -35,6 +35,7 @@ STRATEGIES = ("auto", "ddp")
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 MOST_EPOCHS = 10_000_000
+MOST_CPU_PROCESSES = 128
 SECONDS_OF_A_YEAR = 31_536_000
 INITIAL_LOSS_SCALE = 1024.0
 """float16's first loss scale; Lightning's 65536 overflows a VAE's summed likelihood at once."""
@@ -201,12 +202,10 @@ class TrainerConfig:
                 raise ValueError(
                     "trainer.precision=16-mixed needs a GPU; on the CPU: 32 or bf16-mixed"
                 )
-            cores = os.cpu_count() or 1
-            most = max(8, 4 * cores)  # more would only wait for each other
-            if int(self.devices) > most:
+            if int(self.devices) > MOST_CPU_PROCESSES:
                 raise ValueError(
-                    f"trainer.devices is {self.devices}; on the CPU it must be at most {most} "
-                    f"processes, for {cores} cores"
+                    f"trainer.devices is {self.devices}; on the CPU it must be at most "
+                    f"{MOST_CPU_PROCESSES} processes"
                 )
 
     @property

@@ -222,10 +222,7 @@ MISTAKES = {
         (["trainer.devices=128"], "leaves some of 128 devices without an image"),
     ],
 )
-def test_a_step_that_cannot_be_shared_is_one_line(
-    overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 32)
+def test_a_step_that_cannot_be_shared_is_one_line(overrides: list[str], words: str) -> None:
     overrides = ["data.global_batch=100", "data.batch_size=16", *overrides]
     with pytest.raises(ValueError, match=words) as caught:
         composed(*overrides)
