@@ -125,7 +125,7 @@ no report, since report.when=never; this command with {anew} report.when=end mak
             if config.importance_samples:
                 _evaluate(console, config, model, images, checkpoint, folder, tf32)
         if is_first:
-            plugins, root = plugins_of(model) or None, root_to_give(data)
+            plugins, root = plugins_of(model), root_to_give(data)
             console.print(f"""
 checkpoint       {checkpoint}
 
@@ -144,7 +144,7 @@ def _draw_pictures(
 ) -> None:
     """They take seconds, the likelihood can take hours."""
     fewer = max(1, config.chunk // 4)
-    root, plugins = root_to_give(data.config), plugins_of(model) or None
+    root, plugins = root_to_give(data.config), plugins_of(model)
     file = folder.path / "samples.png"
     again = command(
         "sample.py", checkpoint=checkpoint, plugins=plugins, batch_size=fewer,
@@ -175,7 +175,7 @@ def _evaluate(
     """Every rank works on its share of the images."""
     file = folder.path / "test_likelihood.json"
     again = command(
-        "evaluate.py", checkpoint=checkpoint, plugins=plugins_of(model) or None,
+        "evaluate.py", checkpoint=checkpoint, plugins=plugins_of(model),
         chunk=max(1, config.chunk // 4), data__root=root_to_give(data.config),
         importance_samples=[config.importance_samples], tf32=tf32 or None,
     )  # fmt: skip
@@ -304,8 +304,8 @@ def likelihood_lines(result: EvaluationResult) -> list[str]:
 
 
 def command(script: str, **settings: object) -> str:
-    """``python SCRIPT key=value ...`` to paste; None leaves a setting out, ``__`` is a dot."""
-    given = {key.replace("__", "."): each for key, each in settings.items() if each is not None}
+    """``python SCRIPT key=value ...`` to paste; None and [] are left out, ``__`` is a dot."""
+    given = {k.replace("__", "."): v for k, v in settings.items() if v not in (None, [])}
     return shell("python", script, *(setting(key, each) for key, each in given.items()))
 
 

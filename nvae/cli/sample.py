@@ -34,9 +34,7 @@ from nvae.cli.schema import build
 from nvae.data.dataset import ImageData
 from nvae.models import HierarchicalVAE
 from nvae.ops.library import check_kernels
-from nvae.pictures import (
-    needs_full_depth,
-)
+from nvae.pictures import needs_full_depth
 from nvae.sampling import CompiledDecoder, sample_images
 from nvae.sampling.grids import (
     Grid,
