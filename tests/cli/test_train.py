@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from nvae.checkpoint import load_model
 from nvae.cli import report, train
 from nvae.cli.common import float32_products
 from nvae.cli.config import compose_train
+from nvae.cli.errors import UserError
 from nvae.cli.report import ReportConfig, write_report
 from nvae.models import NVAE
 from nvae.training.run_folder import RunFolder
@@ -77,6 +79,25 @@ def _report(folder: Path, tf32: bool = False) -> list[str]:
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_report(Console(soft_wrap=True), REPORT, DATA, "cpu", RunFolder(folder), tf32)
     return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 8), (2, 8), (3, 12)])
+def test_a_start_takes_a_few_processes_a_core(
+    cores: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More would only wait for each other, and hundreds would take the machine's memory."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(train, "open_run_once", Mock(side_effect=RuntimeError("it starts")))
+
+    def start(devices: int) -> None:
+        overrides = ["debug=fast_run", "data.global_batch=64", f"trainer.devices={devices}"]
+        train._train_in(tmp_path / "run", compose_train(overrides))
+
+    with pytest.raises(UserError, match=f"more processes than {cores} cores.* at most {most}"):
+        start(most + 1)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError, match="it starts"):
+        start(most)
 
 
 @pytest.mark.parametrize(("tf32", "said"), [(False, "float32"), (True, "float32 with tf32")])

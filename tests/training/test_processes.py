@@ -30,12 +30,11 @@ def test_auto_takes_every_gpu_and_one_process_on_the_cpu() -> None:
     assert count_processes(2, 1, "gpu") == (2, 1)
 
 
-def test_the_cpu_takes_a_few_processes_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, most in ((1, 8), (2, 8), (16, 64)):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        assert TrainerConfig(accelerator="cpu", devices=most).devices == most
-        with pytest.raises(ValueError, match=f"at most {most} processes, for {cores} cores"):
-            TrainerConfig(accelerator="cpu", devices=most + 1)
+def test_the_cpu_takes_a_bounded_number_whatever_the_machine() -> None:
+    """A configuration is composed on other machines than the one it runs on."""
+    assert TrainerConfig(accelerator="cpu", devices=128).devices == 128
+    with pytest.raises(ValueError, match="on the CPU it must be at most 128 processes"):
+        TrainerConfig(accelerator="cpu", devices=129)
 
 
 def test_auto_takes_what_torchrun_started(monkeypatch: pytest.MonkeyPatch) -> None:
