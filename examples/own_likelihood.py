@@ -6,7 +6,7 @@ PYTHONPATH=examples python train.py data=random model.likelihood=own_likelihood:
 import torch
 from torch import Tensor
 
-from nvae.models.likelihoods import (
+from nvae.models.pixel_distribution import (
     ImageConfig,
     PixelDistribution,
     Randomness,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nvae.models import HierarchicalVAE, ImageConfig, Temperature
 from nvae.models.distributions import Normal
-from nvae.models.likelihoods import logit_channels
 from nvae.models.output import GroupSample
+from nvae.models.pixel_distribution import logit_channels
 from nvae.settings import Bounds
 
 

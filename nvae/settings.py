@@ -165,12 +165,16 @@ class Registry(Generic[T]):
     Args:
         setting: the setting's name, for messages: ``model.likelihood``.
         base: what a class from elsewhere must derive from, or an object be an instance of.
-        ours: by name.
+        ours: by name; :meth:`add` enters what is defined later.
     """
 
-    def __init__(self, setting: str, base: type, ours: Mapping[str, T]) -> None:
+    def __init__(self, setting: str, base: type, ours: Mapping[str, T] | None = None) -> None:
         self.setting, self._base = setting, base
-        self._known: dict[str, T] = dict(ours)
+        self._known: dict[str, T] = dict(ours or {})
+
+    def add(self, **ours: T) -> None:
+        """Enter what is ours, by name."""
+        self._known |= ours
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)

@@ -18,7 +18,7 @@ from nvae.cli import train as train_command
 from nvae.export import __main__ as export_command
 from nvae.models import MODELS, HierarchicalVAE, ModelConfig, plugins_of
 from nvae.models.cells import CELL_FAMILIES
-from nvae.models.likelihoods import LIKELIHOODS
+from nvae.models.pixel_distribution import LIKELIHOODS
 from nvae.objective import OBJECTIVES, Loss, ObjectiveConfig, build_objective
 from nvae.settings import Registry
 from tests.cli.commands import Commands

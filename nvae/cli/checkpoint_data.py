@@ -24,7 +24,7 @@ from nvae.data.dataset import ImageData
 from nvae.data.places import prepared_folder
 from nvae.data.store import MANIFEST_NAME
 from nvae.models import HierarchicalVAE
-from nvae.models.likelihoods import ImageConfig
+from nvae.models.pixel_distribution import ImageConfig
 from nvae.published_very_deep import ENTRIES
 from nvae.settings import Size, check_choice, check_fields, height_width, show_size
 

@@ -17,14 +17,9 @@ from torch import Tensor
 
 from nvae.codec.coder import Stack
 from nvae.models import ImageConfig
-from nvae.models.likelihoods import (
-    DATA_BITS,
-    Bernoulli,
-    LogisticMixture,
-    PixelDistribution,
-    build_likelihood,
-    log_bin_masses,
-)
+from nvae.models.likelihoods import Bernoulli
+from nvae.models.logistic_mixture import LogisticMixture, log_bin_masses
+from nvae.models.pixel_distribution import DATA_BITS, PixelDistribution, build_likelihood
 from nvae.models.stable_mixture import StableLogisticMixture, gray_level
 
 _LOGIT_GRID_BITS = 14

@@ -8,9 +8,11 @@ from nvae.models.config import ModelConfig
 from nvae.models.evdvae import EVDVAE
 from nvae.models.evdvae_config import EVDVAEConfig
 from nvae.models.hierarchical import HierarchicalVAE, Temperature
-from nvae.models.likelihoods import LIKELIHOODS, ImageConfig
+from nvae.models.likelihoods import Bernoulli, NormalPixels
+from nvae.models.logistic_mixture import LogisticMixture
 from nvae.models.nvae import NVAE
 from nvae.models.output import Output
+from nvae.models.pixel_distribution import LIKELIHOODS, ImageConfig
 from nvae.models.vdvae import VDVAE
 from nvae.models.vdvae_config import VDVAEConfig
 from nvae.settings import Registry
@@ -34,6 +36,8 @@ __all__ = [
 MODELS: Registry[type[HierarchicalVAE]] = Registry(
     "architecture", HierarchicalVAE, {"nvae": NVAE, "vdvae": VDVAE, "evdvae": EVDVAE}
 )
+
+LIKELIHOODS.add(bernoulli=Bernoulli, logistic_mixture=LogisticMixture, normal=NormalPixels)
 
 _NAMED_BY_FILES: tuple[Registry[Any], ...] = (MODELS, LIKELIHOODS, CELL_FAMILIES)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from nvae.models.cells import CELL_FAMILIES, MobileConvSpec
-from nvae.models.likelihoods import ImageConfig
+from nvae.models.pixel_distribution import ImageConfig
 from nvae.settings import Bounds, height_width
 
 MOST_CELLS = 20_000

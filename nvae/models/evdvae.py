@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nvae.models.conditioning import ClassEmbedding
 from nvae.models.evdvae_config import EVDVAEConfig
 from nvae.models.layers import without_autocast
-from nvae.models.likelihoods import DATA_BITS, logit_channels
+from nvae.models.pixel_distribution import DATA_BITS, logit_channels
 from nvae.models.stable_mixture import gray_level, log_softplus
 from nvae.models.very_deep import (
     Bottleneck,

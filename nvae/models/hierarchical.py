@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from nvae.models.conditioning import NO_LABEL, ClassEmbedding, Condition, check_labels
 from nvae.models.distributions import Normal
 from nvae.models.folding import forget
-from nvae.models.likelihoods import ImageConfig, PixelDistribution, build_likelihood
 from nvae.models.output import GroupSample, Output
+from nvae.models.pixel_distribution import ImageConfig, PixelDistribution, build_likelihood
 from nvae.ops import Impl
 
 Temperature = float | Sequence[float]

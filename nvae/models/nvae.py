@@ -33,8 +33,8 @@ from nvae.models.layers import (
     counted_together,
     without_autocast,
 )
-from nvae.models.likelihoods import logit_channels
 from nvae.models.output import GroupSample
+from nvae.models.pixel_distribution import logit_channels
 from nvae.models.together import weights_together
 
 

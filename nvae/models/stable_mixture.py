@@ -16,12 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.models.likelihoods import (
-    DATA_BITS,
-    TINY_MASS,
-    ImageConfig,
-    LogisticMixture,
-)
+from nvae.models.logistic_mixture import TINY_MASS, LogisticMixture
+from nvae.models.pixel_distribution import DATA_BITS, ImageConfig
 
 _LINEAR_BELOW = -30.0
 """Here log softplus(v) is v to 1e-13."""

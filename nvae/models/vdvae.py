@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nvae.models.conditioning import ClassEmbedding
 from nvae.models.layers import without_autocast
-from nvae.models.likelihoods import logit_channels
+from nvae.models.pixel_distribution import logit_channels
 from nvae.models.vdvae_config import VDVAEConfig
 from nvae.models.very_deep import (
     Bottleneck,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from nvae.models.likelihoods import log_scale_floor
+from nvae.models.logistic_mixture import log_scale_floor
 from nvae.models.stable_mixture import LogisticForm
 from nvae.models.very_deep import MOST_LAYERS, VeryDeepConfig, resolution_of
 from nvae.settings import Bounds, height_width, show_size

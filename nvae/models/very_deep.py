@@ -21,8 +21,9 @@ from nvae.models.conditioning import Condition, guided
 from nvae.models.distributions import HALF_LOG_2PI, Normal, at_least_float32
 from nvae.models.hierarchical import Choose, HierarchicalVAE, Temperature
 from nvae.models.layers import without_autocast
-from nvae.models.likelihoods import DATA_BITS, ImageConfig, LogisticMixture, PixelDistribution
+from nvae.models.logistic_mixture import LogisticMixture
 from nvae.models.output import GroupSample, Output
+from nvae.models.pixel_distribution import DATA_BITS, ImageConfig, PixelDistribution
 from nvae.models.stable_mixture import LogisticForm, StableLogisticMixture
 
 MOST_LAYERS = 5000

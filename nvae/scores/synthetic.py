@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvae.models.likelihoods import counted_window
+from nvae.models.pixel_distribution import counted_window
 from nvae.random import STREAM_NOISE, image_keys, uniform
 from nvae.settings import Size, check_choice
 

@@ -325,7 +325,7 @@ def test_a_likelihood_without_maps_says_so_before_any_work(evaluate, checkpoint,
     def untold(self, x):
         return super(type(self), self).pixel_log_prob(x)
 
-    from nvae.models.likelihoods import LogisticMixture
+    from nvae.models.logistic_mixture import LogisticMixture
 
     monkeypatch.setattr("nvae.cli.scores.score", worked)
     monkeypatch.delattr(LogisticMixture, "pixel_log_prob")

@@ -14,7 +14,7 @@ from nvae.codec.pixels import (
     pop_pixels,
     push_pixels,
 )
-from nvae.models.likelihoods import build_likelihood
+from nvae.models.pixel_distribution import build_likelihood
 
 from .models import model_of
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvae.models import EVDVAE, VDVAEConfig
-from nvae.models.likelihoods import build_likelihood
+from nvae.models.pixel_distribution import build_likelihood
 from nvae.models.very_deep import keep_by_kl
 from nvae.published_very_deep import published_names
 from tests.reference import FOLDER

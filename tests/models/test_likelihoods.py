@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvae.models import EVDVAEConfig, ModelConfig, VDVAEConfig
-from nvae.models.likelihoods import (
-    ImageConfig,
-    LogisticMixture,
-    build_likelihood,
-    log_scale_floor,
-    logit_channels,
-)
+from nvae.models.logistic_mixture import LogisticMixture, log_scale_floor
+from nvae.models.pixel_distribution import ImageConfig, build_likelihood, logit_channels
 
 KINDS = ("bernoulli", "logistic_mixture", "normal")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nvae.models import EVDVAEConfig, VDVAEConfig
-from nvae.models.likelihoods import build_likelihood
+from nvae.models.pixel_distribution import build_likelihood
 from nvae.models.stable_mixture import StableLogisticMixture, gray_level, log_softplus
 
 

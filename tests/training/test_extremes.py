@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvae.models import ModelConfig
 from nvae.models.distributions import Normal
-from nvae.models.likelihoods import build_likelihood, logit_channels
+from nvae.models.pixel_distribution import build_likelihood, logit_channels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LIKELIHOODS = (("bernoulli", 1, 1), ("logistic_mixture", 1, 4), ("logistic_mixture", 3, 8),
