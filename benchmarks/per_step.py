@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import measure
-from nvae.models.layers import EPS
+from nvae.models.normalization import EPS
 from nvae.ops import batch_norm, reference
 from nvae.training.ema import MovingAverage
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from nvae.models.cells import ActConvSpec, CellFamily, MobileConvSpec
-from nvae.models.layers import BatchNorm, PlainConv2d, WeightNormConv2d
+from nvae.models.layers import PlainConv2d, WeightNormConv2d
+from nvae.models.normalization import BatchNorm
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nvae.files import check_array, read_kept_arrays, write_arrays
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import MOMENTUM, BatchNorm, DataInitConv2d
+from nvae.models.layers import DataInitConv2d
+from nvae.models.normalization import MOMENTUM, BatchNorm
 from nvae.random import STREAM_RECALIBRATION, image_keys, latent_noise
 from nvae.settings import check_fields
 

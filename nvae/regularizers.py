@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nvae.models.layers import BatchNorm, SpectralConv, SpectralMatrix
+from nvae.models.layers import SpectralConv, SpectralMatrix
+from nvae.models.normalization import BatchNorm
 from nvae.ops.weight_norm import NORM_EPS
 
 Shape = tuple[int, int, bool]

@@ -3,13 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from nvae.models.flows import Flow
-from nvae.models.layers import (
-    BatchNorm,
-    FactorizedSkip,
-    PlainConv2d,
-    SpectralConv,
-    WeightNormConv2d,
-)
+from nvae.models.layers import FactorizedSkip, PlainConv2d, SpectralConv, WeightNormConv2d
+from nvae.models.normalization import BatchNorm
 from nvae.regularizers import SpectralNorm, batchnorm_penalty, spectral_convs
 
 

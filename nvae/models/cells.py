@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from nvae.models.folding import Derived, fixed_conv
 from nvae.models.layers import (
-    EPS,
-    BatchNorm,
     DataInitConv2d,
     FactorizedSkip,
     PlainConv2d,
@@ -28,6 +26,7 @@ from nvae.models.layers import (
     WeightNormConv2d,
     upsample_nearest,
 )
+from nvae.models.normalization import EPS, BatchNorm
 from nvae.ops import (
     BatchMoments,
     BnSwishDepthwise,

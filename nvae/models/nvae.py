@@ -26,13 +26,8 @@ from nvae.models.config import (
 )
 from nvae.models.hierarchical import Choose, HierarchicalVAE, Temperature
 from nvae.models.latent_group import LatentGroup
-from nvae.models.layers import (
-    BatchNorm,
-    WeightNormConv2d,
-    as_callers_expect,
-    counted_together,
-    without_autocast,
-)
+from nvae.models.layers import WeightNormConv2d, as_callers_expect, without_autocast
+from nvae.models.normalization import BatchNorm, counted_together
 from nvae.models.output import GroupSample
 from nvae.models.pixel_distribution import logit_channels
 from nvae.models.together import weights_together

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvae.models.layers import BatchNorm, DataInitConv2d, PlainConv2d, WeightNormConv2d
+from nvae.models.layers import DataInitConv2d, PlainConv2d, WeightNormConv2d
+from nvae.models.normalization import BatchNorm
 from nvae.ops.library import has_kernels, to_autocast_dtype
 from nvae.ops.weight_norm import laid_out_like, weight_norms
 

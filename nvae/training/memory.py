@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm, DataInitConv2d
+from nvae.models.layers import DataInitConv2d
+from nvae.models.normalization import BatchNorm
 from nvae.models.together import handed_in
 from nvae.objective import Objective, ObjectiveConfig
 from nvae.ops.library import assuming_kernels, has_kernels

@@ -27,7 +27,7 @@ from nvae.checkpoint import describe
 from nvae.data.dataset import ImageBatch
 from nvae.models import HierarchicalVAE, Output
 from nvae.models.conditioning import check_labels
-from nvae.models.layers import MOMENTUM
+from nvae.models.normalization import MOMENTUM
 from nvae.objective import Loss, ObjectiveConfig, build_objective
 from nvae.regularizers import batchnorms
 from nvae.settings import check_choice

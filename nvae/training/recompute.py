@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvae.models import HierarchicalVAE
-from nvae.models.layers import BatchNorm
+from nvae.models.normalization import BatchNorm
 from nvae.models.together import found_again
 from nvae.objective import ObjectiveConfig
 from nvae.training.memory import estimate_memory

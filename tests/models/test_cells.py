@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nvae.models.cells import CELL_FAMILIES, Cell, MobileConv, MobileConvSpec
-from nvae.models.layers import BatchNorm
+from nvae.models.normalization import BatchNorm
 
 SHAPES = {"stay": (8, 8), "down": (16, 4), "up": (4, 16)}
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.folding import Foldable, fold
-from nvae.models.layers import BatchNorm, FactorizedSkip, WeightNormConv2d
+from nvae.models.layers import FactorizedSkip, WeightNormConv2d
+from nvae.models.normalization import BatchNorm
 from tests.models.small import small_model
 
 

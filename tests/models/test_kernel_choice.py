@@ -15,7 +15,8 @@ from nvae.checkpoint import describe
 from nvae.models import NVAE, cells, folding
 from nvae.models.cells import CELL_FAMILIES
 from nvae.models.folding import fold
-from nvae.models.layers import BatchNorm, DataInitConv2d
+from nvae.models.layers import DataInitConv2d
+from nvae.models.normalization import BatchNorm
 from nvae.ops import batch_norm, library
 from nvae.ops.library import assuming_kernels
 from nvae.sampling.compiled import PriorDecoder

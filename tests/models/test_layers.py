@@ -8,15 +8,14 @@ from torch import nn
 
 from nvae.models import layers
 from nvae.models.layers import (
-    BatchNorm,
     DataInitConv2d,
     FactorizedSkip,
     SqueezeExcitation,
     UpsampleSkip,
     WeightNormConv2d,
-    counted_together,
     skip_splits,
 )
+from nvae.models.normalization import BatchNorm, counted_together
 
 
 def test_weight_norm_follows_the_formula() -> None:

@@ -16,7 +16,7 @@ from nvae.checkpoint import load_checkpoint, save_checkpoint
 from nvae.cli.train import build_module
 from nvae.data.module import ImageDataModule
 from nvae.elbo import kl_coefficient
-from nvae.models.layers import MOMENTUM
+from nvae.models.normalization import MOMENTUM
 from nvae.regularizers import batchnorms
 from nvae.training.checkpointing import step_checkpoints
 from nvae.training.pending import is_pending

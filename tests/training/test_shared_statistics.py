@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nvae.models.layers import BatchNorm
+from nvae.models.normalization import BatchNorm
 from nvae.training.module import NVAELightning
 from nvae.training.shared_statistics import SharedStatistics
 from nvae.training.trainer import TrainerConfig, build_trainer

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvae.models import NVAE, ModelConfig
-from nvae.models.layers import BatchNorm
+from nvae.models.normalization import BatchNorm
 from nvae.training import throughput
 from nvae.training.module import NVAELightning
 from nvae.training.progress import describe_metrics
