@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nvae.cli.common import float32_products
 from nvae.cli.config import TrainConfig, build_callbacks, compose_train, with_objects
-from nvae.cli.train import build_module
+from nvae.cli.fitting import build_module
 from nvae.data.module import ImageDataModule
 from nvae.training.captured import CapturedStep
 from nvae.training.guard import guard_of

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.cli.config import compose_train
-from nvae.models import layers, together
+from nvae.models import normalization, together
 from nvae.models.layers import DataInitConv2d
 from nvae.objective import Objective
 from nvae.ops import library
@@ -106,7 +106,7 @@ def kernels_in_place() -> Iterator[None]:
 
     with (
         mock.patch.object(library, "use_kernel", use_kernel),
-        mock.patch.object(layers, "has_kernels", return_value=True),
+        mock.patch.object(normalization, "has_kernels", return_value=True),
         mock.patch.object(together, "has_kernels", return_value=True),
     ):
         yield

@@ -17,7 +17,7 @@ import torch
 from benchmarks.fit import compose_steps, fit_steps
 from benchmarks.measure import composed
 from nvae.cli.config import TrainConfig, averages_on_device
-from nvae.cli.train import build_module
+from nvae.cli.fitting import build_module
 from nvae.training.memory import HALF, MemoryEstimate, estimate_memory, kept_bytes
 from nvae.training.recompute import USABLE_MEMORY
 

@@ -26,6 +26,9 @@ from nvae.training.ranks import on_first_rank
 
 AUTO = "auto"
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+"""Where torchrun, Lightning and SLURM say which of a run's processes this is."""
+
 
 def count_processes(
     devices: int | str, num_nodes: int, accelerator: str, has_environment: bool = False
@@ -98,6 +101,11 @@ _HANDED_DOWN = "NVAE_DECISIONS"
 def is_started_by_launcher() -> bool:
     """Whether torchrun or SLURM starts all processes of the run."""
     return launcher_of_all() is not None
+
+
+def is_first_process() -> bool:
+    """Whether this is the run's first, so far as the environment says, before any of them talk."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def decided(name: str, decide: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from nvae.checkpoint import load_model
-from nvae.cli import report, train
+from nvae.cli import fitting, report, train
 from nvae.cli.common import float32_products
 from nvae.cli.config import compose_train
 from nvae.cli.errors import UserError
@@ -145,8 +145,8 @@ def test_tf32_is_as_the_run_says_from_its_beginning_to_its_end(
         seen.append(("report", *(each.allow_tf32 for each in flags)))
         assert arguments[-2:] == (tf32, "auto")
 
-    build = train.build_callbacks
-    monkeypatch.setattr(train, "build_callbacks", lambda entries: [*build(entries), Probe()])
+    build = fitting.build_callbacks
+    monkeypatch.setattr(fitting, "build_callbacks", lambda entries: [*build(entries), Probe()])
     monkeypatch.setattr(train, "write_report", reported)
     config = compose_train(
         [

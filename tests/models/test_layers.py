@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae.models import layers
+from nvae.models import normalization
 from nvae.models.layers import (
     DataInitConv2d,
     FactorizedSkip,
@@ -110,7 +110,7 @@ def test_batchnorm_of_one_launch_moves_the_same_statistics(
         norm.frozen = frozen
     x = 2 * torch.randn(4, 3, 5, 5) + 1
     want = ours(x)
-    monkeypatch.setattr(layers, "has_kernels", lambda device: True)
+    monkeypatch.setattr(normalization, "has_kernels", lambda device: True)
     torch.testing.assert_close(theirs(x), want)
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(dict(theirs.named_buffers())[name], buffer)

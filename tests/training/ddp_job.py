@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from nvae.cli.train import build_module
+from nvae.cli.fitting import build_module
 from nvae.training.trainer import TrainerConfig
 from tests.training.runs import run, small_config
 

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from nvae.cli.config import TrainConfig, build_callbacks, build_loggers, with_objects
-from nvae.cli.train import build_module, fingerprint, until_validated
+from nvae.cli.fitting import build_module, until_validated
+from nvae.cli.train import fingerprint
 from nvae.data import DataConfig
 from nvae.data.module import ImageDataModule
 from nvae.models import ModelConfig

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvae.cli.train import build_module
+from nvae.cli.fitting import build_module
 from nvae.training import ema, optimizers
 from nvae.training.captured import CapturedSteps
 from nvae.training.ema import HostCopy, MovingAverage, move_by

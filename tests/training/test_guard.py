@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from nvae.cli.errors import UserError
-from nvae.cli.train import build_module, fit
+from nvae.cli.fitting import build_module, fit
 from nvae.data.module import ImageDataModule
 from nvae.training.guard import DivergenceError, guard_of
 from nvae.training.module import NVAELightning

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nvae.checkpoint import load_checkpoint, save_checkpoint
-from nvae.cli.train import build_module
+from nvae.cli.fitting import build_module
 from nvae.data.module import ImageDataModule
 from nvae.elbo import kl_coefficient
 from nvae.models.normalization import MOMENTUM

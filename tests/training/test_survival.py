@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from nvae.checkpoint import load_checkpoint, load_model, save_checkpoint
-from nvae.cli.train import fit
+from nvae.cli.fitting import fit
 from nvae.data.module import ImageDataModule
 from nvae.training.checkpointing import newest_checkpoint, step_checkpoints
 from nvae.training.module import NVAELightning
