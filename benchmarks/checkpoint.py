@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import measure
+from benchmarks.measure import composed, measure
 from nvae.checkpoint import describe, load_model, save_checkpoint
 from nvae.cli.common import keep_freed_memory
-from nvae.cli.config import compose_train
 from nvae.models import HierarchicalVAE
 from nvae.torch_file import inspect_torch_file
 from nvae.training.checkpointing import write_checked
@@ -112,11 +111,11 @@ def main(words: Sequence[str]) -> None:
     keep_freed_memory()
     if words[:1] == ["stall"]:
         with torch.device("meta"):
-            model = compose_train(words[1:] or ["experiment=ffhq256"]).build_model()
+            model = composed(words[1:] or ["experiment=ffhq256"]).build_model()
         for averaged in (False, True):
             stall(model, averaged=averaged)
     else:
-        check(compose_train(words).build_model())
+        check(composed(words).build_model())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ average of the running statistics and the loader start.
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvae.cli.config import compose_train
+from benchmarks.measure import composed
+from nvae.cli.config import TrainConfig
 from nvae.models import normalization, together
 from nvae.models.layers import DataInitConv2d
 from nvae.objective import Objective
@@ -57,9 +58,8 @@ class Operations(TorchDispatchMode):
         return self.counts.total()
 
 
-def operations_of_a_step(overrides: Sequence[str], batch: int) -> dict[str, Operations]:
-    """Forward, backward and optimizer of the second step of what the overrides describe."""
-    config = compose_train(overrides)
+def operations_of_a_step(config: TrainConfig, batch: int) -> dict[str, Operations]:
+    """Forward, backward and optimizer of the second step of a run."""
     with FakeTensorMode(allow_non_fake_inputs=True), kernels_in_place():
         model = config.build_model()
         for module in model.modules():
@@ -114,8 +114,8 @@ def kernels_in_place() -> Iterator[None]:
 
 def main() -> None:
     """Print the counts."""
-    overrides = sys.argv[1:] or ["experiment=cifar10"]
-    counted = operations_of_a_step(overrides, batch=32)
+    config = composed(sys.argv[1:] or ["experiment=cifar10"])
+    counted = operations_of_a_step(config, batch=32)
     for name, operations in counted.items():
         most = ", ".join(f"{op} {n}" for op, n in operations.counts.most_common(12))
         print(f"{name:10} {operations.total:6}  {most}")

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.launches import operations_of_a_step
+from nvae.cli.config import compose_train
 
 BUDGET = 9_200
 """Operations of a step of the paper's CIFAR-10; 24,700 before they were counted."""
@@ -10,7 +11,7 @@ BUDGET = 9_200
 
 @pytest.mark.slow
 def test_a_step_of_cifar10_stays_within_its_budget() -> None:
-    counted = operations_of_a_step(["experiment=cifar10"], batch=32)
+    counted = operations_of_a_step(compose_train(["experiment=cifar10"]), batch=32)
     total = sum(operations.total for operations in counted.values())
     assert total <= BUDGET, {name: o.counts.most_common(20) for name, o in counted.items()}
     # one op for all parameters and their moving averages, and the learning rate's way to the device
