@@ -106,7 +106,7 @@ def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) 
     own = shipped.replace("name: random", "name: cats")
     (tmp_path / "configs" / "data" / "cats.yaml").write_text(own)
     (tmp_path / "mine.py").write_text(
-        "from nvae.models.likelihoods import LogisticMixture\n"
+        "from nvae.models.logistic_mixture import LogisticMixture\n"
         "class Mine(LogisticMixture):\n    pass\n"
     )
 
