@@ -26,6 +26,7 @@ import torch
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from nvae.command_line import brief
@@ -138,6 +139,7 @@ class CapturedStep:
         self._schedule: Tensor | None = None
         self._count: dict[Kind, int] = {}
         self._captured: dict[Kind, _Captured] = {}
+        self._state: list[Tensor] = []  # weights and statistics, which a replay may write
         self.replays = 0
 
     def __call__(self, batch: StepInput, at: StepPosition) -> Loss:
@@ -163,6 +165,9 @@ class CapturedStep:
         if found is None:
             return function() if self._graphs is None else self._graphs.run(function)
         found.replay()
+        # autograd does not see what a graph writes, and by their versions evaluation knows whether
+        # what it has derived from the weights is still of them
+        increment_version(self._state)
         self.replays += 1
         return replace(found.loss, coefficients=self._step.coefficients(at))
 
@@ -198,6 +203,7 @@ class CapturedStep:
             self.stop(brief(error, 200))
             return
         self._captured[kind] = _Captured(loss, replay, self._step.fixed())
+        self._state = [*self._step.model.parameters(), *self._step.model.buffers()]
         if len(self._captured) == 1:
             self._say("note: training steps are replayed from a CUDA graph from here on")
 
