@@ -381,7 +381,9 @@ def _table(
     return torch.tensor(rows), torch.tensor(blocks)
 
 
-@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+# An allocator gives the same addresses again at every step, which takes some thirty
+# tables for a deep network. Where one is not found the host waits.
+@lru_cache(maxsize=128)
 def _copied_table(
     device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
 ) -> tuple[Tensor, Tensor]:
@@ -397,6 +399,18 @@ def _shape(x: Tensor, weight: Tensor, stride: int) -> Shape:
 def nhwc(x: Tensor) -> Tensor:
     """x in channels_last."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def is_laid_out_like(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order of elements.
+
+    Strides over a dimension of one element mean nothing: a depthwise convolution's weight may have
+    any over its only input channel, a 1x1 convolution's over its only pixel.
+    """
+    if a.stride() == b.stride():
+        return True
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in strides)
 
 
 def _vector(parameter: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nvae.models import MODELS, ModelConfig
 from nvae.models.layers import DataInitConv2d
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.ops import kernels
+from nvae.ops.adamax import _is_taken
 from nvae.ops.kernels import block_table, tables_of_capture
 from nvae.training import captured
 from nvae.training.captured import CudaGraphs
@@ -130,6 +131,8 @@ def test_a_step_has_no_number_of_its_own(no_autocast: None, case: str) -> None:
             traces.append(mode.traced if isinstance(mode, OnDevice) else [])
     assert len(traces[1]) > 1000
     assert traces[1] == traces[2]
+    # Adamax's kernel takes them all: one gradient of another layout would be the formula's turn
+    assert all(p.grad is None or _is_taken(p, p.grad) for p in step.model.parameters())
 
 
 def test_the_tracing_would_see(no_autocast: None) -> None:
