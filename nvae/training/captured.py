@@ -89,8 +89,11 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Loss]) -> tuple[Loss, Replay]:
         """Nothing is computed yet: the first replay does."""
         graph = torch.cuda.CUDAGraph()
-        # loader threads may pin memory meanwhile, which the stricter mode forbids to all
+        # Where a capture fails, torch.cuda.graph leaves its stream the current one: the outermost
+        # context puts this one back. Loader threads may pin memory meanwhile, which the stricter
+        # mode forbids to all.
         with (
+            torch.cuda.stream(torch.cuda.current_stream()),
             tables_of_capture() as tables,
             torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"

@@ -190,8 +190,10 @@ def test_the_driver_is_called_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def stream(which: _Stream) -> Iterator[None]:
         log.append(f"on {which.name}")
-        yield
-        log.append(f"off {which.name}")
+        try:
+            yield
+        finally:
+            log.append(f"off {which.name}")
 
     @contextmanager
     def graph(made: Graph, pool: Any, stream: _Stream, capture_error_mode: str) -> Iterator[None]:
@@ -214,8 +216,13 @@ def test_the_driver_is_called_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     replay()
     assert log == [
         "side waits for main", "on side", "step", "off side", "main waits for side",
-        "capture on side, thread_local, pool 1", "step", "captured", "replay",
+        "on main", "capture on side, thread_local, pool 1", "step", "captured", "off main",
+        "replay",
     ]  # fmt: skip
+    log.clear()
+    with pytest.raises(ZeroDivisionError):
+        graphs.capture(lambda: 1 / 0)
+    assert log[-1] == "off main"  # torch.cuda.graph leaves another stream then
 
 
 def test_a_capture_fills_its_tables_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
