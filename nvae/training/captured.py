@@ -30,6 +30,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from nvae.command_line import brief
+from nvae.models.folding import forget
 from nvae.objective import Loss, Objective
 from nvae.ops.kernels import tables_of_capture
 from nvae.training.guard import guard_of
@@ -73,6 +74,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -94,16 +96,16 @@ class CudaGraphs:
         # mode forbids to all.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            tables_of_capture() as tables,
+            tables_of_capture(self._device) as tables,
             torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ),
         ):
             result = function()
-        return result, partial(_replay, graph, tables)
+        return result, partial(_replay, graph, tables.memory)
 
 
-def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:
+def _replay(graph: torch.cuda.CUDAGraph, tables: Tensor) -> None:
     del tables  # which the graph's kernels read: whoever can replay it holds them
     graph.replay()
 
@@ -278,6 +280,7 @@ class CapturedSteps(pl.Callback):
         reason = _why_optimizer(trainer.optimizers)
         if reason is not None:
             self.step.stop(reason)
+        forget(pl_module)  # what a validation has derived, and no training pass will free
         trained = [p.requires_grad for p in pl_module.parameters()]
         if trained != self._trained:
             self._trained = trained

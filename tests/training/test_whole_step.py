@@ -209,7 +209,7 @@ def test_the_driver_is_called_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "stream", stream)
     monkeypatch.setattr(cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(cuda, "graph", graph)
-    graphs: Any = CudaGraphs(torch.device("cuda"))
+    graphs: Any = CudaGraphs(torch.device("cpu"))
     assert graphs.run(lambda: log.append("step") or "loss") == "loss"
     result, replay = graphs.capture(lambda: log.append("step") or "loss")
     assert result == "loss"
@@ -226,16 +226,32 @@ def test_the_driver_is_called_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_capture_fills_its_tables_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy to the device is not allowed in a capture; addresses are known in it alone."""
-    empty_like = torch.empty_like
+    """A copy to the device is not allowed in a capture; addresses are known in it alone. Where they
+    lie was made before: memory of the graph's own is written by its earlier kernels, too."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(
-        kernels.torch, "empty_like", lambda t, device: empty_like(t, device="cpu").zero_()
-    )
-    with tables_of_capture() as kept:
-        table, blocks = block_table(torch.device("cuda"), ((11, 12), (21, 22)), (5, 2), 4)
-        assert not table.any()
-        assert not blocks.any()
+    with tables_of_capture(torch.device("cpu")) as tables:
+        tables.memory.fill_(-1)
+        with monkeypatch.context() as inside:
+            for name in ("empty", "empty_like", "zeros"):
+                inside.setattr(kernels.torch, name, None)
+            table, blocks = block_table(torch.device("cuda"), ((11, 12), (21, 22)), (5, 2), 4)
+            more, _ = block_table(torch.device("cuda"), ((31, 32, 33),), (1,), 4)
+        assert tables.memory.eq(-1).all()
     assert table.tolist() == [[11, 12], [21, 22]]
     assert blocks.tolist() == [[0, 0], [0, 4], [1, 0]]
-    assert [t is u for t, u in zip(kept, (table, blocks), strict=True)] == [True, True]
+    assert more.tolist() == [[31, 32, 33]]
+    place = tables.memory.untyped_storage().data_ptr()
+    assert all(t.untyped_storage().data_ptr() == place for t in (table, blocks, more))
+
+
+def test_a_capture_without_room_for_tables_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never a table that nobody fills."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(kernels, "MOST_IN_TABLES", 10)
+    with (
+        pytest.raises(RuntimeError, match="no room for so many tensors"),
+        tables_of_capture(torch.device("cpu")),
+    ):
+        block_table(torch.device("cuda"), ((11, 12),), (5,), 1)
+    with pytest.raises(RuntimeError, match="no tables_of_capture around it"):
+        block_table(torch.device("cuda"), ((11, 12),), (5,), 1)
