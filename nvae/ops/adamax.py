@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from nvae.ops.cuda import Launch, Launcher
-from nvae.ops.kernels import CUDA, block_table
+from nvae.ops.kernels import CUDA, block_table, is_laid_out_like
 
 CHUNK = 8192
 """Elements of a block."""
@@ -98,7 +98,7 @@ def adamax_kernel(
 
 def _is_taken(weight: Tensor, *others: Tensor) -> bool:
     return weight.dtype == torch.float32 and all(
-        each.dtype == torch.float32 and each.stride() == weight.stride() for each in others
+        each.dtype == torch.float32 and is_laid_out_like(each, weight) for each in others
     )
 
 

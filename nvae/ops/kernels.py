@@ -331,22 +331,61 @@ def _launch_bn(
 BN_MODES = {"MODE_APPLY": 0, "MODE_BACKWARD": 1, "MODE_SUMS": 2, "MODE_FOLD": 3}
 
 
-_OF_CAPTURES: list[tuple[Tensor, Tensor]] = []
-"""Tables on the device that a capture has asked for, and their contents on the host."""
+MOST_IN_TABLES = 2**20
+"""Numbers in all tables of a capture, 8 MiB: enough for some 10^9 weights."""
+
+
+class CapturedTables:
+    """The tables of one capture, which copies nothing to the device: they are filled afterwards.
+
+    Their memory is made before the capture. What is made inside may lie where an earlier tensor of
+    the graph has been, and that one's kernel would overwrite the table at every replay.
+
+    Attributes:
+        memory: of all tables. The graph reads it at every replay: its owner keeps it for as long.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.empty(MOST_IN_TABLES, dtype=torch.int64, device=device)
+        self._contents: list[Tensor] = []
+        self._used = 0
+
+    def place(self, table: Tensor) -> Tensor:
+        """Where a table on the host will be on the device.
+
+        Raises:
+            RuntimeError: there is no room for it.
+        """
+        begin, self._used = self._used, self._used + table.numel()
+        if self._used > MOST_IN_TABLES:
+            raise RuntimeError("the tables of a captured step have no room for so many tensors")
+        self._contents.append(table.flatten())
+        return self.memory[begin : self._used].view(table.shape)
+
+    def fill(self) -> None:
+        """Copy them to the device; the host waits."""
+        if self._contents:
+            self.memory[: self._used].copy_(torch.cat(self._contents))
+
+
+_capturing: list[CapturedTables] = []
+"""Of the capture at hand. No context variable: autograd asks for tables in a thread of its own."""
 
 
 @contextmanager
-def tables_of_capture() -> Iterator[list[Tensor]]:
-    """Around a capture, which copies nothing to the device: tables are filled when it has ended.
+def tables_of_capture(device: torch.device) -> Iterator[CapturedTables]:
+    """Around a capture: what is launched inside gets its tables, which are filled at the end.
 
-    Yields:
-        The tables. The graph reads them at every replay: its owner keeps them for as long.
+    Args:
+        device: that is captured on.
     """
-    tables: list[Tensor] = []
-    _OF_CAPTURES.clear()
-    yield tables
-    tables += [on_device.copy_(on_host) for on_device, on_host in _OF_CAPTURES]
-    _OF_CAPTURES.clear()
+    tables = CapturedTables(device)
+    _capturing[:] = [tables]
+    try:
+        yield tables
+    finally:
+        _capturing.clear()
+    tables.fill()
 
 
 def block_table(
@@ -365,13 +404,11 @@ def block_table(
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return _copied_table(device, rows, counts, per_block)
-    # Addresses are those of the graph's own memory, so no earlier table will do. Not by a context
-    # variable: autograd asks for tables in a thread of its own.
-    tables = []
-    for on_host in _table(rows, counts, per_block):
-        tables.append(torch.empty_like(on_host, device=device))
-        _OF_CAPTURES.append((tables[-1], on_host))
-    return tables[0], tables[1]
+    if not _capturing:
+        raise RuntimeError("this capture has no tables_of_capture around it")
+    # addresses are those of the graph's own memory, so no earlier table will do
+    rows_on_host, blocks = _table(rows, counts, per_block)
+    return _capturing[0].place(rows_on_host), _capturing[0].place(blocks)
 
 
 def _table(
@@ -381,7 +418,9 @@ def _table(
     return torch.tensor(rows), torch.tensor(blocks)
 
 
-@lru_cache(maxsize=16)  # an allocator gives the same few addresses again and again
+# An allocator gives the same addresses again at every step, which takes some thirty
+# tables for a deep network. Where one is not found the host waits.
+@lru_cache(maxsize=128)
 def _copied_table(
     device: torch.device, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], per_block: int
 ) -> tuple[Tensor, Tensor]:
@@ -397,6 +436,18 @@ def _shape(x: Tensor, weight: Tensor, stride: int) -> Shape:
 def nhwc(x: Tensor) -> Tensor:
     """x in channels_last."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def is_laid_out_like(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order of elements.
+
+    Strides over a dimension of one element mean nothing: a depthwise convolution's weight may have
+    any over its only input channel, a 1x1 convolution's over its only pixel.
+    """
+    if a.stride() == b.stride():
+        return True
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in strides)
 
 
 def _vector(parameter: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nvae.ops.cuda import Launch, Launcher
-from nvae.ops.kernels import CUDA, DTYPES, block_table
+from nvae.ops.kernels import CUDA, DTYPES, block_table, is_laid_out_like
 
 NORM_EPS = 1e-5
 THREADS = 256
@@ -151,13 +151,11 @@ def weight_norms_backward_kernel(
 def laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
     """``tensor`` with the strides of ``like``, which is of its shape; a copy only where it moves.
 
-    A 1x1 convolution's weight may have any strides over its only pixel: what compares strides takes
-    that for another layout.
+    What compares strides itself takes others over a dimension of one element for another layout.
     """
     if tensor.stride() == like.stride():
         return tensor
-    strides = zip(like.shape, tensor.stride(), like.stride(), strict=True)
-    if all(size == 1 or a == b for size, a, b in strides):
+    if is_laid_out_like(tensor, like):
         return tensor.as_strided(like.size(), like.stride())
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 

@@ -26,9 +26,11 @@ import torch
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from nvae.command_line import brief
+from nvae.models.folding import forget
 from nvae.objective import Loss, Objective
 from nvae.ops.kernels import tables_of_capture
 from nvae.training.guard import guard_of
@@ -72,6 +74,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -88,18 +91,21 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Loss]) -> tuple[Loss, Replay]:
         """Nothing is computed yet: the first replay does."""
         graph = torch.cuda.CUDAGraph()
-        # loader threads may pin memory meanwhile, which the stricter mode forbids to all
+        # Where a capture fails, torch.cuda.graph leaves its stream the current one: the outermost
+        # context puts this one back. Loader threads may pin memory meanwhile, which the stricter
+        # mode forbids to all.
         with (
-            tables_of_capture() as tables,
+            torch.cuda.stream(torch.cuda.current_stream()),
+            tables_of_capture(self._device) as tables,
             torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ),
         ):
             result = function()
-        return result, partial(_replay, graph, tables)
+        return result, partial(_replay, graph, tables.memory)
 
 
-def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:
+def _replay(graph: torch.cuda.CUDAGraph, tables: Tensor) -> None:
     del tables  # which the graph's kernels read: whoever can replay it holds them
     graph.replay()
 
@@ -138,6 +144,7 @@ class CapturedStep:
         self._schedule: Tensor | None = None
         self._count: dict[Kind, int] = {}
         self._captured: dict[Kind, _Captured] = {}
+        self._state: list[Tensor] = []  # weights and statistics, which a replay may write
         self.replays = 0
 
     def __call__(self, batch: StepInput, at: StepPosition) -> Loss:
@@ -163,6 +170,9 @@ class CapturedStep:
         if found is None:
             return function() if self._graphs is None else self._graphs.run(function)
         found.replay()
+        # autograd does not see what a graph writes, and by their versions evaluation knows whether
+        # what it has derived from the weights is still of them
+        increment_version(self._state)
         self.replays += 1
         return replace(found.loss, coefficients=self._step.coefficients(at))
 
@@ -198,6 +208,7 @@ class CapturedStep:
             self.stop(brief(error, 200))
             return
         self._captured[kind] = _Captured(loss, replay, self._step.fixed())
+        self._state = [*self._step.model.parameters(), *self._step.model.buffers()]
         if len(self._captured) == 1:
             self._say("note: training steps are replayed from a CUDA graph from here on")
 
@@ -269,6 +280,7 @@ class CapturedSteps(pl.Callback):
         reason = _why_optimizer(trainer.optimizers)
         if reason is not None:
             self.step.stop(reason)
+        forget(pl_module)  # what a validation has derived, and no training pass will free
         trained = [p.requires_grad for p in pl_module.parameters()]
         if trained != self._trained:
             self._trained = trained

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +28,11 @@ from nvae.training.ranks import has_others
 ON_DIVERGENCE = ("stop", "rollback")
 MOST_BAD_AT_END = 100
 """A run that ends in so many bad steps has failed, whatever `max_consecutive_skips` says."""
+
+
+ALIGNED = 16
+"""A layer's statistics begin at a multiple of so many elements: a library may read several at once,
+as it may from memory of their own."""
 
 
 class DivergenceError(RuntimeError):
@@ -67,11 +73,12 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         buffers = [b for norm in batchnorms(model) for b in (norm.running_mean, norm.running_var)]
-        self._block = torch.cat([b.flatten() for b in buffers]) if buffers else torch.zeros(0)
+        padded = [F.pad(b, (0, -len(b) % ALIGNED)) for b in buffers]
+        self._block = torch.cat(padded) if padded else torch.zeros(0)
         for buffer, view in zip(
-            buffers, self._block.split([b.numel() for b in buffers]), strict=True
+            buffers, self._block.split([len(each) for each in padded]), strict=True
         ):
-            buffer.data = view
+            buffer.data = view[: len(buffer)]
         self._kept = self._block.clone()
 
     def keep(self) -> None:

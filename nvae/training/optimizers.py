@@ -369,6 +369,9 @@ def build_optimizer(
     if kind is not Adamax and not arguments.get("fused"):
         kind = host_switched(kind)
     optimizer = kind(list(parameters), **arguments)
+    if fused and arguments.get("fused"):
+        # its step could undo a loss scale, so that Lightning clips no gradients; there is none
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     if isinstance(optimizer, Adamax):
         optimizer.kernels = kernels
     return optimizer

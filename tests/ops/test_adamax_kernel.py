@@ -13,7 +13,7 @@ from nvae.ops.kernels import _copied_table
 from .host import HostLauncher
 from .test_machine_code import LIMITS, disassemble, tool
 
-SHAPES = [(3, 4), (7,), (2, 3, 5, 5), (), (CHUNK,), (2 * CHUNK + 13,), (1, 5)]
+SHAPES = [(3, 4), (7,), (2, 3, 5, 5), (), (CHUNK,), (2 * CHUNK + 13,), (1, 5), (6, 1, 3, 3)]
 SETTINGS = (0.9, 0.999, 1e-3, 3e-4)  # beta1, beta2, eps, weight decay
 SHARE = torch.tensor(0.25, dtype=torch.float64)
 
@@ -27,6 +27,8 @@ def problem(seed: int = 0) -> tuple[list[list[Tensor]], Tensor, Tensor]:
     )
     # a gradient that begins between two vectors, as views of DDP's buckets may
     lists[1][5] = torch.randn(SHAPES[5][0] + 1, generator=generator)[1:]
+    # other strides over the only input channel, as a depthwise convolution's gradient has them
+    lists[1][7] = lists[1][7].as_strided((6, 1, 3, 3), (9, 1, 3, 1))
     lists[3] = [norm.abs() for norm in lists[3]]
     return lists, torch.tensor(4.0, dtype=torch.float64), torch.tensor(1e-2, dtype=torch.float64)
 

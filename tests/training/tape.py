@@ -2,7 +2,8 @@
 
 As with a CUDA graph, capturing computes nothing that stays: what it overwrites is put back, and the
 memory that it makes is poisoned. A replay knows no Python: numbers are those of the capture, memory
-is where it was. What a capturing stream forbids is forbidden: to read the device, or to copy to it.
+is where it was, and the versions of what is written do not count up. What a capturing stream
+forbids is forbidden: to read the device, or to copy to it.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,8 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        with torch.autocast("cpu", enabled=False), torch._C._AutoDispatchBelowAutograd():
+        below = torch._C._AutoDispatchBelowADInplaceOrView()  # which counts versions
+        with torch.autocast("cpu", enabled=False), below:
             for func, args, kwargs, out in self.calls:
                 for old, new in zip(
                     tensors_of(out), tensors_of(func(*args, **kwargs)), strict=True

@@ -104,6 +104,20 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path, plain: Path) ->
         assert_identical(one[part], other[part], part)
 
 
+def test_a_validation_sees_the_weights_of_replayed_steps(tmp_path: Path) -> None:
+    """No average: nothing but their versions tells that the weights are other ones than at the last
+    validation, whose normalized and folded weights are kept."""
+    folders, watched = [], CapturedSteps(TapeGraphs)
+    for name, more in (("plain", []), ("taped", [watched])):
+        config = short_config(tmp_path / name)
+        config.callbacks["ema"]["decay"] = None
+        folders.append(run(config, *more)[0])
+    assert watched.replays == REPLAYED["two batches a step"]
+    plain, taped = map(metrics, folders)
+    assert sum("valid/negative_elbo" in line for line in plain) == 3
+    assert str(taped) == str(plain)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_failed_capture_loses_nothing(
     tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str], number: int

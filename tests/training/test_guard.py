@@ -12,7 +12,8 @@ from rich.console import Console
 from nvae.cli.errors import UserError
 from nvae.cli.fitting import build_module, fit
 from nvae.data.module import ImageDataModule
-from nvae.training.guard import DivergenceError, guard_of
+from nvae.models.layers import BatchNorm
+from nvae.training.guard import DivergenceError, RunningStatistics, guard_of
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run
 from tests.training.runs import assert_identical, run, small_config
@@ -73,6 +74,22 @@ def test_bad_step_changes_nothing_and_training_goes_on(tmp_path: Path, value: fl
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     skipped = {x["step"]: x["train/skipped_steps"] for x in lines if "train/skipped_steps" in x}
     assert (skipped[3], skipped[4], skipped[5], skipped[24]) == (0, 1, 2, 2)
+
+
+def test_statistics_in_one_block_begin_where_libraries_may_read_several() -> None:
+    """A layer of three channels is followed by another; values and shapes are as before."""
+    model = torch.nn.Sequential(BatchNorm(3), BatchNorm(20))
+    for norm in model:
+        norm.running_mean.uniform_()
+    before = {name: each.clone() for name, each in model.named_buffers()}
+    statistics = RunningStatistics(model)
+    places = [b.data_ptr() for norm in model for b in (norm.running_mean, norm.running_var)]
+    assert [place - places[0] for place in places] == [0, 64, 128, 256]
+    assert all(torch.equal(each, before[name]) for name, each in model.named_buffers())
+    statistics.keep()
+    model[1].running_var.fill_(float("nan"))
+    statistics.restore_where(torch.tensor(True))
+    assert all(torch.equal(each, before[name]) for name, each in model.named_buffers())
 
 
 def test_norm_beyond_the_threshold_is_skipped(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from nvae.elbo import kl_coefficient
 from nvae.objective import ObjectiveConfig
 from nvae.training.logging import JsonLinesLogger
 from nvae.training.module import NVAELightning
+from nvae.training.optimizers import OptimizerConfig
 from tests.training.runs import run, small_config
 
 
@@ -96,6 +97,17 @@ def test_bfloat16_trains_and_keeps_the_loss_in_float32(tmp_path: Path) -> None:
     assert {term.dtype for term in module.last.terms.values()} == {torch.float32}
     assert module.last.kl_per_group.dtype == torch.float32
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_bfloat16_clips_the_gradients_of_a_fused_optimizer(tmp_path: Path) -> None:
+    """Lightning refuses where a loss scaler might be undone in the step; bfloat16 has none."""
+    config = small_config(tmp_path)
+    config.trainer.precision, config.trainer.max_epochs = "bf16-mixed", 1
+    config.trainer.gradient_clip_val = 1.0
+    config.optimizer = OptimizerConfig(name="adamw", learning_rate=1e-3)
+    _, trainer = run(config)
+    assert trainer.optimizers[0].defaults["fused"]
+    assert trainer.global_step == 8
 
 
 def test_one_device_makes_no_process_group(tmp_path: Path) -> None:
