@@ -10,7 +10,7 @@ import yaml
 from nvae.cli.config import compose_train
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import MODELS
-from nvae.published_very_deep import FAMILIES, presets
+from nvae.published_settings import FAMILIES, presets
 from nvae.settings import CONFIGS
 from tests.reference.very_deep import FOLDER
 
