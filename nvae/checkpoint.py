@@ -219,7 +219,7 @@ def _build(kind: str, values: dict[str, Any], state: Mapping[str, Any]) -> Hiera
             raise ValueError(
                 f"its {name!r} has shape {tuple(found.shape)}, {tuple(like.shape)} is expected"
             )
-        if found.is_floating_point() != like.is_floating_point():
+        if like.is_floating_point() and not found.is_floating_point():
             raise ValueError(f"its {name!r} holds {found.dtype}, not numbers like {like.dtype}")
         if not found.isfinite().all():
             raise ValueError(f"its {name!r} holds numbers that are not finite")
