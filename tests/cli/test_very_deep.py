@@ -6,8 +6,11 @@ import re
 import pytest
 import torch
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.config import compose_train
+from nvae.cli.config import TrainConfig, compose_train
+from nvae.cli.errors import one_line
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import MODELS
 from nvae.published_settings import FAMILIES, presets
@@ -66,6 +69,24 @@ def test_images_of_another_shape_are_told_their_networks(given, expected):
     rest = [word for word in given.split() if not word.startswith("model=")]
     for name in expected.split():
         compose_train([*rest, f"model={name}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.up_strides=[2,2.5,1]", "model.up_strides[1]: 2.5 is not an integer"),
+        ("model.up_mid_filters_ratio=[a]", "model.up_mid_filters_ratio[0]: a is not a number"),
+        ("model.up_strides=[1,null]", "model.up_strides[1]: null is not an integer"),
+        ("model.up_strides={a:1}", "model.up_strides={a:1} is not a list; write"),
+        ("model.up_strides=2", "model.up_strides=2 is not a list; write model.up_strides=[2]"),
+        ("model.width=3", "unknown key model.width; allowed here: image_size"),
+    ],
+)
+def test_an_entry_of_a_list_that_cannot_be(setting, message):
+    """The model's own settings are meant, not those that all models have."""
+    with pytest.raises((HydraException, OmegaConfBaseException)) as error:
+        compose_train(["model=evdvae_tiny", setting])
+    assert one_line(error.value, TrainConfig).startswith(message)
 
 
 def test_images_that_no_network_is_for():
