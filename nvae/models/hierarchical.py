@@ -186,9 +186,10 @@ class HierarchicalVAE(nn.Module, ABC):
 
         Raises:
             ValueError: if ``x``, ``noise`` or ``labels`` has the wrong shape, or ``x`` leaves
-                [0, 1].
+                [0, 1] or is of another type than the weights.
         """
         self.check_images(x)
+        self.check_type(x)
         noise = self._noise(x.shape[0], noise)
         given = self.conditioned_by(labels, len(x))
         state, groups = self.top_down(noise, encoder_maps=self.encode(x), **given)
@@ -400,15 +401,22 @@ class HierarchicalVAE(nn.Module, ABC):
             raise ValueError(
                 f"images are {x.dtype}, the model takes floating-point numbers in [0, 1]"
             )
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
+        if not (self.training or is_traced):
+            self.check_range(x)
+
+    def check_type(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` has the type of the weights, or autocast chooses types.
+
+        Evaluation and sampling convert images themselves.
+        """
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.dtype:
             raise ValueError(
                 f"images are {x.dtype}, the model is {self.dtype}; convert one of them with "
                 f".to({self.dtype}) or .to({x.dtype})"
             )
-        if not self.training:
-            self.check_range(x)
 
     def check_range(self, x: Tensor) -> None:
         """Raise a ValueError unless all of ``x`` is in [0, 1]; waits for the device.

@@ -335,6 +335,7 @@ class VeryDeepVAE(HierarchicalVAE):
             ValueError: as :meth:`forward`, or ``keep`` does not fit the layers.
         """
         self.check_images(x)
+        self.check_type(x)
         if len(keep) != self.num_groups:
             raise ValueError(f"keep has {len(keep)} entries, the model {self.num_groups} layers")
         keep = [torch.as_tensor(kept, dtype=torch.bool, device=x.device) for kept in keep]
