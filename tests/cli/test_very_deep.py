@@ -11,11 +11,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.config import TrainConfig, compose_train
 from nvae.cli.errors import one_line
+from nvae.cli.evaluate import main as evaluate_main
+from nvae.cli.sample import main as sample_main
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import MODELS
 from nvae.published_settings import FAMILIES, presets
 from nvae.settings import CONFIGS
 from tests.reference.very_deep import FOLDER
+
+from .commands import Commands
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,6 +137,31 @@ def test_published_five_bits_give_both_numbers(evaluate, tmp_path):
         f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}", "settings=cifar10", "device=cpu"
     )
     assert "8 encoder blocks" in wrong
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_other_settings_of_a_published_file_are_other_work(command, monkeypatch, capsys, tmp_path):
+    """What is there was made of the same file, and of another network."""
+    main = {"evaluate": evaluate_main, "sample": sample_main}[command]
+    run = Commands(main, monkeypatch, capsys, tmp_path)
+    settings, own = json.loads((FOLDER / "vdvae_small.json").read_text()), tmp_path / "own.json"
+    own.write_text(json.dumps(settings))
+    if command == "evaluate":
+        images = ["data=random", "data.image_size=16", "data.bits=8", "data.channels=3"]
+        given = [
+            *images,
+            "data.test_size=2",
+            "importance_samples=[]",
+            f"output={tmp_path}/out.json",
+        ]
+    else:
+        given = ["seeds=0-1", f"output={tmp_path}/out"]
+    given += [f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}", f"settings={own}", "device=cpu"]
+    run(*given)
+    own.write_text(json.dumps(settings | {"batch": 7}))  # which changes nothing of the network
+    run(*given)
+    own.write_text(json.dumps(settings | {"low_bit": False}))
+    assert "overwrite=true" in run.fails(*given)
 
 
 @pytest.mark.slow
