@@ -30,7 +30,8 @@ from torch import Tensor
 from nvae.files import read_json, replacing, write_json
 from nvae.models import MODELS, HierarchicalVAE, use_plugins
 from nvae.published import is_published, translate_published
-from nvae.published_very_deep import ENTRIES, FAMILIES, Config, family_of, translate_very_deep
+from nvae.published_settings import FAMILIES, Config
+from nvae.published_very_deep import ENTRIES, family_of, translate_very_deep
 from nvae.torch_file import TorchFileError, read_torch_file
 
 FORMAT = 1
@@ -218,6 +219,8 @@ def _build(kind: str, values: dict[str, Any], state: Mapping[str, Any]) -> Hiera
             raise ValueError(
                 f"its {name!r} has shape {tuple(found.shape)}, {tuple(like.shape)} is expected"
             )
+        if like.is_floating_point() and not found.is_floating_point():
+            raise ValueError(f"its {name!r} holds {found.dtype}, not numbers like {like.dtype}")
         if not found.isfinite().all():
             raise ValueError(f"its {name!r} holds numbers that are not finite")
     unknown = sorted(state.keys() - expected.keys())

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "nvae"
 ORDER = [
     *("settings", "files", "command_line", "random", "torch_file", "gpus", "started"),
     *("pictures", "ops", "models", "regularizers", "elbo", "objective", "published"),
-    *("published_very_deep", "checkpoint"),
+    *("published_settings", "published_very_deep", "checkpoint"),
     *("bn_recalibration", "sampling", "evaluation", "scores", "data", "codec", "report"),
     *("training", "export", "hub", "cli"),
 ]

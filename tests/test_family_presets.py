@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvae.cli.config import TrainConfig, compose_train
-from nvae.published_very_deep import FAMILIES, read_settings
+from nvae.published_settings import FAMILIES, read_settings
 from nvae.training.schedule import learning_rate_factor
 from tests.test_published_very_deep import PARAMETERS
 

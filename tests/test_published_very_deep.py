@@ -1,14 +1,13 @@
 """Published files of VDVAE and Efficient-VDVAE: recognized, translated, or refused in one line."""
 
-import json
-
 import pytest
 import torch
 
 from nvae.checkpoint import CheckpointError, load_model, save_model
 from nvae.cli.checkpoint_data import open_checkpoint
 from nvae.models import EVDVAE, VDVAE
-from nvae.published_very_deep import FAMILIES, presets, published_names, read_settings
+from nvae.published_settings import FAMILIES, presets, read_settings
+from nvae.published_very_deep import published_names, translate_very_deep
 from tests.reference import checkpoint_path
 from tests.reference.very_deep import Numbers
 
@@ -99,54 +98,6 @@ def test_the_likelihood_of_a_published_file_is_the_published_one(vdvae, tmp_path
     assert load_model(tmp_path / "copy.ckpt").config == vdvae.model.config
 
 
-@pytest.mark.parametrize("family", ["vdvae", "evdvae"])
-def test_settings_as_dictionary_and_file(family, request):
-    numbers = request.getfixturevalue(family)
-    as_dictionary = json.loads(numbers.settings.read_text())
-    assert read_settings(as_dictionary, family) == numbers.model.config
-    assert read_settings(str(numbers.settings), family) == numbers.model.config
-
-
-def test_settings_as_cfg_file(evdvae, tmp_path):
-    """The authors' own files; expressions of lists are worked out, nothing is run."""
-    settings = json.loads(evdvae.settings.read_text())
-    settings["model"]["up_n_blocks"] = "[1] * 6 + [1]"
-    settings["data"]["dataset_source"] = "'cifar-10'"
-    lines = []
-    for section, values in settings.items():
-        lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items())]
-    path = tmp_path / "hparams-run.cfg"
-    path.write_text("\n".join(lines))
-    assert read_settings(path, "evdvae") == evdvae.model.config
-    marker = tmp_path / "ran"
-    path.write_text(f"[model]\nup_strides = __import__('pathlib').Path({str(marker)!r}).touch()\n")
-    with pytest.raises(ValueError, match="lack or spoil"):
-        read_settings(path, "evdvae")
-    path.write_text("[model]\nup_strides = [1] * 99999999999\n")
-    with pytest.raises(ValueError, match="too long"):
-        read_settings(path, "evdvae")
-    assert not marker.exists()
-    path.write_text("[model]\nup_strides = " + "+".join(["1"] * 3000) + "\n")
-    with pytest.raises(ValueError, match="lack or spoil"):
-        read_settings(path, "evdvae")
-
-
-def test_a_data_set_that_is_no_name(vdvae):
-    settings = json.loads(vdvae.settings.read_text()) | {"dataset": ["cifar10"]}
-    settings = {k: v for k, v in settings.items() if k not in ("input_shift", "input_scale")}
-    with pytest.raises(ValueError, match="neither input_shift and input_scale nor a dataset of"):
-        read_settings(settings, "vdvae")
-
-
-def test_authors_spelling_of_a_preset():
-    assert read_settings("celebA64_compact", "evdvae") == read_settings(
-        "evdvae_celeba64_compact", "evdvae"
-    )
-    assert read_settings("cifar10", "vdvae").pixel_mean == 120.63838
-    with pytest.raises(ValueError, match=r"cifar1 is no preset of vdvae .did you mean"):
-        read_settings("cifar1", "vdvae")
-
-
 def test_shapes_of_no_preset_need_settings(tmp_path):
     model = VDVAE(read_settings({"image_channels": 1, **small_settings()}, "vdvae"))
     translated = published_names(model)
@@ -177,6 +128,17 @@ def test_published_presets_are_recognized(tmp_path):
         load_model(tmp_path / "ema.th", config="imagenet32")
 
 
+def test_an_evdvae_is_told_the_presets_of_its_shapes():
+    """Shapes do not say the scales, so which of them it is must be said by who knows."""
+    model = on_meta("evdvae_ffhq256_8bits_compact")
+    names = published_names(model)
+    weights = {names[name]: value for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="shapes do not say all settings") as error:
+        translate_very_deep({"ema_model_state_dict": weights}, "evdvae", "ema", None)
+    same = "evdvae_celebahq256_8bits_compact and evdvae_ffhq256_8bits_compact"
+    assert str(error.value).endswith(f"the shapes are those of {same}")
+
+
 def test_wrong_family_or_settings_are_one_line(vdvae, evdvae, tmp_path):
     cases = [
         (vdvae.checkpoint, {"format": "evdvae"}, "no checkpoint of format=evdvae; it has format=v"),
@@ -186,10 +148,11 @@ def test_wrong_family_or_settings_are_one_line(vdvae, evdvae, tmp_path):
         (checkpoint_path("mnist"), {"config": "cifar10"}, "says its settings itself"),
         (vdvae.checkpoint, {"config": "vdvae_cifar10"}, r"8 encoder blocks, but .* make 33"),
         (evdvae.checkpoint, {"config": "cifar10_baseline", "weights": "raw"}, "too few for"),
-        (evdvae.checkpoint, {"weights": "raw"}, "shapes do not say all settings"),
+        (evdvae.checkpoint, {"weights": "raw"}, "or a preset; the shapes are those of none"),
         (evdvae.checkpoint, {"config": evdvae.settings}, "no ema_model_state_dict; take weights="),
         (vdvae.checkpoint, {"config": tmp_path / "no.json"}, "there is no"),
-        (vdvae.checkpoint, {"config": {"enc_blocks": "16x1"}}, "give neither input_shift"),
+        (vdvae.checkpoint, {"config": {"enc_blocks": "16x1"}}, "settings given: dec_blocks is mi"),
+        (vdvae.checkpoint, {"config": 5}, "5 is no preset, no file and no dictionary"),
         (
             vdvae.checkpoint,
             {"config": evdvae.settings},
@@ -210,7 +173,7 @@ def test_wrong_family_or_settings_are_one_line(vdvae, evdvae, tmp_path):
         load_model(vdvae.checkpoint, format="gan")
 
 
-@pytest.mark.parametrize("spoiled", ["missing", "surplus", "shape", "nan"])
+@pytest.mark.parametrize("spoiled", ["missing", "surplus", "shape", "nan", "integers"])
 def test_spoiled_weights_are_named(vdvae, tmp_path, spoiled):
     weights = torch.load(vdvae.checkpoint, weights_only=True)
     name = "decoder.dec_blocks.3.z_proj.weight"
@@ -220,11 +183,14 @@ def test_spoiled_weights_are_named(vdvae, tmp_path, spoiled):
         weights["decoder.more"] = torch.zeros(1)
     elif spoiled == "shape":
         weights[name] = weights[name].flatten()
+    elif spoiled == "integers":
+        weights[name] = weights[name].long()
     else:
         weights[name][0] = torch.nan
     torch.save(weights, tmp_path / "spoiled.th")
     words = {"missing": f"lacks the weight '{name}'", "surplus": "lacks: 'decoder.more'",
-             "shape": "has shape", "nan": "not finite"}  # fmt: skip
+             "shape": "has shape", "nan": "not finite",
+             "integers": "holds torch.int64, not numbers"}  # fmt: skip
     with pytest.raises(CheckpointError, match=words[spoiled]):
         load_model(tmp_path / "spoiled.th", config=vdvae.settings)
 

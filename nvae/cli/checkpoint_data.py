@@ -16,6 +16,7 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nvae.checkpoint import WEIGHTS_FILE, Weights, is_weights_folder, load_checkpoint, load_model
+from nvae.cli.common import short_hash
 from nvae.cli.schema import schema_of, schema_types
 from nvae.command_line import brief, shell
 from nvae.data import DataConfig
@@ -253,6 +254,8 @@ class OpenedCheckpoint:
         run_config: the configuration of the run that wrote it, if it says; nothing in it has been
             checked.
         train_sha256: of the images that the run was trained on, if it says.
+        settings: hash of what the user gave for a published file, which does not hold them; what
+            is made of the file depends on them too.
     """
 
     file: Path
@@ -260,6 +263,7 @@ class OpenedCheckpoint:
     weights: str
     run_config: dict[str, Any]
     train_sha256: str | None = None
+    settings: str | None = None
 
 
 def open_checkpoint(
@@ -291,4 +295,5 @@ def open_checkpoint(
         images = images.get(key) if isinstance(images, dict) else None
     train_sha256 = images if isinstance(images, str) else None
     kind = "averaged" if averaged else "raw"
-    return OpenedCheckpoint(Path(path), model, kind, run_config, train_sha256)
+    given = None if settings is None else short_hash(model.config.to_dict())
+    return OpenedCheckpoint(Path(path), model, kind, run_config, train_sha256, given)

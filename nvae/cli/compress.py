@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -32,6 +32,7 @@ from nvae.codec.walk import PassSettings
 from nvae.data.dataset import ImageData
 from nvae.files import replacing
 from nvae.models import ImageConfig
+from nvae.models.very_deep import VeryDeepConfig
 from nvae.settings import Bounds, check_choice, check_fields
 
 _BOUNDS: dict[str, Bounds] = {"block_images": (1, LARGEST_BLOCK)}
@@ -98,8 +99,11 @@ def _compress(config: CompressConfig, given: dict[str, Any]) -> None:
         assert config.input is not None
         source = _Files(Path(config.input), codec)
     else:
-        data = open_data(choose_data(given, opened.run_config), opened.model.config)
-        source = _Split(data, config.split, codec, opened.model.config)
+        model = opened.model.config
+        if isinstance(model, VeryDeepConfig):  # the codec's masses sum to 1 in either form
+            model = replace(model, normalized=True)
+        data = open_data(choose_data(given, opened.run_config), model)
+        source = _Split(data, config.split, codec, model)
     started = monotonic()
     with replacing(output) as temporary:
         with (

@@ -29,7 +29,7 @@ from nvae.data.samplers import micro_batches_a_step
 from nvae.models import MODELS, HierarchicalVAE, ImageConfig, ModelConfig
 from nvae.objective import ObjectiveConfig
 from nvae.ops.library import IMPLS
-from nvae.published_very_deep import FAMILIES, preset_settings, presets
+from nvae.published_settings import FAMILIES, preset_settings, presets
 from nvae.settings import (
     CONFIGS,
     check_arguments,

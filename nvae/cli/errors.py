@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvae.cli.schema import lookup, takes_group
@@ -291,8 +291,11 @@ def _bad_key(error: OmegaConfBaseException, schema: type, messages: list[str]) -
         line = unknown_key(path, [str(name) for name in error.parent_node])
         is_entry = path.rpartition(".")[0] in _OPEN_GROUPS
         return f"{line}; +{path}._target_=... adds one" if is_entry else line
-    if dataclasses.is_dataclass(error.object_type):  # what holds the key
-        schema, name = typing.cast(type, error.object_type), path.rpartition(".")[2]
+    held_by = error.object_type  # what holds the key
+    if held_by is list and isinstance(error.parent_node, ListConfig):
+        held_by = OmegaConf.get_type(error.parent_node._get_parent())  # the list's own holder
+    if dataclasses.is_dataclass(held_by):
+        schema, name = typing.cast(type, held_by), path.rpartition(".")[2]
     else:
         name = path
     holder, unknown = lookup(schema, name)

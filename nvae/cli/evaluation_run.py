@@ -111,6 +111,7 @@ def likelihood_protocol(
     return {
         "checkpoint_sha256": file_sha256(opened.file),
         "weights": opened.weights,
+        **({} if opened.settings is None else {"settings": opened.settings}),
         **part,
         "importance_samples": list(config.bounds.importance_samples),
         "elbo_samples": config.elbo_samples,

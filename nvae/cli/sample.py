@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nvae.cli.checkpoint_data import (
+    OpenedCheckpoint,
     choose_data,
     open_checkpoint,
     open_data,
@@ -80,7 +81,7 @@ def _run(composed: DictConfig) -> None:
     model.choose_kernels(config.kernels)
     needs_data = config.reads_images or config.mode == "nearest"
     data = open_data(choose_data(given, opened.run_config), model.config) if needs_data else None
-    request = _request(config, opened.file, data)
+    request = _request(config, opened, data)
     path = _folder(config, opened.file, request)
     config.view.of(model.config.image_channels)
     folder = SampleFolder(path, request, overwrite=config.overwrite, view=config.view)
@@ -95,13 +96,16 @@ def _run(composed: DictConfig) -> None:
     print(f"written to {folder.path}")
 
 
-def _request(config: SampleConfig, weights: Path, data: ImageData | None) -> dict[str, Any]:
+def _request(
+    config: SampleConfig, opened: OpenedCheckpoint, data: ImageData | None
+) -> dict[str, Any]:
     """Everything that the pictures depend on."""
     split = "train" if config.mode == "nearest" else config.split
     settings = {k: v for k, v in asdict(config).items() if k not in _CHANGES_NO_PICTURE}
     return {
-        "checkpoint_sha256": file_sha256(weights),
+        "checkpoint_sha256": file_sha256(opened.file),
         **settings,
+        "settings": opened.settings,
         "data": None if data is None else pixel_protocol(data, split),
     }
 

@@ -106,11 +106,13 @@ class EVDVAEConfig(VeryDeepConfig):
     def _check_lists(self, way: str) -> None:
         names = [name for name in self.bounds() if name.startswith(way)]
         levels = len(self.up_strides)
+        if not levels:
+            raise ValueError("model.up_strides is empty; it has one entry a level")
         for name in names:
-            if len(getattr(self, name)) != levels or not levels:
+            if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"model.{name} has {len(getattr(self, name))} entries, model.up_strides "
-                    f"{levels}; every list has one a level, and there is at least one"
+                    f"{levels}; every list has one a level"
                 )
         even = [k for k in getattr(self, f"{way}kernel_size") if k % 2 == 0]
         if even:

@@ -11,9 +11,9 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,9 +186,10 @@ class HierarchicalVAE(nn.Module, ABC):
 
         Raises:
             ValueError: if ``x``, ``noise`` or ``labels`` has the wrong shape, or ``x`` leaves
-                [0, 1].
+                [0, 1] or is of another type than the weights.
         """
         self.check_images(x)
+        self.check_type(x)
         noise = self._noise(x.shape[0], noise)
         given = self.conditioned_by(labels, len(x))
         state, groups = self.top_down(noise, encoder_maps=self.encode(x), **given)
@@ -334,6 +335,8 @@ class HierarchicalVAE(nn.Module, ABC):
         if len(noise) != len(shapes):
             raise ValueError(f"noise for {len(noise)} groups, the model has {len(shapes)}")
         for group, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
+            if not isinstance(eps, Tensor):
+                raise ValueError(f"noise of group {group} is {type(eps).__name__}, not a tensor")
             if tuple(eps.shape) != shape:
                 raise ValueError(
                     f"noise of group {group} has shape {tuple(eps.shape)}, the model takes {shape}"
@@ -343,30 +346,43 @@ class HierarchicalVAE(nn.Module, ABC):
     def group_temperatures(self, temperature: Temperature) -> list[float]:
         """One temperature a group, coarsest first.
 
+        Numbers of NumPy and of torch are numbers too, alone and in a sequence.
+
         Raises:
-            ValueError: not one or one a group, below 0, or not finite.
+            ValueError: not one or one a group, no number, below 0, or not finite.
         """
-        groups = self.num_groups
-        temperatures = (
-            [temperature] * groups if isinstance(temperature, int | float) else list(temperature)
-        )
-        if len(temperatures) != groups:
-            raise ValueError(f"{len(temperatures)} temperatures for {groups} latent groups")
-        for each in temperatures:
-            if not 0 <= each < math.inf:
-                raise ValueError(f"temperature is {each}; it must be a finite number, 0 or more")
+        groups, given = self.num_groups, cast(Any, temperature)
+        if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+            given = [given] * groups
+        if len(given) != groups:
+            raise ValueError(f"{len(given)} temperatures for {groups} latent groups")
+        temperatures = []
+        for each in given:
+            try:
+                value = math.nan if isinstance(each, str) else float(each)
+            except (TypeError, ValueError, RuntimeError):
+                value = math.nan
+            if not 0 <= value < math.inf:
+                raise ValueError(f"temperature is {each!r}; it must be a finite number, 0 or more")
+            temperatures.append(value)
         return temperatures
 
     def group_latents(self, latents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
         """One z or None a group, coarsest first; None stands for groups after the last one given.
 
         Raises:
-            ValueError: more of them than groups.
+            ValueError: more of them than groups, or one of another shape than its group's.
         """
         given = [] if latents is None else list(latents)
         missing = self.num_groups - len(given)
         if missing < 0:
             raise ValueError(f"{len(given)} latents for {self.num_groups} latent groups")
+        for group, (z, shape) in enumerate(zip(given, self.latent_shapes, strict=False)):
+            if z is not None and tuple(z.shape[1:]) != shape:
+                raise ValueError(
+                    f"the latent of group {group} has shape {tuple(z.shape)}, the model takes "
+                    f"(B, {', '.join(map(str, shape))})"
+                )
         return given + [None] * missing
 
     def check_images(self, x: Tensor) -> None:
@@ -389,6 +405,19 @@ class HierarchicalVAE(nn.Module, ABC):
         if not (self.training or is_traced):
             self.check_range(x)
 
+    def check_type(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` has the type of the weights, or autocast chooses types.
+
+        Evaluation and sampling convert images themselves.
+        """
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return
+        if x.dtype != self.dtype:
+            raise ValueError(
+                f"images are {x.dtype}, the model is {self.dtype}; convert one of them with "
+                f".to({self.dtype}) or .to({x.dtype})"
+            )
+
     def check_range(self, x: Tensor) -> None:
         """Raise a ValueError unless all of ``x`` is in [0, 1]; waits for the device.
 
@@ -402,5 +431,5 @@ class HierarchicalVAE(nn.Module, ABC):
             return
         if not (low >= 0 and high <= 1):  # a NaN fails both
             raise ValueError(
-                f"images lie between {low:g} and {high:g}, the model takes numbers in [0, 1]"
+                f"images lie between {low:.8g} and {high:.8g}, the model takes numbers in [0, 1]"
             )

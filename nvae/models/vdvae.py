@@ -173,7 +173,7 @@ class VDVAE(VeryDeepVAE):
         batch = like.shape[0]
         if size in self.learned_at:
             return self.initial_states[self.learned_at.index(size)].expand(batch, -1, -1, -1)
-        return like.new_zeros(batch, *self.state_shapes[size])
+        return like.new_zeros(batch, *self.state_shapes[size], dtype=self.gain.dtype)
 
     def decode_state(self, state: Tensor) -> Tensor:
         """Final top-down state to likelihood parameters ``(B, K, H, W)``, float32 at least."""

@@ -327,12 +327,25 @@ class VeryDeepVAE(HierarchicalVAE):
 
         Args:
             x: images in [0, 1], ``(B, C, H, W)``.
-            keep: ``(L,)`` booleans a layer; see :func:`keep_by_kl`.
+            keep: ``(L,)`` booleans, or 0 and 1, a layer; see :func:`keep_by_kl`.
             noise: of the posterior, as in :meth:`forward`.
             prior_noise: of the prior, likewise.
             labels: as in :meth:`forward`.
+
+        Raises:
+            ValueError: as :meth:`forward`, or ``keep`` does not fit the layers.
         """
         self.check_images(x)
+        self.check_type(x)
+        if len(keep) != self.num_groups:
+            raise ValueError(f"keep has {len(keep)} entries, the model {self.num_groups} layers")
+        keep = [torch.as_tensor(kept, dtype=torch.bool, device=x.device) for kept in keep]
+        for layer, (kept, shape) in enumerate(zip(keep, self.latent_shapes, strict=True)):
+            if tuple(kept.shape) != shape[:1]:
+                raise ValueError(
+                    f"keep of layer {layer} has shape {tuple(kept.shape)}, the layer {shape[0]} "
+                    "channels"
+                )
         state, groups = self.top_down(
             self._noise(len(x), noise),
             encoder_maps=self.encode(x),

@@ -89,12 +89,12 @@ def encode(
     parts = []
     with model.evaluating():
         for rows in _slices(len(x), batch_size):
-            images = x[rows]
+            images = x[rows].to(model.dtype)
             if seeds is None:
-                noise = [x.new_zeros(shape) for shape in model.noise_shapes(len(images))]
+                noise = [images.new_zeros(shape) for shape in model.noise_shapes(len(images))]
             else:
                 keys = image_keys(seeds[rows].to(x.device), seed=0, stream=STREAM_POSTERIOR)
-                noise = latent_noise(keys, model.latent_shapes, x.dtype)
+                noise = latent_noise(keys, model.latent_shapes, images.dtype)
             own = None if labels is None else labels[rows]
             given = model.conditioned_by(own, len(images))
             _, groups = model.top_down(noise, encoder_maps=model.encode(images), **given)

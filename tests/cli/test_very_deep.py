@@ -6,13 +6,20 @@ import re
 import pytest
 import torch
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from nvae.cli.config import compose_train
+from nvae.cli.config import TrainConfig, compose_train
+from nvae.cli.errors import one_line
+from nvae.cli.evaluate import main as evaluate_main
+from nvae.cli.sample import main as sample_main
 from nvae.command_line import LONGEST_MESSAGE
 from nvae.models import MODELS
-from nvae.published_very_deep import FAMILIES, presets
+from nvae.published_settings import FAMILIES, presets
 from nvae.settings import CONFIGS
 from tests.reference.very_deep import FOLDER
+
+from .commands import Commands
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,6 +75,24 @@ def test_images_of_another_shape_are_told_their_networks(given, expected):
         compose_train([*rest, f"model={name}"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.up_strides=[2,2.5,1]", "model.up_strides[1]: 2.5 is not an integer"),
+        ("model.up_mid_filters_ratio=[a]", "model.up_mid_filters_ratio[0]: a is not a number"),
+        ("model.up_strides=[1,null]", "model.up_strides[1]: null is not an integer"),
+        ("model.up_strides={a:1}", "model.up_strides={a:1} is not a list; write"),
+        ("model.up_strides=2", "model.up_strides=2 is not a list; write model.up_strides=[2]"),
+        ("model.width=3", "unknown key model.width; allowed here: image_size"),
+    ],
+)
+def test_an_entry_of_a_list_that_cannot_be(setting, message):
+    """The model's own settings are meant, not those that all models have."""
+    with pytest.raises((HydraException, OmegaConfBaseException)) as error:
+        compose_train(["model=evdvae_tiny", setting])
+    assert one_line(error.value, TrainConfig).startswith(message)
+
+
 def test_images_that_no_network_is_for():
     with pytest.raises(ValueError, match="model=evdvae with settings of your own"):
         compose_train(["experiment=evdvae", "data=folder", "data.image_size=48"])
@@ -112,6 +137,31 @@ def test_published_five_bits_give_both_numbers(evaluate, tmp_path):
         f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}", "settings=cifar10", "device=cpu"
     )
     assert "8 encoder blocks" in wrong
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_other_settings_of_a_published_file_are_other_work(command, monkeypatch, capsys, tmp_path):
+    """What is there was made of the same file, and of another network."""
+    main = {"evaluate": evaluate_main, "sample": sample_main}[command]
+    run = Commands(main, monkeypatch, capsys, tmp_path)
+    settings, own = json.loads((FOLDER / "vdvae_small.json").read_text()), tmp_path / "own.json"
+    own.write_text(json.dumps(settings))
+    if command == "evaluate":
+        images = ["data=random", "data.image_size=16", "data.bits=8", "data.channels=3"]
+        given = [
+            *images,
+            "data.test_size=2",
+            "importance_samples=[]",
+            f"output={tmp_path}/out.json",
+        ]
+    else:
+        given = ["seeds=0-1", f"output={tmp_path}/out"]
+    given += [f"checkpoint={FOLDER / 'vdvae_small.checkpoint.pt'}", f"settings={own}", "device=cpu"]
+    run(*given)
+    own.write_text(json.dumps(settings | {"batch": 7}))  # which changes nothing of the network
+    run(*given)
+    own.write_text(json.dumps(settings | {"low_bit": False}))
+    assert "overwrite=true" in run.fails(*given)
 
 
 @pytest.mark.slow

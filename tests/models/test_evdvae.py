@@ -23,6 +23,7 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"up_strides": []}, "model.up_strides is empty; it has one entry a level"),
         ({"up_filters": [8, 12, 12]}, "model.up_filters has 3 entries, model.up_strides 4"),
         ({"down_n_layers": [2]}, "model.down_n_layers has 1 entries"),
         ({"down_strides": [1, 2, 4, 1]}, "must be model.up_strides in reverse"),

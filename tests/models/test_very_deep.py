@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,3 +142,50 @@ def test_kl_of_groups_worked_out_together_knows_their_log_sigma():
     expected = torch.stack([group.kl.sum((1, 2, 3)) for group in groups], dim=1)
     assert expected.isfinite().all()
     torch.testing.assert_close(output.kl_per_group, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_temperatures_of_numpy_and_torch_are_numbers(model):
+    """Alone and one a layer; in the authors' code of VDVAE they fail."""
+    noise, layers = model.draw_noise(2), model.num_groups
+    expected = model.sample_logits(2, 0.5, noise)
+    for given in (
+        np.float32(0.5),
+        torch.tensor(0.5),
+        np.full(layers, 0.5),
+        [np.float32(0.5)] * layers,
+    ):
+        assert torch.equal(model.sample_logits(2, given, noise), expected)
+    for wrong in (None, [None] * layers, ["1"] * layers, [[1.0]] * layers, torch.tensor(-1.0)):
+        with pytest.raises(ValueError, match="it must be a finite number, 0 or more"):
+            model.sample_logits(2, wrong, noise)
+
+
+def test_inputs_of_another_kind_are_one_line(model, x):
+    noise = model.draw_noise(3)
+    with pytest.raises(ValueError, match=r"images are torch.float64, the model is torch.float32"):
+        model(x.double(), noise)
+    with pytest.raises(ValueError, match=r"between 0 and 1.000001, the model takes"):
+        model.eval()(torch.tensor([0.0, 1 + 1e-6]).repeat(3, 1, 8, 4), noise)
+    with pytest.raises(ValueError, match="noise of group 0 is ndarray, not a tensor"):
+        model(x, [eps.numpy() for eps in noise])
+    with pytest.raises(
+        ValueError, match=r"the latent of group 0 has shape \(3, 1, 1, 1\), the model"
+    ):
+        model.top_down(noise, latents=[noise[0][:, :1]])
+    # numbers of a wider type are rounded, as everywhere
+    wide = model(x, [eps.double() for eps in noise]).logits
+    torch.testing.assert_close(wide, model(x, noise).logits)
+
+
+def test_masks_must_fit_the_layers(model, x):
+    noise = model.draw_noise(3)
+    keep = [torch.arange(shape[0]) % 2 for shape in model.latent_shapes]
+    expected = model.masked(x, [kept.bool() for kept in keep], noise, noise).logits
+    for given in ([kept.byte() for kept in keep], [kept.tolist() for kept in keep]):
+        assert torch.equal(model.masked(x, given, noise, noise).logits, expected)
+    with pytest.raises(ValueError, match=r"keep has \d+ entries, the model \d+ layers"):
+        model.masked(x, keep[1:], noise)
+    with pytest.raises(
+        ValueError, match=r"keep of layer 1 has shape \(1,\), the layer \d channels"
+    ):
+        model.masked(x, [keep[0], keep[1][:1], *keep[2:]], noise)

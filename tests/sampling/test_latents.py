@@ -45,6 +45,14 @@ def test_noise_coordinates_reproduce_the_latents(x):
         assert torch.allclose(z, other, rtol=1e-9)
 
 
+def test_images_take_the_models_type(x):
+    """A published file in float64 makes a model of that type; images of a data set have 32 bits."""
+    model = small_nvae().double()
+    for z, other in zip(encode(model, x).z, encode(model, x.double()).z, strict=True):
+        assert z.dtype == torch.float64
+        assert torch.equal(z, other)
+
+
 def test_posterior_draws_depend_on_the_seed_only(x):
     model, x = small_nvae().double(), x.double()  # float32 rounds with the batch
     seeds = torch.tensor([4, 5, 6])
