@@ -199,12 +199,16 @@ class _Loader:
         return len(self.order)
 
     def _iterate(self, batches: Iterator[Tensor], epoch: int | None) -> Iterator[RawBatch]:
+        # torch's as the first batch is asked for; that of a new thread is the first GPU
+        gpu = torch.cuda.current_device() if self.pin_memory else None
+
         def read(index: Tensor) -> RawBatch:
             if self.index_only:
                 return RawBatch(None, index, self.split, epoch)
             images = self.images.gather(index, epoch=epoch, seed=self.seed)
-            if self.pin_memory:
-                images, index = images.pin_memory(), index.pin_memory()
+            if gpu is not None:
+                with torch.cuda.device(gpu):
+                    images, index = images.pin_memory(), index.pin_memory()
             return RawBatch(images, index, self.split, epoch)
 
         workers = 0 if self.index_only else self.num_workers

@@ -78,7 +78,8 @@ class HostCopy:
     def wait(self) -> None:
         """Until the copies are whole; from any thread."""
         if self._done is not None:
-            self._done.synchronize()
+            with torch.cuda.device(self._staging.device):  # another thread's own is the first GPU
+                self._done.synchronize()
 
 
 def _in_order(t: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -99,11 +99,14 @@ def should_recompute(
     return plain.total > USABLE_MEMORY * torch.cuda.get_device_properties(0).total_memory
 
 
-def compile_blocks(model: HierarchicalVAE, backend: str = "inductor") -> None:
+def compile_blocks(model: HierarchicalVAE, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the repeated blocks in place, so that parameters keep their names."""
     # NVAE's cells share one forward, and each kind, width and mode is a graph of its own; at the
     # default of eight graphs the rest would silently stay uncompiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    # under DDP a graph would be cut where a gradient bucket ends, and older versions of torch raise
+    # where it holds autograd functions; blocks are small, and gradients travel between them anyway
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks():
         # the method and not the module, so that what is recomputed is compiled inside; a partial of
         # the function, since a compiled bound method would stay bound to this block in a copy

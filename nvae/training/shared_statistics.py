@@ -45,6 +45,8 @@ class SharedStatistics:
             options = None
             if dist.get_backend() == "nccl":  # the small reductions go first
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                if timeout is not None:  # said twice, or torch warns of the difference
+                    options._timeout = timeout
             self._group, _ = dist.new_subgroups_by_enumeration(
                 members, timeout=timeout, pg_options=options, group_desc="batch statistics"
             )

@@ -11,6 +11,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -35,7 +36,9 @@ class Snapshot:
 
     def finish(self) -> Any:
         """Copy what was said to be constant, from any thread; its memory may change afterwards."""
-        with torch.cuda.stream(self._stream):  # beside the next step's kernels
+        # a thread begins with the first GPU as its own, and would take memory there to come back
+        own = nullcontext() if self._stream is None else torch.cuda.device(self._stream.device)
+        with own, torch.cuda.stream(self._stream):  # beside the next step's kernels
             content = self._work.copied(self._content, only_constant=True)
             self._work.carry_out()
         return content

@@ -12,7 +12,7 @@ from rich.console import Console
 from nvae.cli.errors import UserError
 from nvae.cli.fitting import build_module, fit
 from nvae.data.module import ImageDataModule
-from nvae.models.layers import BatchNorm
+from nvae.models.normalization import BatchNorm
 from nvae.training.guard import DivergenceError, RunningStatistics, guard_of
 from nvae.training.module import NVAELightning
 from nvae.training.run_folder import open_run

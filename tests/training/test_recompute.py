@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nvae.models import NVAE, ModelConfig, layers, together
 from nvae.models.cells import Cell, MobileConv, MobileConvSpec
@@ -134,6 +136,28 @@ def test_a_copy_has_its_own_weights(change: Callable[[NVAE], None]) -> None:
     x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     assert not copied(x).logits.any()
     assert model(x).logits.any()
+
+
+def test_blocks_are_compiled_whole_under_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would cut a block's graph where DDP's buckets end; older versions raise where it holds
+    autograd functions, as ours do."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    model = NVAE(CONFIG)
+    compile_blocks(model, backend)
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    ddp = SimpleNamespace(bucket_bytes_cap=2**30)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", ddp)
+    cell = next(block for block in model.blocks() if isinstance(block, Cell))
+    channels = next(p.shape[0] for p in cell.parameters())
+    cell(torch.rand(2, channels, 8, 8))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
