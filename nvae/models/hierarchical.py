@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nvae.models.conditioning import NO_LABEL, ClassEmbedding, Condition, check_labels
 from nvae.models.distributions import Normal
 from nvae.models.folding import forget
+from nvae.models.layers import is_autocast_on
 from nvae.models.output import GroupSample, Output
 from nvae.models.pixel_distribution import ImageConfig, PixelDistribution, build_likelihood
 from nvae.ops import Impl
@@ -410,7 +411,7 @@ class HierarchicalVAE(nn.Module, ABC):
 
         Evaluation and sampling convert images themselves.
         """
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if torch.compiler.is_compiling() or is_autocast_on(x):
             return
         if x.dtype != self.dtype:
             raise ValueError(

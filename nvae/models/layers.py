@@ -21,14 +21,17 @@ from nvae.ops.weight_norm import NORM_EPS, row_norm, weight_norm
 NORM_INIT_EPS = 1e-2
 
 
+def is_autocast_on(x: Tensor) -> bool:
+    """Whether mixed precision chooses the types of what is computed with ``x``."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Mixed precision off for the device of ``x`` inside the block; operands keep their types.
 
     Where it is off already nothing is entered, so that an exported program has no context either.
     """
-    device = x.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast_on(x) else nullcontext()
 
 
 def as_callers_expect(x: Tensor) -> Tensor:
