@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from nvae.models.layers import DataInitConv2d, PlainConv2d, WeightNormConv2d
 from nvae.models.normalization import BatchNorm
 from nvae.ops.library import has_kernels, to_autocast_dtype
-from nvae.ops.weight_norm import laid_out_like, weight_norms
+from nvae.ops.multi_tensor import laid_out_like
+from nvae.ops.weight_norm import weight_norms
 
 AT_ONCE = 32
 """Convolutions whose weights are normalized by one launch."""

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from nvae.ops.cuda import Launch, Launcher
-from nvae.ops.kernels import CUDA, block_table, is_laid_out_like
+from nvae.ops.kernels import CUDA
+from nvae.ops.multi_tensor import block_table, is_laid_out_like
 
 CHUNK = 8192
 """Elements of a block."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nvae.ops.cuda import Launch, Launcher
-from nvae.ops.kernels import CUDA, DTYPES, block_table, is_laid_out_like
+from nvae.ops.kernels import CUDA, DTYPES
+from nvae.ops.multi_tensor import block_table, laid_out_like
 
 NORM_EPS = 1e-5
 THREADS = 256
@@ -146,18 +147,6 @@ def weight_norms_backward_kernel(
     table = [(*_sizes(row[0]), *(t.data_ptr() for t in row)) for row in zip(*columns, strict=True)]
     _launch(1, table, dtype, norms[0].device, launcher)
     return of_weights, of_gains
-
-
-def laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` with the strides of ``like``, which is of its shape; a copy only where it moves.
-
-    What compares strides itself takes others over a dimension of one element for another layout.
-    """
-    if tensor.stride() == like.stride():
-        return tensor
-    if is_laid_out_like(tensor, like):
-        return tensor.as_strided(like.size(), like.stride())
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _sizes(weight: Tensor) -> tuple[int, int]:

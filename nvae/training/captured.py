@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from nvae.command_line import brief
 from nvae.models.folding import forget
 from nvae.objective import Loss, Objective
-from nvae.ops.kernels import tables_of_capture
+from nvae.ops.multi_tensor import tables_of_capture
 from nvae.training.guard import guard_of
 from nvae.training.module import NVAELightning
 from nvae.training.whole_step import StepInput, StepPosition, WholeStep, reads_device

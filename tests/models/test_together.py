@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nvae.models import NVAE, ModelConfig, together
 from nvae.models.layers import DataInitConv2d
 from nvae.objective import Objective, ObjectiveConfig
-from nvae.ops.weight_norm import laid_out_like
+from nvae.ops.multi_tensor import laid_out_like
 from nvae.training.recompute import recompute_segments
 
 CONFIG = ModelConfig(

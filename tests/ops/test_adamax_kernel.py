@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvae.ops import adamax
 from nvae.ops.adamax import CHUNK, adamax_formula, adamax_kernel
-from nvae.ops.kernels import _copied_table
+from nvae.ops.multi_tensor import _copied_table
 
 from .host import HostLauncher
 from .test_machine_code import LIMITS, disassemble, tool

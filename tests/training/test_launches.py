@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.launches import operations_of_a_step
 from nvae.cli.config import compose_train
-from nvae.ops.kernels import _copied_table
+from nvae.ops.multi_tensor import _copied_table
 
 BUDGET = 9_200
 """Operations of a step of the paper's CIFAR-10; 24,700 before they were counted."""

@@ -14,9 +14,9 @@ from benchmarks.launches import kernels_in_place
 from nvae.models import MODELS, ModelConfig
 from nvae.models.layers import DataInitConv2d
 from nvae.objective import ObjectiveConfig, build_objective
-from nvae.ops import kernels
+from nvae.ops import multi_tensor
 from nvae.ops.adamax import _is_taken
-from nvae.ops.kernels import block_table, tables_of_capture
+from nvae.ops.multi_tensor import block_table, tables_of_capture
 from nvae.training import captured
 from nvae.training.captured import CudaGraphs
 from nvae.training.guard import BadSteps
@@ -233,7 +233,7 @@ def test_a_capture_fills_its_tables_afterwards(monkeypatch: pytest.MonkeyPatch) 
         tables.memory.fill_(-1)
         with monkeypatch.context() as inside:
             for name in ("empty", "empty_like", "zeros"):
-                inside.setattr(kernels.torch, name, None)
+                inside.setattr(torch, name, None)
             table, blocks = block_table(torch.device("cuda"), ((11, 12), (21, 22)), (5, 2), 4)
             more, _ = block_table(torch.device("cuda"), ((31, 32, 33),), (1,), 4)
         assert tables.memory.eq(-1).all()
@@ -247,7 +247,7 @@ def test_a_capture_fills_its_tables_afterwards(monkeypatch: pytest.MonkeyPatch) 
 def test_a_capture_without_room_for_tables_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """And never a table that nobody fills."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(kernels, "MOST_IN_TABLES", 10)
+    monkeypatch.setattr(multi_tensor, "MOST_IN_TABLES", 10)
     with (
         pytest.raises(RuntimeError, match="no room for so many tensors"),
         tables_of_capture(torch.device("cpu")),
