@@ -238,7 +238,6 @@ class DataInitConv2d(WeightNormConv2d):
     def _initialize(self, x: Tensor) -> bool:
         """Whether it could: a batch that is not finite says nothing of the scale."""
         assert self.bias is not None
-        self.ready = None  # its gain is about to change
         gain, bias = self.log_gain.clone(), self.bias.clone()
         self.log_gain.zero_()
         self.bias.zero_()

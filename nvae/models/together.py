@@ -125,7 +125,7 @@ def _normalize(
     modules: Sequence[nn.Module], low: torch.dtype, for_pass: _Places, for_regularizers: _Places
 ) -> None:
     """All w_hat for the pass; masked weights and gains for the regularizers."""
-    convs = [m for m in modules if isinstance(m, WeightNormConv2d)]
+    convs = [m for m in modules if isinstance(m, WeightNormConv2d) and not _starts(m)]
     full = torch.float32
     for dtype in dict.fromkeys((full, low)):
         of_type = [c for c in convs if (full if c.full_precision else low) == dtype]
@@ -138,6 +138,12 @@ def _normalize(
             for_regularizers.put([(c._parameters, n) for n in names for c in some], second)
             masks = [(c._buffers, "mask") for c in some if c.mask is not None]
             for_regularizers.put(masks, [None] * len(masks))
+
+
+def _starts(conv: WeightNormConv2d) -> bool:
+    """Whether the batch at hand may set gain and bias: the layer writes to the parameters itself,
+    and w_hat, in the backward pass too, is of what it has written."""
+    return isinstance(conv, DataInitConv2d) and not conv.checked
 
 
 def _masked(convs: Sequence[WeightNormConv2d]) -> list[Tensor]:
@@ -171,9 +177,7 @@ def _round(
     plain: list[Place] = []
     for module in modules:
         if isinstance(module, WeightNormConv2d):
-            # what sets its bias from the first batch writes to the parameter itself
-            starts = isinstance(module, DataInitConv2d) and not module.checked
-            if module.bias is not None and not (module.full_precision or starts):
+            if module.bias is not None and not (module.full_precision or _starts(module)):
                 places.append((module._parameters, "bias"))
         elif isinstance(module, PlainConv2d):
             plain.append((module._parameters, "weight"))

@@ -58,6 +58,17 @@ def test_gradients_are_the_same_bits(
     _assert_same(apart, _gradients(model, dtype, regularize))
 
 
+def test_a_layer_that_its_first_batch_initializes_is_recomputed_as_it_is_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was made of its weights before would be of other gains than the first pass took."""
+    monkeypatch.setattr(together, "has_kernels", lambda device: True)
+    plain = _model(cell_family="res_elu")
+    recomputed = copy.deepcopy(plain)
+    recompute_segments(recomputed)
+    _assert_same(_gradients(plain, torch.float32), _gradients(recomputed, torch.float32))
+
+
 def test_recomputed_segments_find_the_first_pass_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding again would be right but wasteful; normalizing again would not even run."""
     monkeypatch.setattr(together, "has_kernels", lambda device: True)

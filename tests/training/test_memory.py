@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from nvae.models import MODELS, NVAE, HierarchicalVAE, ModelConfig, layers, together
+from nvae.models import MODELS, NVAE, HierarchicalVAE, ModelConfig, normalization, together
 from nvae.objective import ObjectiveConfig, build_objective
 from nvae.ops import library
 from nvae.regularizers import batchnorms
@@ -93,7 +93,7 @@ def measured(rank: int, world: int, path: str, recompute: bool) -> list[int]:
     with pytest.MonkeyPatch.context() as patch, library.assuming_kernels(kernels):
         if kernels:  # the registered ops, which keep the same whatever computes them
             patch.setattr(library, "_not_applicable", lambda *_: None)
-            for module in (layers, together):
+            for module in (normalization, together):
                 patch.setattr(module, "has_kernels", lambda device: True)
         step = Step(path)
         if recompute:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nvae.models import NVAE, ModelConfig, layers, together
+from nvae.models import NVAE, ModelConfig, normalization, together
 from nvae.models.cells import Cell, MobileConv, MobileConvSpec
 from nvae.models.layers import DataInitConv2d, WeightNormConv2d
 from nvae.models.together import AT_ONCE
@@ -138,6 +138,7 @@ def test_a_copy_has_its_own_weights(change: Callable[[NVAE], None]) -> None:
     assert model(x).logits.any()
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_blocks_are_compiled_whole_under_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch would cut a block's graph where DDP's buckets end; older versions raise where it holds
     autograd functions, as ours do."""
@@ -148,7 +149,6 @@ def test_blocks_are_compiled_whole_under_ddp(monkeypatch: pytest.MonkeyPatch) ->
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     model = NVAE(CONFIG)
     compile_blocks(model, backend)
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
@@ -289,7 +289,7 @@ def test_weights_normalized_together_change_nothing(
         calls.append(len(weights))
         return weight_norms(weights, *more)
 
-    for module in (layers, together):
+    for module in (normalization, together):
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
     monkeypatch.setattr(together, "weight_norms", counted)
     other, _ = _step(joined)
