@@ -119,7 +119,8 @@ def test_own_data_set_and_class_from_a_folder_of_configurations(tmp_path: Path) 
     assert alone.stderr.startswith("error: data=cats says nothing of a network")
     job = told(
         "recipe=random", "model.likelihood=mine:Mine", "trainer.max_epochs=1",
-        "report.importance_samples=0",
+        "report.importance_samples=0", "report.samples=2", "data.train_size=32",
+        "data.valid_size=2", "data.test_size=2", "callbacks.pictures=null",
     )  # fmt: skip
     assert job.returncode == 0, job.stderr
     assert (tmp_path / "runs" / "cats" / "samples.png").is_file()

@@ -121,6 +121,7 @@ def test_a_run_ends_after_max_steps_and_stays_ended(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command: list[Any] = [
         sys.executable, root / "train.py", f"runs_dir={tmp_path}", "name=r", "trainer.max_steps=5",
+        "model=nvae_tiny",
         "report.importance_samples=0", "report.samples=2", "callbacks=early_stopping",
         "optimizer.name=torch.optim:RAdam", "callbacks.pictures=null",
         "optimizer.schedule={_target_: torch.optim.lr_scheduler.ExponentialLR, gamma: 0.9}",
